@@ -1,0 +1,202 @@
+"""Adapter memory of each site, and the handles by which ops find it.
+
+Stage: run time, between the adapter pool that writes (`fxlora/pool.py`) and the ops that read. A rewritten graph holds one
+int64 per op call and never the pools themselves, so that compile caches hit across processes and CUDA-graph replays copy
+no pool (GraphModule buffers are copied at each replay).
+
+Letters: K in-features, N out-features, V vocabulary, R rank, S slots, P pool rows.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+
+from fxlora.kernels.errors import PlanMismatchError, PoolWriteError, RuntimeGoneError
+
+PoolKind = Literal["linear", "embedding"]
+
+_DIGEST_BITS, _ORDINAL_BITS, _GROUP_BITS = 32, 16, 15
+
+
+class Extent(NamedTuple):
+    """What a CPU body reads of one slot: views of the pools, made once at load."""
+
+    a_KR: torch.Tensor  # [K, R] (embedding: [V, R]), a view of the pool
+    b_RN: torch.Tensor  # [R, N], a view of the pool
+    scaling: float
+
+
+@dataclass(eq=False)
+class SitePool:
+    """Rank rows of every adapter loaded at one site, and the table that says which rows belong to which slot.
+
+    a: [P, K] of the site's dtype (embedding: [V, P], so that one token's ranks are adjacent). b: [P, N], same dtype.
+    start: int32 [S], first pool row of the slot. rank: int32 [S], 0 for a slot that adds nothing here.
+    scaling: fp32 [S]. All five keep their addresses for life and are updated in place.
+    extents: the same table on the host, for CPU bodies.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    start: torch.Tensor
+    rank: torch.Tensor
+    scaling: torch.Tensor
+    kind: PoolKind = "linear"
+    extents: list[Extent | None] = field(default_factory=list, repr=False)
+
+    @staticmethod
+    def bytes_needed(
+        *,
+        kind: PoolKind,
+        pool_rows: int,
+        in_features: int,
+        out_features: int,
+        max_adapters: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> int:
+        """Bytes that `allocate` with the same arguments would take."""
+        del kind, device
+        return pool_rows * (in_features + out_features) * dtype.itemsize + 12 * max_adapters
+
+    @classmethod
+    def allocate(
+        cls,
+        *,
+        kind: PoolKind,
+        pool_rows: int,
+        in_features: int,
+        out_features: int,
+        max_adapters: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> SitePool:
+        """Empty pool: every slot has rank 0. `in_features` is K, or V for an embedding."""
+        shape_a = (pool_rows, in_features) if kind == "linear" else (in_features, pool_rows)
+        return cls(
+            a=torch.zeros(shape_a, dtype=dtype, device=device),
+            b=torch.zeros(pool_rows, out_features, dtype=dtype, device=device),
+            start=torch.zeros(max_adapters, dtype=torch.int32, device=device),
+            rank=torch.zeros(max_adapters, dtype=torch.int32, device=device),
+            scaling=torch.zeros(max_adapters, dtype=torch.float32, device=device),
+            kind=kind,
+            extents=[None] * max_adapters,
+        )
+
+    @property
+    def a_PK(self) -> torch.Tensor:
+        """A as [P, K] ([P, V] for an embedding), whatever the layout in memory."""
+        return self.a if self.kind == "linear" else self.a.t()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes held on the device."""
+        return sum(t.numel() * t.element_size() for t in (self.a, self.b, self.start, self.rank, self.scaling))
+
+    def write(self, slot: int, *, start: int, a_RK: torch.Tensor, b_RN: torch.Tensor, scaling: float) -> None:
+        """Copies one adapter into rows `start .. start + R` and publishes it as `slot`, its rank last.
+
+        a_RK: [R, K] (embedding: [R, V]); b_RN: [R, N]; any float dtype and device, converted to the pool's.
+        Raises PoolWriteError when the slot, the rows or the shapes do not fit; nothing is written then.
+        """
+        rank = self._check(slot, start, a_RK, b_RN)
+        self.clear(slot)
+        if not rank:
+            return
+        rows = slice(start, start + rank)
+        a_view, b_view = self.a_PK[rows], self.b[rows]
+        a_view.copy_(a_RK.detach())
+        b_view.copy_(b_RN.detach())
+        self.start[slot] = start
+        self.scaling[slot] = scaling
+        self.rank[slot] = rank
+        self.extents[slot] = Extent(a_view.t(), b_view, float(scaling))
+
+    def clear(self, slot: int) -> None:
+        """Makes `slot` add nothing at this site. The rows keep their values until they are written again."""
+        if not 0 <= slot < len(self.extents):
+            raise PoolWriteError(f"slot {slot} is outside the {len(self.extents)} slots of this site")
+        self.rank[slot] = 0
+        self.extents[slot] = None
+
+    def _check(self, slot: int, start: int, a_RK: torch.Tensor, b_RN: torch.Tensor) -> int:
+        pool_rows, in_features = self.a_PK.shape
+        rank = a_RK.shape[0]
+        if not 0 <= slot < len(self.extents):
+            raise PoolWriteError(f"slot {slot} is outside the {len(self.extents)} slots of this site")
+        if a_RK.shape != (rank, in_features) or b_RN.shape != (rank, self.b.shape[1]):
+            raise PoolWriteError(
+                f"A {tuple(a_RK.shape)} and B {tuple(b_RN.shape)} do not fit a site that reads {in_features} "
+                f"and writes {self.b.shape[1]} features: expected [R, {in_features}] and [R, {self.b.shape[1]}]"
+            )
+        if start < 0 or start + rank > pool_rows:
+            raise PoolWriteError(f"rows {start} to {start + rank} are outside the {pool_rows} rows of this pool")
+        return rank
+
+
+Group = tuple[SitePool | None, ...]
+
+_lock = threading.Lock()
+_made: Counter[int] = Counter()
+_groups: dict[int, Group] = {}
+
+
+def register_runtime(digest: int, groups: Sequence[Group]) -> tuple[int, ...]:
+    """Makes the pools of one runtime reachable by handle: one int64 for each group, in order.
+
+    digest: 32 bits that name the plan. A member without a pool is None (base only). Handle bits, from the top: digest (32),
+    ordinal of the runtime among those of that digest made in this process (16), index of the group (15). The first runtime
+    of a plan gets the same handles in every process; no handle is used twice in one. The registry keeps the pools alive
+    until `unregister_runtime`.
+    """
+    if not 0 <= digest < 1 << _DIGEST_BITS:
+        raise ValueError(f"digest {digest:#x} does not fit {_DIGEST_BITS} bits")
+    if len(groups) > 1 << _GROUP_BITS:
+        raise ValueError(f"{len(groups)} groups do not fit {_GROUP_BITS} bits")
+    with _lock:
+        ordinal = _made[digest]
+        if ordinal >= 1 << _ORDINAL_BITS:
+            raise ValueError(f"plan {digest:#010x} was registered {ordinal} times in this process: no handles left")
+        _made[digest] += 1
+        first = ((digest << _ORDINAL_BITS) | ordinal) << _GROUP_BITS
+        handles = tuple(range(first, first + len(groups)))
+        _groups.update(zip(handles, (tuple(group) for group in groups), strict=True))
+    return handles
+
+
+def unregister_runtime(handles: Iterable[int]) -> None:
+    """Forgets handles; a later call through one raises RuntimeGoneError. Unknown handles are ignored."""
+    with _lock:
+        for handle in handles:
+            _groups.pop(handle, None)
+
+
+def pools_of(handle: int) -> Group:
+    """The pools behind a handle, one for each member of the group.
+
+    Raises RuntimeGoneError when its runtime was unregistered, PlanMismatchError when no such plan, runtime or group was
+    ever registered in this process.
+    """
+    group = _groups.get(handle)
+    return group if group is not None else _raise_missing(handle)
+
+
+def _raise_missing(handle: int) -> Group:
+    digest = handle >> (_ORDINAL_BITS + _GROUP_BITS)
+    ordinal = (handle >> _GROUP_BITS) & ((1 << _ORDINAL_BITS) - 1)
+    made = _made[digest] if digest in _made else 0
+    if not made:
+        raise PlanMismatchError(handle, f"no runtime of plan {digest:#010x} exists")
+    if ordinal >= made:
+        raise PlanMismatchError(handle, f"plan {digest:#010x} has {made} runtimes, the handle asks for number {ordinal}")
+    group = handle & ((1 << _GROUP_BITS) - 1)
+    first = handle - group
+    if any(other >> _GROUP_BITS == first >> _GROUP_BITS for other in _groups):
+        raise PlanMismatchError(handle, f"runtime {ordinal} of plan {digest:#010x} has no group {group}")
+    raise RuntimeGoneError(handle, digest, ordinal)
