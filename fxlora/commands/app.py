@@ -1,0 +1,108 @@
+"""The commands, their arguments and their exit codes: 0 done, 1 the answer is no, 2 the question was wrong."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="LoRA as a compiler pass: many adapters in one batch of one graph.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class DemoModel(StrEnum):
+    """The models `fxlora demo` can serve."""
+
+    tiny = "tiny"
+    smollm2 = "smollm2"
+
+
+class Benchmark(StrEnum):
+    """The benchmarks `fxlora bench` can run."""
+
+    cpu = "cpu"
+
+
+@app.callback()
+def before() -> None:
+    """Let idle OpenMP threads sleep: on small machines their spinning costs more than the work."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        DemoModel, typer.Option(help="tiny ships with fxlora; smollm2 is a real 135 M one.")
+    ] = DemoModel.tiny,
+) -> None:
+    """Serve three adapters and the bare model in one batch, and compare every number with PEFT."""
+    with refusals():
+        require("fxlora demo", "transformers", "peft")
+        from fxlora.demo.run import run_demo
+
+        if not run_demo(model.value, Console()):
+            raise typer.Exit(1)
+
+
+@app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(help="A folder that transformers can load.", exists=True, file_okay=False)],
+    adapters: Annotated[list[Path] | None, typer.Argument(help="PEFT adapter folders.")] = None,
+) -> None:
+    """Show where adapters can go in a model, and what each given adapter binds to, what not, and why."""
+    with refusals():
+        require("fxlora inspect", "transformers")
+        from fxlora.commands.inspect import inspect_model
+
+        if not inspect_model(model, adapters or [], Console()):
+            raise typer.Exit(1)
+
+
+@app.command()
+def env() -> None:
+    """Show the versions of everything that matters in a bug report."""
+    from fxlora.commands.env import show_environment
+
+    show_environment(Console())
+
+
+@app.command()
+def bench(which: Annotated[Benchmark, typer.Argument(help="Which benchmark.")]) -> None:
+    """Run a benchmark of the repository: works inside a clone."""
+    from fxlora.commands.bench import run_benchmark
+
+    with refusals():
+        run_benchmark(which.value)
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Print an error of fxlora as one message, without a traceback, and exit with 2."""
+    from fxlora.errors import FxloraError
+
+    try:
+        yield
+    except FxloraError as error:
+        Console(stderr=True).print(f"{type(error).__name__}: {error}", style="red", highlight=False, markup=False)
+        raise typer.Exit(2) from error
+
+
+def require(command: str, *packages: str) -> None:
+    """Raise `MissingPackageError` unless every package can be imported."""
+    from importlib.util import find_spec
+
+    from fxlora.commands.errors import MissingPackageError
+
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise MissingPackageError(command, missing, "pip install 'fxlora[demo]'")
