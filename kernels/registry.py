@@ -21,15 +21,30 @@ from fxlora.kernels.errors import PlanMismatchError, PoolWriteError, RuntimeGone
 
 PoolKind = Literal["linear", "embedding"]
 
+GEMM_MIN = 16
+"""Fewest rows, and fewest columns, at which the bits of a row of an fp32 CPU GEMM stop depending on its shape (measured:
+MKL on AVX-512, K 64 to 14336, 16 to 2048 rows, 1 to 256 ranks)."""
+
 _DIGEST_BITS, _ORDINAL_BITS, _GROUP_BITS = 32, 16, 15
 
 
 class Extent(NamedTuple):
-    """What a CPU body reads of one slot: views of the pools, made once at load."""
+    """What a CPU body reads of one slot: views of the pools, made once at load.
 
-    a_KR: torch.Tensor  # [K, R] (embedding: [V, R]), a view of the pool
-    b_RN: torch.Tensor  # [R, N], a view of the pool
+    window: A padded to at least GEMM_MIN columns of whatever lies beside it in the pool, so that the bits of a shrink do
+    not depend on its row count (fp32 GEMMs with fewer columns change kernel with the row); `columns` are this slot's.
+    """
+
+    a: torch.Tensor  # [R, K] (embedding: [V, R])
+    window: torch.Tensor  # [K, W], W >= R (embedding: same as a)
+    columns: slice
+    b: torch.Tensor  # [R, N]
     scaling: float
+
+
+def round_up(count: int, multiple: int) -> int:
+    """Smallest multiple of `multiple` that is at least `count`."""
+    return -(-count // multiple) * multiple
 
 
 @dataclass(eq=False)
@@ -63,6 +78,7 @@ class SitePool:
     ) -> int:
         """Bytes that `allocate` with the same arguments would take."""
         del kind, device
+        pool_rows = round_up(pool_rows, GEMM_MIN)
         return pool_rows * (in_features + out_features) * dtype.itemsize + 12 * max_adapters
 
     @classmethod
@@ -77,7 +93,8 @@ class SitePool:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> SitePool:
-        """Empty pool: every slot has rank 0. `in_features` is K, or V for an embedding."""
+        """Empty pool: every slot has rank 0. `in_features` is K, or V for an embedding; P is rounded up to 16."""
+        pool_rows = round_up(pool_rows, GEMM_MIN)
         shape_a = (pool_rows, in_features) if kind == "linear" else (in_features, pool_rows)
         return cls(
             a=torch.zeros(shape_a, dtype=dtype, device=device),
@@ -116,7 +133,16 @@ class SitePool:
         self.start[slot] = start
         self.scaling[slot] = scaling
         self.rank[slot] = rank
-        self.extents[slot] = Extent(a_view.t(), b_view, float(scaling))
+        self.extents[slot] = self._extent(start, rank, float(scaling))
+
+    def _extent(self, start: int, rank: int, scaling: float) -> Extent:
+        b_RN = self.b[start : start + rank]
+        if self.kind == "embedding":
+            a_VR = self.a[:, start : start + rank]
+            return Extent(a_VR, a_VR, slice(0, rank), b_RN, scaling)
+        first = max(0, min(start, self.a.shape[0] - GEMM_MIN)) if rank < GEMM_MIN else start
+        window_KW = self.a[first : first + max(rank, GEMM_MIN)].t()
+        return Extent(self.a[start : start + rank], window_KW, slice(start - first, start - first + rank), b_RN, scaling)
 
     def clear(self, slot: int) -> None:
         """Makes `slot` add nothing at this site. The rows keep their values until they are written again."""

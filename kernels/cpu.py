@@ -1,0 +1,244 @@
+"""CPU bodies of the ops: base result of the whole batch first, then the adapter rows in place.
+
+Stage: run time, behind `ops.py`. Promises: a row without an adapter keeps the bits of `F.linear` / `F.embedding` on the
+whole input; at a fixed batch shape a row's bits do not depend on the slots of other rows. For that, adapters are never
+merged into one GEMM, and no GEMM has a shape at which its row count shows in the bits:
+    up to GEMM_MIN rows in the batch: one matrix-vector product per row (also the fastest: 1 us, where a GEMM of any size
+        wakes a second thread for 10 to 80 us);
+    above: one GEMM per slot over each run of at least GEMM_MIN adjacent rows, in place in views of the output; the slot's
+        remaining rows are gathered, padded to GEMM_MIN rows and scattered back.
+Half-precision inputs are computed in fp32 and rounded once more at the end.
+
+Letters: T rows, J slots per row, K in-features, N out-features, R rank, S slots, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from fxlora.kernels.errors import OpInputError
+from fxlora.kernels.registry import GEMM_MIN, Extent, SitePool, pools_of
+
+
+class Rows(NamedTuple):
+    """Rows of one slot and one j that go through one GEMM."""
+
+    slot: int
+    j: int
+    start: int
+    stop: int  # rows start .. stop, adjacent; -1 when gathered
+    padded: torch.Tensor  # int64 [max(n, GEMM_MIN)], the gathered rows, then the first one again
+    rows: torch.Tensor  # int64 [n]
+
+
+class HostPlan(NamedTuple):
+    """Work of one row map. `single` for batches of up to GEMM_MIN rows, else `blocks`; both in order of j."""
+
+    max_adapters: int
+    single: tuple[tuple[int, int, int], ...]  # (row, j, slot)
+    blocks: tuple[Rows, ...]
+
+
+def host_plan(segments: torch.Tensor, row_slots: torch.Tensor) -> HostPlan:
+    """The plan of these segments. Cached by content, so a tensor refilled in place can never be served an old plan."""
+    content = ctypes.string_at(segments.data_ptr(), segments.numel() * 4)
+    return _parse(content, *row_slots.shape)
+
+
+@lru_cache(maxsize=64)
+def _parse(content: bytes, num_rows: int, width: int) -> HostPlan:
+    entries = num_rows * width
+    max_adapters = len(content) // 4 - entries - 2
+    segments = torch.frombuffer(bytearray(content), dtype=torch.int32)
+    order, starts = segments[:entries].long(), segments[entries:].tolist()
+    used = [slot for slot in range(max_adapters) if starts[slot + 1] > starts[slot]]
+    if num_rows <= GEMM_MIN:
+        found = [(e // width, e % width, slot) for slot in used for e in order[starts[slot] : starts[slot + 1]].tolist()]
+        return HostPlan(max_adapters, tuple(sorted(found, key=lambda item: (item[1], item[0]))), ())
+    blocks: list[Rows] = []
+    for j in range(width):
+        for slot in used:
+            entries_of_slot = order[starts[slot] : starts[slot + 1]]
+            blocks += _cut(entries_of_slot[entries_of_slot % width == j] // width, slot, j)
+    return HostPlan(max_adapters, (), tuple(blocks))
+
+
+def _cut(rows: torch.Tensor, slot: int, j: int) -> list[Rows]:
+    """Runs of adjacent rows long enough for a GEMM of their own, then everything else as one gathered block."""
+    if not rows.numel():
+        return []
+    breaks = (rows.diff() != 1).nonzero().flatten().add(1).tolist()
+    runs = [(a, b) for a, b in zip([0, *breaks], [*breaks, rows.numel()], strict=True)]
+    first = rows.tolist()
+    none = rows.new_empty(0)
+    blocks = [Rows(slot, j, first[a], first[b - 1] + 1, none, none) for a, b in runs if b - a >= GEMM_MIN]
+    rest = torch.cat([none, *(rows[a:b] for a, b in runs if b - a < GEMM_MIN)])
+    if rest.numel():
+        padded = torch.cat([rest, rest[:1].expand(max(0, GEMM_MIN - rest.numel()))])
+        blocks.append(Rows(slot, j, 0, -1, padded, rest))
+    return blocks
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    row_slots: torch.Tensor,
+    row_coeffs: torch.Tensor | None,
+    segments: torch.Tensor,
+    group: int,
+) -> list[torch.Tensor]:
+    """See `ops.lora_linear`."""
+    pools = pools_of(group)
+    check_members(weights, pools)
+    outputs = [F.linear(x, weight, bias).contiguous() for weight, bias in zip(weights, biases, strict=True)]
+    x_TK = x.reshape(row_slots.shape[0], x.shape[-1]).contiguous()
+    _add_adapters(outputs, pools, x_TK, row_slots, row_coeffs, segments, _vector_of_row, _rows_through_a)
+    return outputs
+
+
+def lora_logits(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    row_slots: torch.Tensor,
+    row_coeffs: torch.Tensor | None,
+    segments: torch.Tensor,
+    group: int,
+) -> torch.Tensor:
+    """See `ops.lora_logits`."""
+    return lora_linear(x, [weight], [bias], row_slots, row_coeffs, segments, group)[0]
+
+
+def lora_embedding(
+    ids: torch.Tensor,
+    weight: torch.Tensor,
+    row_slots: torch.Tensor,
+    row_coeffs: torch.Tensor | None,
+    segments: torch.Tensor,
+    group: int,
+) -> torch.Tensor:
+    """See `ops.lora_embedding`."""
+    pools = pools_of(group)
+    check_members([weight], pools)
+    ids = ids.long()
+    output = F.embedding(ids, weight).contiguous()
+    _add_adapters([output], pools, ids.reshape(-1), row_slots, row_coeffs, segments, _vector_of_token, _tokens_through_a)
+    return output
+
+
+def check_members(weights: Sequence[torch.Tensor], pools: Sequence[SitePool | None]) -> None:
+    """Raises OpInputError when a group has not one pool (or None) for each weight."""
+    if len(weights) != len(pools):
+        raise OpInputError(f"the op got {len(weights)} weights, its group has {len(pools)} members")
+
+
+def _add_adapters(
+    outputs: Sequence[torch.Tensor],
+    pools: Sequence[SitePool | None],
+    source: torch.Tensor,
+    row_slots: torch.Tensor,
+    row_coeffs: torch.Tensor | None,
+    segments: torch.Tensor,
+    shrink_one: Callable[[torch.Tensor, Extent], torch.Tensor],
+    shrink_rows: Callable[[torch.Tensor, Extent], torch.Tensor],
+) -> None:
+    """Adds every adapter's part to the outputs in place. source: what is shrunk, x [T, K] or ids [T]."""
+    if not row_slots.numel() or all(pool is None for pool in pools):
+        return
+    plan = host_plan(segments, row_slots)
+    half = outputs[0].dtype in (torch.bfloat16, torch.float16)
+    if half and source.is_floating_point():
+        source = source.float()
+    for output, pool in zip(outputs, pools, strict=True):
+        if pool is None:
+            continue
+        if len(pool.extents) != plan.max_adapters:
+            raise OpInputError(f"segments were sorted for {plan.max_adapters} slots, the pool has {len(pool.extents)}")
+        extents = [_as_fp32(extent) for extent in pool.extents] if half else pool.extents
+        y_TN = output.view(row_slots.shape[0], -1)
+        target = y_TN.float() if half else y_TN
+        if plan.single:
+            _add_single(target, extents, source, row_coeffs, plan, shrink_one)
+        else:
+            _add_blocks(target, extents, source, row_coeffs, plan, shrink_rows)
+        if half:
+            y_TN.copy_(target)
+
+
+def _as_fp32(extent: Extent | None) -> Extent | None:
+    if extent is None:
+        return None
+    return extent._replace(a=extent.a.float(), window=extent.window.float(), b=extent.b.float())
+
+
+def _add_single(
+    y_TN: torch.Tensor,
+    extents: Sequence[Extent | None],
+    source: torch.Tensor,
+    row_coeffs: torch.Tensor | None,
+    plan: HostPlan,
+    shrink_one: Callable[[torch.Tensor, Extent], torch.Tensor],
+) -> None:
+    ys, sources = y_TN.unbind(0), source.unbind(0)
+    coeffs = None if row_coeffs is None else row_coeffs.tolist()
+    for row, j, slot in plan.single:
+        extent = extents[slot]
+        if extent is not None:
+            alpha = extent.scaling if coeffs is None else extent.scaling * coeffs[row][j]
+            ys[row].addmv_(extent.b.t(), shrink_one(sources[row], extent), alpha=alpha)
+
+
+def _add_blocks(
+    y_TN: torch.Tensor,
+    extents: Sequence[Extent | None],
+    source: torch.Tensor,
+    row_coeffs: torch.Tensor | None,
+    plan: HostPlan,
+    shrink_rows: Callable[[torch.Tensor, Extent], torch.Tensor],
+) -> None:
+    for slot, j, start, stop, padded, rows in plan.blocks:
+        extent = extents[slot]
+        if extent is None:
+            continue
+        gathered = stop < 0
+        h = shrink_rows(source.index_select(0, padded) if gathered else source[start:stop], extent)
+        if row_coeffs is not None:
+            coeffs = row_coeffs[:, j]
+            h = h * (coeffs.index_select(0, padded) if gathered else coeffs[start:stop]).unsqueeze(1)
+        if gathered:
+            block = y_TN.index_select(0, padded)
+            _expand_into(block, h, extent)
+            y_TN.index_copy_(0, rows, block[: rows.numel()])
+        else:
+            _expand_into(y_TN[start:stop], h, extent)
+
+
+def _expand_into(y_nN: torch.Tensor, h_nR: torch.Tensor, extent: Extent) -> None:
+    if y_nN.shape[1] >= GEMM_MIN:
+        y_nN.addmm_(h_nR, extent.b, alpha=extent.scaling)
+        return
+    b_RG = F.pad(extent.b, (0, GEMM_MIN - y_nN.shape[1]))
+    y_nN.add_(torch.mm(h_nR, b_RG)[:, : y_nN.shape[1]], alpha=extent.scaling)
+
+
+def _vector_of_row(x_K: torch.Tensor, extent: Extent) -> torch.Tensor:
+    return torch.mv(extent.a, x_K)
+
+
+def _rows_through_a(x_nK: torch.Tensor, extent: Extent) -> torch.Tensor:
+    return torch.mm(x_nK, extent.window)[:, extent.columns]
+
+
+def _vector_of_token(token: torch.Tensor, extent: Extent) -> torch.Tensor:
+    return extent.a[token]
+
+
+def _tokens_through_a(ids_n: torch.Tensor, extent: Extent) -> torch.Tensor:
+    return extent.a.index_select(0, ids_n)

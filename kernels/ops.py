@@ -1,0 +1,154 @@
+"""The ops that a rewritten graph calls: schema, shape function and choice of body. The only file `passes/` imports.
+
+Stage: run time. Registered with `torch.library.Library` rather than `custom_op`, whose Python layers cost more than a small
+linear (measured on CPU, us a call of an op with this schema: 6 here, 12 with custom_op, 34 with custom_op and weights that
+require grad). No op has an autograd formula: outputs never carry grad, in grad mode and under every compile backend.
+
+A call finds its adapter memory by handle (registry.py) at the time it runs; Triton is imported by the first call on CUDA.
+With TRITON_INTERPRET=1 set before this import, CPU tensors run the Triton bodies as well.
+
+Letters: T rows (product of the leading dims of x), J slots per row, K in-features, N out-features, S slots, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from fxlora.kernels import cpu
+from fxlora.kernels.errors import OpInputError
+from fxlora.kernels.segments import segment_rows_torch, segments_size
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+_library = torch.library.Library("fxlora", "DEF")
+_library.define("segment_rows(Tensor row_slots, int max_adapters) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    "lora_linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor row_slots, Tensor? row_coeffs, Tensor segments, "
+    "int group) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "lora_logits(Tensor x, Tensor weight, Tensor? bias, Tensor row_slots, Tensor? row_coeffs, Tensor segments, "
+    "int group) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "lora_embedding(Tensor ids, Tensor weight, Tensor row_slots, Tensor? row_coeffs, Tensor segments, int group) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+segment_rows = torch.ops.fxlora.segment_rows.default
+"""(row_slots int32 [T, J], max_adapters S) -> int32 [T * J + S + 2], the layout of segments.py. On CPU raises OpInputError
+on a slot that is neither -1 nor in 0 .. S - 1; on CUDA such a slot means no adapter (checking would stop the stream)."""
+
+lora_linear = torch.ops.fxlora.lora_linear.default
+"""(x [..., K], weights [N, K] each, biases [N] or None each, row_slots int32 [T, J], row_coeffs fp32 [T, J] or None,
+segments, group handle) -> one [..., N] per weight: y = x W^T + bias + sum over j of coeff_j scaling_j (x A_j^T) B_j.
+
+-1 and slots with rank 0 add nothing. x is fp32, bf16 or fp16, pools have its dtype; weights may have any stride. h is
+accumulated in fp32, scaling is applied in fp32. Raises RuntimeGoneError, PlanMismatchError, OpInputError."""
+
+lora_logits = torch.ops.fxlora.lora_logits.default
+"""(x [..., K], weight [V, K], bias [V] or None, row_slots, row_coeffs, segments, group) -> [..., V]; as `lora_linear`."""
+
+lora_embedding = torch.ops.fxlora.lora_embedding.default
+"""(ids [...] of any int dtype, weight [V, N], row_slots, row_coeffs, segments, group) -> [..., N]: the rows of `weight`
+plus the sum over j of coeff_j scaling_j A_j[id] B_j."""
+
+
+def _fake_segment_rows(row_slots: torch.Tensor, max_adapters: int) -> torch.Tensor:
+    return row_slots.new_empty(segments_size(row_slots.numel(), max_adapters))
+
+
+def _fake_lora_linear(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    row_slots: torch.Tensor,
+    row_coeffs: torch.Tensor | None,
+    segments: torch.Tensor,
+    group: int,
+) -> list[torch.Tensor]:
+    return [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
+
+
+def _fake_lora_logits(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    row_slots: torch.Tensor,
+    row_coeffs: torch.Tensor | None,
+    segments: torch.Tensor,
+    group: int,
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _fake_lora_embedding(
+    ids: torch.Tensor,
+    weight: torch.Tensor,
+    row_slots: torch.Tensor,
+    row_coeffs: torch.Tensor | None,
+    segments: torch.Tensor,
+    group: int,
+) -> torch.Tensor:
+    return weight.new_empty(*ids.shape, weight.shape[1])
+
+
+def _without_grad(body: Callable[P, R]) -> Callable[P, R]:
+    """The op skips autograd, so its body must not record the torch ops that it calls."""
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.no_grad():
+            return body(*args, **kwargs)
+
+    return run
+
+
+def _triton_body(name: str) -> Callable[..., object]:
+    """Body `name` of the file kernels/<name>.py, imported at the first call."""
+    body: Callable[..., object] | None = None
+
+    def run(*args: object) -> object:
+        nonlocal body
+        if body is None:
+            body = getattr(import_module(f"fxlora.kernels.{name}"), name)
+        return body(*args)
+
+    return run
+
+
+def check_rows(x_rows: int, row_slots: torch.Tensor, row_coeffs: torch.Tensor | None) -> None:
+    """Raises OpInputError when the row map is not int32 [T, J] for these T rows, or its coefficients not fp32 [T, J]."""
+    if row_slots.dim() != 2 or row_slots.shape[0] != x_rows or row_slots.dtype != torch.int32:
+        raise OpInputError(f"row_slots is {row_slots.dtype} {tuple(row_slots.shape)}; expected int32 [{x_rows}, J]")
+    if row_coeffs is not None and (row_coeffs.shape != row_slots.shape or row_coeffs.dtype != torch.float32):
+        raise OpInputError(
+            f"row_coeffs is {row_coeffs.dtype} {tuple(row_coeffs.shape)}; expected fp32 {tuple(row_slots.shape)}"
+        )
+
+
+def _register() -> None:
+    rows = {
+        "segment_rows": (_fake_segment_rows, segment_rows_torch),
+        "lora_linear": (_fake_lora_linear, cpu.lora_linear),
+        "lora_logits": (_fake_lora_logits, cpu.lora_logits),
+        "lora_embedding": (_fake_lora_embedding, cpu.lora_embedding),
+    }
+    for name, (fake, cpu_body) in rows.items():
+        triton_body = _triton_body(name)
+        torch.library.register_fake(f"fxlora::{name}", fake, lib=_library)
+        _library.impl(name, _without_grad(triton_body if INTERPRET else cpu_body), "CPU")
+        _library.impl(name, _without_grad(triton_body), "CUDA")
+        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+
+
+_register()
