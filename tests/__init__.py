@@ -1,0 +1,3 @@
+"""The tests, room by room as the sources."""
+
+from __future__ import annotations

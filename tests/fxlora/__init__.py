@@ -1,0 +1,3 @@
+"""Tests of fxlora/: what a caller sees."""
+
+from __future__ import annotations
