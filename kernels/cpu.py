@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from fxlora.kernels.checks import check_members, check_rows
 from fxlora.kernels.errors import OpInputError
 from fxlora.kernels.registry import GEMM_MIN, Extent, SitePool, pools_of
 
@@ -45,6 +46,26 @@ class HostPlan(NamedTuple):
     blocks: tuple[Rows, ...]
 
 
+class Shrink(NamedTuple):
+    """How h = x A^T of one slot is had: for one row, and for a block of rows."""
+
+    one: Callable[[torch.Tensor, Extent], torch.Tensor]
+    rows: Callable[[torch.Tensor, Extent], torch.Tensor]
+
+
+Member = tuple[torch.Tensor, Sequence[Extent | None]]
+"""Output [T, N] and the extents of its pool."""
+
+_SHRINK_X = Shrink(
+    one=lambda x_K, extent: torch.mv(extent.a, x_K),
+    rows=lambda x_nK, extent: torch.mm(x_nK, extent.window)[:, extent.columns],
+)
+_SHRINK_IDS = Shrink(
+    one=lambda token, extent: extent.a[token],
+    rows=lambda ids_n, extent: extent.a.index_select(0, ids_n),
+)
+
+
 def host_plan(segments: torch.Tensor, row_slots: torch.Tensor) -> HostPlan:
     """The plan of these segments. Cached by content, so a tensor refilled in place can never be served an old plan."""
     content = ctypes.string_at(segments.data_ptr(), segments.numel() * 4)
@@ -59,7 +80,9 @@ def _parse(content: bytes, num_rows: int, width: int) -> HostPlan:
     order, starts = segments[:entries].long(), segments[entries:].tolist()
     used = [slot for slot in range(max_adapters) if starts[slot + 1] > starts[slot]]
     if num_rows <= GEMM_MIN:
-        found = [(e // width, e % width, slot) for slot in used for e in order[starts[slot] : starts[slot + 1]].tolist()]
+        found = [
+            (e // width, e % width, slot) for slot in used for e in order[starts[slot] : starts[slot + 1]].tolist()
+        ]
         return HostPlan(max_adapters, tuple(sorted(found, key=lambda item: (item[1], item[0]))), ())
     blocks: list[Rows] = []
     for j in range(width):
@@ -96,10 +119,11 @@ def lora_linear(
 ) -> list[torch.Tensor]:
     """See `ops.lora_linear`."""
     pools = pools_of(group)
+    check_rows(x.numel() // x.shape[-1], row_slots, row_coeffs)
     check_members(weights, pools)
     outputs = [F.linear(x, weight, bias).contiguous() for weight, bias in zip(weights, biases, strict=True)]
     x_TK = x.reshape(row_slots.shape[0], x.shape[-1]).contiguous()
-    _add_adapters(outputs, pools, x_TK, row_slots, row_coeffs, segments, _vector_of_row, _rows_through_a)
+    _add_adapters(outputs, pools, x_TK, row_slots, row_coeffs, segments, _SHRINK_X)
     return outputs
 
 
@@ -126,17 +150,12 @@ def lora_embedding(
 ) -> torch.Tensor:
     """See `ops.lora_embedding`."""
     pools = pools_of(group)
+    check_rows(ids.numel(), row_slots, row_coeffs)
     check_members([weight], pools)
     ids = ids.long()
     output = F.embedding(ids, weight).contiguous()
-    _add_adapters([output], pools, ids.reshape(-1), row_slots, row_coeffs, segments, _vector_of_token, _tokens_through_a)
+    _add_adapters([output], pools, ids.reshape(-1), row_slots, row_coeffs, segments, _SHRINK_IDS)
     return output
-
-
-def check_members(weights: Sequence[torch.Tensor], pools: Sequence[SitePool | None]) -> None:
-    """Raises OpInputError when a group has not one pool (or None) for each weight."""
-    if len(weights) != len(pools):
-        raise OpInputError(f"the op got {len(weights)} weights, its group has {len(pools)} members")
 
 
 def _add_adapters(
@@ -146,30 +165,25 @@ def _add_adapters(
     row_slots: torch.Tensor,
     row_coeffs: torch.Tensor | None,
     segments: torch.Tensor,
-    shrink_one: Callable[[torch.Tensor, Extent], torch.Tensor],
-    shrink_rows: Callable[[torch.Tensor, Extent], torch.Tensor],
+    shrink: Shrink,
 ) -> None:
     """Adds every adapter's part to the outputs in place. source: what is shrunk, x [T, K] or ids [T]."""
-    if not row_slots.numel() or all(pool is None for pool in pools):
+    owned = [(output, pool) for output, pool in zip(outputs, pools, strict=True) if pool is not None]
+    if not owned or not row_slots.numel():
         return
     plan = host_plan(segments, row_slots)
-    half = outputs[0].dtype in (torch.bfloat16, torch.float16)
-    if half and source.is_floating_point():
-        source = source.float()
-    for output, pool in zip(outputs, pools, strict=True):
-        if pool is None:
-            continue
+    for _, pool in owned:
         if len(pool.extents) != plan.max_adapters:
             raise OpInputError(f"segments were sorted for {plan.max_adapters} slots, the pool has {len(pool.extents)}")
-        extents = [_as_fp32(extent) for extent in pool.extents] if half else pool.extents
-        y_TN = output.view(row_slots.shape[0], -1)
-        target = y_TN.float() if half else y_TN
-        if plan.single:
-            _add_single(target, extents, source, row_coeffs, plan, shrink_one)
-        else:
-            _add_blocks(target, extents, source, row_coeffs, plan, shrink_rows)
-        if half:
-            y_TN.copy_(target)
+    members = [(output.view(row_slots.shape[0], -1), pool.extents) for output, pool in owned]
+    add = _add_single if plan.single else _add_blocks
+    if outputs[0].dtype not in (torch.bfloat16, torch.float16):
+        add(members, source, row_coeffs, plan, shrink)
+        return
+    wide = [(y_TN.float(), [_as_fp32(extent) for extent in extents]) for y_TN, extents in members]
+    add(wide, source.float() if source.is_floating_point() else source, row_coeffs, plan, shrink)
+    for (y_TN, _), (y32_TN, _) in zip(members, wide, strict=True):
+        y_TN.copy_(y32_TN)
 
 
 def _as_fp32(extent: Extent | None) -> Extent | None:
@@ -179,45 +193,40 @@ def _as_fp32(extent: Extent | None) -> Extent | None:
 
 
 def _add_single(
-    y_TN: torch.Tensor,
-    extents: Sequence[Extent | None],
-    source: torch.Tensor,
-    row_coeffs: torch.Tensor | None,
-    plan: HostPlan,
-    shrink_one: Callable[[torch.Tensor, Extent], torch.Tensor],
+    members: Sequence[Member], source: torch.Tensor, row_coeffs: torch.Tensor | None, plan: HostPlan, shrink: Shrink
 ) -> None:
-    ys, sources = y_TN.unbind(0), source.unbind(0)
+    sources = source.unbind(0)
     coeffs = None if row_coeffs is None else row_coeffs.tolist()
-    for row, j, slot in plan.single:
-        extent = extents[slot]
-        if extent is not None:
-            alpha = extent.scaling if coeffs is None else extent.scaling * coeffs[row][j]
-            ys[row].addmv_(extent.b.t(), shrink_one(sources[row], extent), alpha=alpha)
+    for y_TN, extents in members:
+        ys = y_TN.unbind(0)
+        for row, j, slot in plan.single:
+            extent = extents[slot]
+            if extent is not None:
+                alpha = extent.scaling if coeffs is None else extent.scaling * coeffs[row][j]
+                ys[row].addmv_(extent.b.t(), shrink.one(sources[row], extent), alpha=alpha)
 
 
 def _add_blocks(
-    y_TN: torch.Tensor,
-    extents: Sequence[Extent | None],
-    source: torch.Tensor,
-    row_coeffs: torch.Tensor | None,
-    plan: HostPlan,
-    shrink_rows: Callable[[torch.Tensor, Extent], torch.Tensor],
+    members: Sequence[Member], source: torch.Tensor, row_coeffs: torch.Tensor | None, plan: HostPlan, shrink: Shrink
 ) -> None:
     for slot, j, start, stop, padded, rows in plan.blocks:
-        extent = extents[slot]
-        if extent is None:
-            continue
         gathered = stop < 0
-        h = shrink_rows(source.index_select(0, padded) if gathered else source[start:stop], extent)
-        if row_coeffs is not None:
-            coeffs = row_coeffs[:, j]
-            h = h * (coeffs.index_select(0, padded) if gathered else coeffs[start:stop]).unsqueeze(1)
-        if gathered:
-            block = y_TN.index_select(0, padded)
-            _expand_into(block, h, extent)
-            y_TN.index_copy_(0, rows, block[: rows.numel()])
-        else:
-            _expand_into(y_TN[start:stop], h, extent)
+        block = source.index_select(0, padded) if gathered else source[start:stop]
+        coeffs = None if row_coeffs is None else row_coeffs[:, j : j + 1]
+        if coeffs is not None:
+            coeffs = coeffs.index_select(0, padded) if gathered else coeffs[start:stop]
+        for y_TN, extents in members:
+            extent = extents[slot]
+            if extent is None:
+                continue
+            h = shrink.rows(block, extent)
+            h = h if coeffs is None else h * coeffs
+            if gathered:
+                y_nN = y_TN.index_select(0, padded)
+                _expand_into(y_nN, h, extent)
+                y_TN.index_copy_(0, rows, y_nN[: rows.numel()])
+            else:
+                _expand_into(y_TN[start:stop], h, extent)
 
 
 def _expand_into(y_nN: torch.Tensor, h_nR: torch.Tensor, extent: Extent) -> None:
@@ -226,19 +235,3 @@ def _expand_into(y_nN: torch.Tensor, h_nR: torch.Tensor, extent: Extent) -> None
         return
     b_RG = F.pad(extent.b, (0, GEMM_MIN - y_nN.shape[1]))
     y_nN.add_(torch.mm(h_nR, b_RG)[:, : y_nN.shape[1]], alpha=extent.scaling)
-
-
-def _vector_of_row(x_K: torch.Tensor, extent: Extent) -> torch.Tensor:
-    return torch.mv(extent.a, x_K)
-
-
-def _rows_through_a(x_nK: torch.Tensor, extent: Extent) -> torch.Tensor:
-    return torch.mm(x_nK, extent.window)[:, extent.columns]
-
-
-def _vector_of_token(token: torch.Tensor, extent: Extent) -> torch.Tensor:
-    return extent.a[token]
-
-
-def _tokens_through_a(ids_n: torch.Tensor, extent: Extent) -> torch.Tensor:
-    return extent.a.index_select(0, ids_n)

@@ -20,7 +20,6 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from fxlora.kernels import cpu
-from fxlora.kernels.errors import OpInputError
 from fxlora.kernels.segments import segment_rows_torch, segments_size
 
 P = ParamSpec("P")
@@ -124,16 +123,6 @@ def _triton_body(name: str) -> Callable[..., object]:
         return body(*args)
 
     return run
-
-
-def check_rows(x_rows: int, row_slots: torch.Tensor, row_coeffs: torch.Tensor | None) -> None:
-    """Raises OpInputError when the row map is not int32 [T, J] for these T rows, or its coefficients not fp32 [T, J]."""
-    if row_slots.dim() != 2 or row_slots.shape[0] != x_rows or row_slots.dtype != torch.int32:
-        raise OpInputError(f"row_slots is {row_slots.dtype} {tuple(row_slots.shape)}; expected int32 [{x_rows}, J]")
-    if row_coeffs is not None and (row_coeffs.shape != row_slots.shape or row_coeffs.dtype != torch.float32):
-        raise OpInputError(
-            f"row_coeffs is {row_coeffs.dtype} {tuple(row_coeffs.shape)}; expected fp32 {tuple(row_slots.shape)}"
-        )
 
 
 def _register() -> None:

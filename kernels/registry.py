@@ -142,7 +142,9 @@ class SitePool:
             return Extent(a_VR, a_VR, slice(0, rank), b_RN, scaling)
         first = max(0, min(start, self.a.shape[0] - GEMM_MIN)) if rank < GEMM_MIN else start
         window_KW = self.a[first : first + max(rank, GEMM_MIN)].t()
-        return Extent(self.a[start : start + rank], window_KW, slice(start - first, start - first + rank), b_RN, scaling)
+        return Extent(
+            self.a[start : start + rank], window_KW, slice(start - first, start - first + rank), b_RN, scaling
+        )
 
     def clear(self, slot: int) -> None:
         """Makes `slot` add nothing at this site. The rows keep their values until they are written again."""
@@ -220,7 +222,9 @@ def _raise_missing(handle: int) -> Group:
     if not made:
         raise PlanMismatchError(handle, f"no runtime of plan {digest:#010x} exists")
     if ordinal >= made:
-        raise PlanMismatchError(handle, f"plan {digest:#010x} has {made} runtimes, the handle asks for number {ordinal}")
+        raise PlanMismatchError(
+            handle, f"plan {digest:#010x} has {made} runtimes, the handle asks for number {ordinal}"
+        )
     group = handle & ((1 << _GROUP_BITS) - 1)
     first = handle - group
     if any(other >> _GROUP_BITS == first >> _GROUP_BITS for other in _groups):
