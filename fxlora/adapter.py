@@ -1,0 +1,157 @@
+"""Reading a PEFT LoRA adapter: a folder, or a config and tensors at hand.
+
+Stage: first of an adapter's way, file -> Adapter -> BoundAdapter -> pool. Nothing here knows a model. Weights are read
+from safetensors alone, one tensor at a time; a pickle is refused unopened.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from fxlora.adapter_config import AdapterConfig
+from fxlora.errors import AdapterDtypeError, AdapterFileError, AdapterFormatError, NonFiniteError, PickledAdapterError
+
+_log = logging.getLogger(__name__)
+
+AdapterSource: TypeAlias = "str | os.PathLike[str] | tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]"
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+
+
+class AdapterTensors(Mapping[str, torch.Tensor]):
+    """Adapter tensors by key, read when asked for and checked on the way: floating point and finite.
+
+    Over a safetensors file (a Path) the file is opened at the first read and let go by `close`.
+    """
+
+    def __init__(self, source: Path | Mapping[str, torch.Tensor]) -> None:
+        self._path = source if isinstance(source, Path) else None
+        self._given = {} if isinstance(source, Path) else dict(source)
+        self._file: Any = None
+        self._keys = dict.fromkeys(self._given if self._path is None else self._opened(self._path).keys())
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        """The tensor, where it is stored. Raises KeyError, AdapterDtypeError or NonFiniteError, naming the key."""
+        if key not in self._keys:
+            raise KeyError(key)
+        tensor = self._given[key].detach() if self._path is None else self._opened(self._path).get_tensor(key)
+        if not tensor.is_floating_point():
+            raise AdapterDtypeError(f"adapter tensor {key} is {tensor.dtype}; expected a floating-point dtype")
+        if bad := count_nonfinite(tensor):
+            raise NonFiniteError(f"adapter tensor {key} holds {bad} NaN or infinite values among {tensor.numel()}")
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def close(self) -> None:
+        """Lets the file go; a later read opens it again. A tensor read before stays valid (it may map the file)."""
+        self._file = None
+
+    def _opened(self, path: Path) -> Any:
+        if self._file is None:
+            try:
+                self._file = safe_open(path, framework="pt", device="cpu")
+            except (SafetensorError, OSError) as error:
+                raise AdapterFormatError(f"{path} is not a readable safetensors file: {error}") from error
+        return self._file
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter as read: what it is called in messages (`origin`), its config, and its tensors by key."""
+
+    origin: str
+    config: AdapterConfig
+    tensors: AdapterTensors
+
+    def __enter__(self) -> Adapter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.tensors.close()
+
+
+def read_adapter(source: AdapterSource) -> Adapter:
+    """Reads a PEFT folder (adapter_config.json, adapter_model.safetensors), or a pair (config, tensors by key).
+
+    Config and tensor names are checked here, values when a tensor is read. In a `with` the file is let go at the end.
+    Raises AdapterFileError, PickledAdapterError, AdapterFormatError, AdapterConfigError, NonFiniteError, RankError or
+    UnsupportedAdapterError.
+    """
+    if isinstance(source, tuple):
+        origin, raw, tensors = "(config, tensors)", *_from_pair(source)
+    elif isinstance(source, str | os.PathLike):
+        folder = Path(source)
+        origin, raw, tensors = str(folder), *_from_folder(folder)
+    else:
+        raise AdapterFormatError(f"an adapter is a folder or a pair (config, tensors), not {type(source).__name__}")
+    config = AdapterConfig.from_mapping(raw)
+    if not tensors:
+        raise AdapterFormatError(f"adapter {origin} holds no tensors")
+    _log.debug("read adapter %s: %d tensors, rank %d", origin, len(tensors), config.r)
+    return Adapter(origin, config, tensors)
+
+
+def count_nonfinite(tensor: torch.Tensor) -> int:
+    """How many values are NaN or infinite; one synchronisation for a tensor on a device."""
+    values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    return int(values.numel() - torch.isfinite(values).sum())
+
+
+def _from_pair(pair: tuple[Any, ...]) -> tuple[Mapping[str, Any], AdapterTensors]:
+    if len(pair) != 2 or not all(isinstance(part, Mapping) for part in pair):
+        found = ", ".join(type(part).__name__ for part in pair)
+        raise AdapterFormatError(f"expected a pair of mappings (config, tensors by key), found ({found})")
+    config, tensors = pair
+    for key, tensor in tensors.items():
+        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
+            raise AdapterFormatError(f"tensors maps {key!r} to {type(tensor).__name__}; expected names and tensors")
+    return config, AdapterTensors(tensors)
+
+
+def _from_folder(folder: Path) -> tuple[Mapping[str, Any], AdapterTensors]:
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "does not exist"
+        raise AdapterFileError(
+            f"adapter folder {folder} {found}; expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}"
+        )
+    files = sorted(entry.name for entry in folder.iterdir())
+    if CONFIG_NAME not in files:
+        nested = [name for name in files if (folder / name / CONFIG_NAME).is_file()]
+        hint = f"; its folders {nested} have one" if nested else ""
+        raise AdapterFileError(f"{folder} has no {CONFIG_NAME}{hint}; found {files}")
+    if WEIGHTS_NAME not in files:
+        if PICKLE_NAME in files:
+            raise PickledAdapterError(
+                f"{folder} holds its weights as {PICKLE_NAME} only, a pickle, which is not opened; "
+                f"save it again with safe_serialization=True to get {WEIGHTS_NAME}"
+            )
+        raise AdapterFileError(f"{folder} has no {WEIGHTS_NAME}; found {files}")
+    return _read_json(folder / CONFIG_NAME), AdapterTensors(folder / WEIGHTS_NAME)
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AdapterFileError(f"{path} cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise AdapterFormatError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise AdapterFormatError(f"{path} holds a JSON {type(raw).__name__}; expected an object")
+    return raw
