@@ -54,6 +54,7 @@ class SitePool:
     a: [P, K] of the site's dtype (embedding: [V, P], so that one token's ranks are adjacent). b: [P, N], same dtype.
     start: int32 [S], first pool row of the slot. rank: int32 [S], 0 for a slot that adds nothing here.
     scaling: fp32 [S]. All five keep their addresses for life and are updated in place.
+    max_rank: highest rank that `write` accepts, P if None. Device bodies size their intermediate by it.
     extents: the same table on the host, for CPU bodies.
     """
 
@@ -63,6 +64,7 @@ class SitePool:
     rank: torch.Tensor
     scaling: torch.Tensor
     kind: PoolKind = "linear"
+    max_rank: int | None = None
     extents: list[Extent | None] = field(default_factory=list, repr=False)
 
     @staticmethod
@@ -75,9 +77,10 @@ class SitePool:
         max_adapters: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        max_rank: int | None = None,
     ) -> int:
         """Bytes that `allocate` with the same arguments would take."""
-        del kind, device
+        del kind, device, max_rank
         pool_rows = round_up(pool_rows, GEMM_MIN)
         return pool_rows * (in_features + out_features) * dtype.itemsize + 12 * max_adapters
 
@@ -92,6 +95,7 @@ class SitePool:
         max_adapters: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        max_rank: int | None = None,
     ) -> SitePool:
         """Empty pool: every slot has rank 0. `in_features` is K, or V for an embedding; P is rounded up to 16."""
         pool_rows = round_up(pool_rows, GEMM_MIN)
@@ -103,6 +107,7 @@ class SitePool:
             rank=torch.zeros(max_adapters, dtype=torch.int32, device=device),
             scaling=torch.zeros(max_adapters, dtype=torch.float32, device=device),
             kind=kind,
+            max_rank=max_rank,
             extents=[None] * max_adapters,
         )
 
@@ -110,6 +115,11 @@ class SitePool:
     def a_PK(self) -> torch.Tensor:
         """A as [P, K] ([P, V] for an embedding), whatever the layout in memory."""
         return self.a if self.kind == "linear" else self.a.t()
+
+    @property
+    def rank_bound(self) -> int:
+        """No slot of this site ever has a higher rank."""
+        return self.b.shape[0] if self.max_rank is None else self.max_rank
 
     @property
     def bytes(self) -> int:
@@ -163,6 +173,8 @@ class SitePool:
                 f"A {tuple(a_RK.shape)} and B {tuple(b_RN.shape)} do not fit a site that reads {in_features} "
                 f"and writes {self.b.shape[1]} features: expected [R, {in_features}] and [R, {self.b.shape[1]}]"
             )
+        if rank > self.rank_bound:
+            raise PoolWriteError(f"rank {rank} is above the {self.rank_bound} that this site was allocated for")
         if start < 0 or start + rank > pool_rows:
             raise PoolWriteError(f"rows {start} to {start + rank} are outside the {pool_rows} rows of this pool")
         return rank

@@ -1,0 +1,275 @@
+"""Triton body of `lora_linear`: per member a shrink into fp32 h, then the base GEMM with h @ B added before the one store.
+
+Stage: run time. The shrink runs over the sorted entries (tiles of one slot each, segments.py); the GEMM runs over rows as
+they lie, so a row's tile does not depend on the batch's slots. Grids come from shapes alone, the tables are read on the
+device: a captured CUDA graph serves whatever is loaded at replay.
+
+Letters: T rows, J slots per row, E = T * J entries, K in-features, N out-features, R rank, S slots, P pool rows, W columns
+of h (highest rank of the pool).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from fxlora.kernels.checks import check_members, check_rows
+from fxlora.kernels.registry import SitePool, pools_of
+from fxlora.kernels.segments import tile_bound
+from fxlora.kernels.tiles import Tile, gemm_tile, shrink_tile
+from fxlora.kernels.triton_helpers import add_adapters, check_pool, device_of, dot, expand_precision
+
+
+@triton.jit
+def shrink_kernel(
+    x_ptr,  # [T, K]
+    x_row_stride,
+    x_col_stride,
+    a_ptr,  # [P, K]
+    a_row_stride,
+    h_ptr,  # fp32 [E, W]
+    h_entry_stride,
+    segments_ptr,
+    start_ptr,
+    rank_ptr,
+    num_entries,
+    num_features,
+    max_adapters,
+    J: tl.constexpr,
+    SLOTS: tl.constexpr,  # power of two > S
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    slots = tl.arange(0, SLOTS)
+    starts_ptr = segments_ptr + num_entries
+    starts = tl.load(starts_ptr + slots, mask=slots <= max_adapters, other=0)
+    begins = tl.where(slots <= max_adapters, starts // BM + slots, 2147483647)
+    slot = tl.sum((begins <= tile).to(tl.int32), axis=0) - 1
+    if slot >= max_adapters:
+        return
+    begin = tl.load(starts_ptr + slot)
+    end = tl.load(starts_ptr + slot + 1)
+    first = begin + (tile - (begin // BM + slot)) * BM
+    rank = tl.load(rank_ptr + slot)
+    if (first >= end) | (rank == 0):
+        return
+    positions = first + tl.arange(0, BM)
+    row_mask = positions < end
+    entries = tl.load(segments_ptr + positions, mask=row_mask, other=0).to(tl.int64)
+    x_at = x_ptr + (entries // J) * x_row_stride
+    a_at = a_ptr + tl.load(start_ptr + slot).to(tl.int64) * a_row_stride
+    for first_rank in range(0, rank, BR):
+        ranks = (first_rank + tl.arange(0, BR)).to(tl.int64)
+        acc = tl.zeros([BM, BR], tl.float32)
+        for first_k in range(0, num_features, BK):
+            ks = (first_k + tl.arange(0, BK)).to(tl.int64)
+            k_mask = ks < num_features
+            x = tl.load(x_at[:, None] + ks[None, :] * x_col_stride, mask=row_mask[:, None] & k_mask[None, :], other=0.0)
+            a_mask = k_mask[:, None] & (ranks < rank)[None, :]
+            a = tl.load(a_at + ranks[None, :] * a_row_stride + ks[:, None], mask=a_mask, other=0.0)  # [BK, BR]
+            acc = dot(x, a, acc, "ieee")
+        h_at = h_ptr + entries[:, None] * h_entry_stride + ranks[None, :]
+        tl.store(h_at, acc, mask=row_mask[:, None] & (ranks < rank)[None, :])
+
+
+@triton.jit
+def linear_kernel(
+    x_ptr,  # [T, K]
+    x_row_stride,
+    x_col_stride,
+    w_ptr,  # [N, K]
+    w_row_stride,
+    w_col_stride,
+    bias_ptr,  # [N]
+    bias_stride,
+    y_ptr,  # [T, N], contiguous
+    h_ptr,  # fp32 [E, W]
+    h_entry_stride,
+    slots_ptr,  # int32 [T, J]
+    slots_row_stride,
+    slots_j_stride,
+    coeffs_ptr,  # fp32 [T, J]
+    coeffs_row_stride,
+    coeffs_j_stride,
+    b_ptr,  # [P, N]
+    b_row_stride,
+    start_ptr,
+    rank_ptr,
+    scaling_ptr,
+    num_rows,
+    num_features,
+    num_cols,
+    max_adapters,
+    J: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_POOL: tl.constexpr,
+    HAS_COEFFS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tiles_m = tl.cdiv(num_rows, BM)
+    rows = ((tl.program_id(0) % tiles_m) * BM + tl.arange(0, BM)).to(tl.int64)
+    cols = ((tl.program_id(0) // tiles_m) * BN + tl.arange(0, BN)).to(tl.int64)
+    row_mask = rows < num_rows
+    col_mask = cols < num_cols
+    acc = tl.zeros([BM, BN], tl.float32)
+    for first_k in range(0, num_features, BK):
+        ks = (first_k + tl.arange(0, BK)).to(tl.int64)
+        k_mask = ks < num_features
+        x_at = x_ptr + rows[:, None] * x_row_stride + ks[None, :] * x_col_stride
+        x = tl.load(x_at, mask=row_mask[:, None] & k_mask[None, :], other=0.0)  # [BM, BK]
+        w_at = w_ptr + cols[None, :] * w_row_stride + ks[:, None] * w_col_stride
+        w = tl.load(w_at, mask=k_mask[:, None] & col_mask[None, :], other=0.0)  # [BK, BN]
+        acc = dot(x, w, acc, "ieee")
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + cols * bias_stride, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+    if HAS_POOL:
+        acc = add_adapters(
+            acc,
+            rows,
+            cols,
+            h_ptr,
+            rows * J * h_entry_stride,
+            h_entry_stride,
+            slots_ptr,
+            slots_row_stride,
+            slots_j_stride,
+            coeffs_ptr,
+            coeffs_row_stride,
+            coeffs_j_stride,
+            b_ptr,
+            b_row_stride,
+            start_ptr,
+            rank_ptr,
+            scaling_ptr,
+            num_rows,
+            num_cols,
+            max_adapters,
+            J,
+            BM,
+            BN,
+            BR,
+            HAS_COEFFS,
+            False,
+            PRECISION,
+        )
+    y_at = y_ptr + rows[:, None] * num_cols + cols[None, :]
+    tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=row_mask[:, None] & col_mask[None, :])
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    row_slots: torch.Tensor,
+    row_coeffs: torch.Tensor | None,
+    segments: torch.Tensor,
+    group: int,
+) -> list[torch.Tensor]:
+    """See `ops.lora_linear`."""
+    pools = pools_of(group)
+    check_members(weights, pools)
+    check_rows(x.numel() // x.shape[-1], row_slots, row_coeffs)
+    tile = gemm_tile(row_slots.shape[0], x.dtype)
+    return [
+        linear(x, weight, bias, row_slots, row_coeffs, segments, pool, tile)
+        for weight, bias, pool in zip(weights, biases, pools, strict=True)
+    ]
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    row_slots: torch.Tensor,
+    row_coeffs: torch.Tensor | None,
+    segments: torch.Tensor,
+    pool: SitePool | None,
+    tile: Tile,
+) -> torch.Tensor:
+    """One member: x [..., K], weight [N, K] of any strides -> [..., N]."""
+    num_rows, width = row_slots.shape
+    num_cols, num_features = weight.shape
+    y = x.new_empty(*x.shape[:-1], num_cols)
+    if not y.numel():
+        return y
+    x_TK = x.reshape(num_rows, num_features)
+    coeffs = row_slots if row_coeffs is None else row_coeffs
+    h_EW = y if pool is None else shrink(x_TK, row_slots, segments, pool)
+    grid = (triton.cdiv(num_rows, tile.BM) * triton.cdiv(num_cols, tile.BN),)
+    with device_of(x):
+        linear_kernel[grid](
+            x_TK,
+            *x_TK.stride(),
+            weight,
+            *weight.stride(),
+            weight if bias is None else bias,
+            0 if bias is None else bias.stride(0),
+            y,
+            h_EW,
+            h_EW.stride(0),
+            row_slots,
+            *row_slots.stride(),
+            coeffs,
+            *coeffs.stride(),
+            weight if pool is None else pool.b,
+            num_cols,
+            row_slots if pool is None else pool.start,
+            row_slots if pool is None else pool.rank,
+            row_slots if pool is None else pool.scaling,
+            num_rows,
+            num_features,
+            num_cols,
+            0 if pool is None else pool.start.numel(),
+            J=width,
+            BM=tile.BM,
+            BN=tile.BN,
+            BK=tile.BK,
+            BR=tile.BR,
+            HAS_BIAS=bias is not None,
+            HAS_POOL=pool is not None,
+            HAS_COEFFS=row_coeffs is not None,
+            PRECISION=expand_precision(x.dtype),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return y
+
+
+def shrink(x_TK: torch.Tensor, row_slots: torch.Tensor, segments: torch.Tensor, pool: SitePool) -> torch.Tensor:
+    """h = x A^T of each entry's slot, fp32 [E, W]; only the columns below the slot's rank are written."""
+    entries, num_features = row_slots.numel(), x_TK.shape[1]
+    max_adapters = check_pool(pool, segments, entries)
+    tile = shrink_tile(entries)
+    h_EW = torch.empty(entries, pool.rank_bound, dtype=torch.float32, device=x_TK.device)
+    with device_of(x_TK):
+        shrink_kernel[(tile_bound(entries, max_adapters, tile.BM),)](
+            x_TK,
+            *x_TK.stride(),
+            pool.a,
+            num_features,
+            h_EW,
+            h_EW.stride(0),
+            segments,
+            pool.start,
+            pool.rank,
+            entries,
+            num_features,
+            max_adapters,
+            J=row_slots.shape[1],
+            SLOTS=triton.next_power_of_2(max_adapters + 1),
+            BM=tile.BM,
+            BK=tile.BK,
+            BR=tile.BR,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return h_EW

@@ -1,0 +1,119 @@
+"""What differs between the Triton compiler and its interpreter, and the pieces shared by all Triton bodies.
+
+Stage: run time, below the Triton bodies. The only file that asks whether kernels are interpreted.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+
+from fxlora.kernels.errors import OpInputError
+from fxlora.kernels.registry import SitePool
+
+INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b in fp32. The interpreter's bf16 dot is wrong without a word, so it gets fp32 operands."""
+    if INTERPRET:
+        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def next_slot(slots, previous, max_adapters):
+    """Smallest slot above `previous` among a tile's slots, or `max_adapters` if there is none."""
+    return tl.min(tl.where((slots > previous) & (slots < max_adapters), slots, max_adapters), axis=0)
+
+
+@triton.jit
+def add_adapters(
+    acc,  # [BM, BN] fp32, the base result
+    rows,  # [BM] int64
+    cols,  # [BN] int64
+    h_ptr,
+    h_offsets,  # [BM] int64, where the row's h begins; of the entry of j = 0 when h is a workspace
+    h_entry_stride,
+    slots_ptr,
+    slots_row_stride,
+    slots_j_stride,
+    coeffs_ptr,
+    coeffs_row_stride,
+    coeffs_j_stride,
+    b_ptr,
+    b_row_stride,
+    start_ptr,
+    rank_ptr,
+    scaling_ptr,
+    num_rows,
+    num_cols,
+    max_adapters,
+    J: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    HAS_COEFFS: tl.constexpr,
+    H_IN_POOL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc plus, for each j in order, coeff * scaling * (h @ B) of the row's slot; other rows keep their bits.
+
+    h_ptr: H_IN_POOL: the pool of A, a row's ranks begin at `start`; else a workspace [T * J, W] whose columns begin at 0.
+    A tile is walked slot by slot and each result selected by row, so that a slot's infinities never reach other rows.
+    """
+    row_mask = rows < num_rows
+    col_mask = cols < num_cols
+    for j in tl.static_range(J):
+        slots = tl.load(slots_ptr + rows * slots_row_stride + j * slots_j_stride, mask=row_mask, other=-1)
+        coeffs = tl.full([BM], 1.0, tl.float32)
+        if HAS_COEFFS:
+            coeffs = tl.load(coeffs_ptr + rows * coeffs_row_stride + j * coeffs_j_stride, mask=row_mask, other=0.0)
+        slot = next_slot(slots, -1, max_adapters)
+        while slot < max_adapters:
+            here = slots == slot
+            rank = tl.load(rank_ptr + slot)
+            start = tl.load(start_ptr + slot).to(tl.int64)
+            delta = tl.zeros([BM, BN], tl.float32)
+            for first in range(0, rank, BR):
+                ranks = first + tl.arange(0, BR)
+                rank_mask = ranks < rank
+                h_cols = start + ranks if H_IN_POOL else ranks.to(tl.int64)
+                h_at = h_ptr + (h_offsets + j * h_entry_stride)[:, None] + h_cols[None, :]
+                h = tl.load(h_at, mask=here[:, None] & rank_mask[None, :], other=0.0)  # [BM, BR]
+                b_at = b_ptr + (start + ranks)[:, None] * b_row_stride + cols[None, :]
+                b = tl.load(b_at, mask=rank_mask[:, None] & col_mask[None, :], other=0.0)  # [BR, BN]
+                delta = dot(h.to(tl.float32), b.to(tl.float32), delta, PRECISION)
+            if rank > 0:
+                factor = coeffs * tl.load(scaling_ptr + slot)
+                acc = tl.where(here[:, None], acc + delta * factor[:, None], acc)
+            slot = next_slot(slots, slot, max_adapters)
+    return acc
+
+
+def device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Launches inside go to this tensor's GPU. Nothing to do on CPU (interpreted kernels) or on the current GPU."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def expand_precision(dtype: torch.dtype) -> str:
+    """How h @ B multiplies: tf32 holds bf16 and fp16 values exactly and h with fp32's range; fp32 sites stay fp32."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def check_pool(pool: SitePool, segments: torch.Tensor, entries: int) -> int:
+    """Slots of the pool. Raises OpInputError when the segments were sorted for another number of slots."""
+    max_adapters = pool.start.numel()
+    if segments.numel() != entries + max_adapters + 2:
+        raise OpInputError(
+            f"segments were sorted for {segments.numel() - entries - 2} slots, the pool has {max_adapters}"
+        )
+    return max_adapters
