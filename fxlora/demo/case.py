@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fxlora.demo import DATA
+
 if TYPE_CHECKING:
     import torch
-
-DATA = Path(__file__).parent / "data"
 
 
 @dataclass(frozen=True)

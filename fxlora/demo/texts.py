@@ -1,8 +1,9 @@
 """The three kinds of text the demo's adapters are trained on, all found on any machine that runs Python.
 
-Code is the standard library, docs is `pydoc_data.topics`, licence is the licence files of installed packages. The
-held-out text of each kind is fixed by name, is cut out of the training text paragraph by paragraph, and is saved beside
-the adapters, since the standard library changes from one Python to the next.
+Code is the standard library, docs is `pydoc_data.topics`, licence is the licence files of installed packages and, on
+Debian, the common licences. The held-out text of each kind is fixed by name (of licence, it is Python's own), is cut
+out of the training text paragraph by paragraph, and is saved beside the adapters, since the standard library changes
+from one Python to the next.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ EXCERPTS, EXCERPT_BYTES = 6, 512
 
 HELD_OUT_MODULES = ("sched.py", "queue.py", "textwrap.py", "shelve.py")
 HELD_OUT_TOPICS = ("exceptions", "global", "naming", "try", "typesmethods", "with")
+COMMON_LICENCES = Path("/usr/share/common-licenses")
 SHINGLE = 40
 
 
@@ -57,7 +59,8 @@ def _topics() -> list[str]:
 
 
 def _licences() -> list[str]:
-    texts: list[str] = []
+    common = sorted(COMMON_LICENCES.iterdir()) if COMMON_LICENCES.is_dir() else []
+    texts = [_read(path) for path in common if not path.is_symlink()]
     names = ("LICENSE", "LICENCE", "COPYING", "NOTICE")
     for distribution in sorted(metadata.distributions(), key=lambda found: found.metadata["Name"].lower()):
         for file in distribution.files or ():

@@ -1,0 +1,104 @@
+"""The command line: what it prints, and its exit codes (0 done, 1 the answer is no, 2 the question was wrong)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
+
+import fxlora.cli
+from fxlora.commands.app import app
+from fxlora.commands.env import PACKAGES
+from fxlora.demo import DATA
+
+ADAPTERS = [str(DATA / "adapters" / kind) for kind in ("code", "docs", "licence")]
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    """Make packages look as if they were not installed."""
+    find_spec = importlib.util.find_spec
+
+    def without(name: str, package: str | None = None) -> ModuleSpec | None:
+        return None if name in packages else find_spec(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+
+
+def test_env_names_every_package_that_matters() -> None:
+    result = run("env")
+    assert result.exit_code == 0
+    for name in ("python", "CUDA", *PACKAGES):
+        assert name in result.output
+    assert torch.__version__ in result.output
+
+
+def test_without_the_extra_main_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fxlora.cli, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stopped:
+        fxlora.cli.main()
+    assert stopped.value.code == 2
+    assert "typer, rich, tqdm; pip install 'fxlora[cli]'" in capsys.readouterr().err
+
+
+def test_demo_without_peft_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide(monkeypatch, "peft")
+    result = run("demo")
+    assert result.exit_code == 2
+    assert "fxlora demo needs peft; install with: pip install 'fxlora[demo]'" in result.output
+
+
+def test_bench_outside_a_clone_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run("bench", "cpu")
+    assert result.exit_code == 2
+    assert "runs inside a clone of fxlora" in result.output
+
+
+def test_unknown_commands_and_models_are_refused(tmp_path: Path) -> None:
+    assert run("serve").exit_code == 2
+    assert run("inspect", str(tmp_path / "nowhere")).exit_code == 2
+    result = run("inspect", str(tmp_path))
+    assert result.exit_code == 2
+    assert "UnknownModelError" in result.output
+
+
+def test_inspect_shows_sites_and_what_binds() -> None:
+    result = run("inspect", str(DATA / "base"), *ADAPTERS)
+    assert result.exit_code == 0, result.output
+    assert "model.layers.0.mlp.gate" in result.output
+    assert "lm_head" in result.output
+    for kind in ("code", "docs", "licence"):
+        assert f"{kind}: binds" in result.output
+
+
+def test_inspect_says_what_does_not_bind_and_why(tmp_path: Path) -> None:
+    folder = tmp_path / "stray"
+    shutil.copytree(ADAPTERS[1], folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for half in ("lora_A", "lora_B"):
+        key = f"base_model.model.model.layers.0.self_attn.q_proj.{half}.weight"
+        tensors[key.replace("q_proj", "qq_proj")] = tensors.pop(key)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    result = run("inspect", str(DATA / "base"), str(folder))
+    assert result.exit_code == 1
+    assert "qq_proj" in result.output
+    assert "nearest" in result.output
+
+
+def test_inspect_needs_no_weights(tmp_path: Path) -> None:
+    shutil.copy(DATA / "base" / "config.json", tmp_path)
+    assert "architectures" in json.loads((tmp_path / "config.json").read_text())
+    assert run("inspect", str(tmp_path)).exit_code == 0
