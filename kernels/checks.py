@@ -14,7 +14,7 @@ from fxlora.kernels.registry import SitePool
 
 
 def check_rows(x_rows: int, row_slots: torch.Tensor, row_coeffs: torch.Tensor | None) -> None:
-    """Raises OpInputError when the row map is not int32 [T, J] for these T rows, or its coefficients not fp32 [T, J]."""
+    """Raises OpInputError when row_slots is not int32 [T, J] for these T rows, or row_coeffs not fp32 [T, J]."""
     if row_slots.dim() != 2 or row_slots.shape[0] != x_rows or row_slots.dtype != torch.int32:
         raise OpInputError(f"row_slots is {row_slots.dtype} {tuple(row_slots.shape)}; expected int32 [{x_rows}, J]")
     if row_coeffs is not None and (row_coeffs.shape != row_slots.shape or row_coeffs.dtype != torch.float32):

@@ -3,10 +3,10 @@
 Stage: run time, behind `ops.py`. Promises: a row without an adapter keeps the bits of `F.linear` / `F.embedding` on the
 whole input; at a fixed batch shape a row's bits do not depend on the slots of other rows. For that, adapters are never
 merged into one GEMM, and no GEMM has a shape at which its row count shows in the bits:
-    up to GEMM_MIN rows in the batch: one matrix-vector product per row (also the fastest: 1 us, where a GEMM of any size
-        wakes a second thread for 10 to 80 us);
-    above: one GEMM per slot over each run of at least GEMM_MIN adjacent rows, in place in views of the output; the slot's
-        remaining rows are gathered, padded to GEMM_MIN rows and scattered back.
+    up to GEMM_MIN rows in the batch: one matrix-vector product per row (also the fastest: 1 us, where a GEMM of
+        any size wakes a second thread for 10 to 80 us);
+    above: one GEMM per slot over each run of at least GEMM_MIN adjacent rows, in place in views of the output; the
+        slot's remaining rows are gathered, padded to GEMM_MIN rows and scattered back.
 Half-precision inputs are computed in fp32 and rounded once more at the end.
 
 Letters: T rows, J slots per row, K in-features, N out-features, R rank, S slots, V vocabulary.
@@ -99,7 +99,7 @@ def _cut(rows: torch.Tensor, slot: int, j: int) -> list[Rows]:
     breaks = (rows.diff() != 1).nonzero().flatten().add(1).tolist()
     runs = [(a, b) for a, b in zip([0, *breaks], [*breaks, rows.numel()], strict=True)]
     first = rows.tolist()
-    none = rows.new_empty(0)
+    none = rows[:0]
     blocks = [Rows(slot, j, first[a], first[b - 1] + 1, none, none) for a, b in runs if b - a >= GEMM_MIN]
     rest = torch.cat([none, *(rows[a:b] for a, b in runs if b - a < GEMM_MIN)])
     if rest.numel():

@@ -6,6 +6,8 @@ shrink is needed. An id outside the vocabulary gives a row of NaN (the CPU body 
 Letters: T rows, J slots per row, V vocabulary, N width, S slots, P pool rows.
 """
 
+# ruff: noqa: ANN001 (pointers and blocks of a Triton kernel have no static type)
+
 from __future__ import annotations
 
 import torch
@@ -15,30 +17,25 @@ import triton.language as tl
 from fxlora.kernels.checks import check_members, check_rows
 from fxlora.kernels.registry import pools_of
 from fxlora.kernels.tiles import embedding_tile
-from fxlora.kernels.triton_helpers import add_adapters, check_pool, device_of, expand_precision
+from fxlora.kernels.triton_helpers import (
+    add_adapters,
+    check_pool,
+    device_of,
+    expand_precision,
+    pool_arguments,
+    strided,
+)
 
 
 @triton.jit
 def embedding_kernel(
-    ids_ptr,  # [T]
-    ids_stride,
-    w_ptr,  # [V, N]
-    w_row_stride,
-    w_col_stride,
+    ids,  # [T]: pointer, stride
+    w,  # [V, N]: pointer, strides
     y_ptr,  # [T, N], contiguous
-    a_ptr,  # [V, P]
-    a_row_stride,
-    slots_ptr,  # int32 [T, J]
-    slots_row_stride,
-    slots_j_stride,
-    coeffs_ptr,  # fp32 [T, J]
-    coeffs_row_stride,
-    coeffs_j_stride,
-    b_ptr,  # [P, N]
-    b_row_stride,
-    start_ptr,
-    rank_ptr,
-    scaling_ptr,
+    a,  # [V, P]: pointer, row stride
+    slots,
+    coeffs,
+    pool,
     num_rows,
     vocabulary,
     num_cols,
@@ -50,47 +47,27 @@ def embedding_kernel(
     HAS_POOL: tl.constexpr,
     HAS_COEFFS: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+) -> None:
+    """One tile of y: rows of the table, adapters, one store."""
+    ids_ptr, ids_stride = ids
+    w_ptr, w_row_stride, w_col_stride = w
+    a_ptr, a_row_stride = a
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     cols = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)
     row_mask = rows < num_rows
-    col_mask = cols < num_cols
-    ids = tl.load(ids_ptr + rows * ids_stride, mask=row_mask, other=0).to(tl.int64)
-    known = (ids >= 0) & (ids < vocabulary)
-    w_at = w_ptr + ids[:, None] * w_row_stride + cols[None, :] * w_col_stride
-    acc = tl.load(w_at, mask=(row_mask & known)[:, None] & col_mask[None, :], other=float("nan")).to(tl.float32)
+    out_mask = row_mask[:, None] & (cols < num_cols)[None, :]
+    row_ids = tl.load(ids_ptr + rows * ids_stride, mask=row_mask, other=0).to(tl.int64)
+    known = (row_ids >= 0) & (row_ids < vocabulary)
+    w_at = w_ptr + row_ids[:, None] * w_row_stride + cols[None, :] * w_col_stride
+    acc = tl.load(w_at, mask=out_mask & known[:, None], other=float("nan")).to(tl.float32)
     if HAS_POOL:
+        h_offsets = tl.where(known, row_ids, 0) * a_row_stride
         acc = add_adapters(
-            acc,
-            rows,
-            cols,
-            a_ptr,
-            tl.where(known, ids, 0) * a_row_stride,
-            0,
-            slots_ptr,
-            slots_row_stride,
-            slots_j_stride,
-            coeffs_ptr,
-            coeffs_row_stride,
-            coeffs_j_stride,
-            b_ptr,
-            b_row_stride,
-            start_ptr,
-            rank_ptr,
-            scaling_ptr,
-            num_rows,
-            num_cols,
-            max_adapters,
-            J,
-            BM,
-            BN,
-            BR,
-            HAS_COEFFS,
-            True,
-            PRECISION,
-        )
+            acc, rows, cols, a_ptr, h_offsets, 0, slots, coeffs, pool, num_rows, num_cols, max_adapters,
+            J, BM, BN, BR, HAS_COEFFS, True, PRECISION,
+        )  # fmt: skip
     y_at = y_ptr + rows[:, None] * num_cols + cols[None, :]
-    tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=row_mask[:, None] & col_mask[None, :])
+    tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=out_mask)
 
 
 def lora_embedding(
@@ -108,31 +85,21 @@ def lora_embedding(
     pool = pools[0]
     num_rows, width = row_slots.shape
     vocabulary, num_cols = weight.shape
-    y = weight.new_empty(*ids.shape, num_cols)
+    y = torch.empty(*ids.shape, num_cols, dtype=weight.dtype, device=weight.device)
     if not y.numel():
         return y
     max_adapters = 0 if pool is None else check_pool(pool, segments, row_slots.numel())
     ids_T = ids.reshape(-1)
-    coeffs = row_slots if row_coeffs is None else row_coeffs
     tile = embedding_tile(num_rows)
     with device_of(ids):
         embedding_kernel[(triton.cdiv(num_rows, tile.BM), triton.cdiv(num_cols, tile.BN))](
-            ids_T,
-            ids_T.stride(0),
-            weight,
-            *weight.stride(),
+            strided(ids_T),
+            strided(weight),
             y,
-            weight if pool is None else pool.a,
-            0 if pool is None else pool.a.stride(0),
-            row_slots,
-            *row_slots.stride(),
-            coeffs,
-            *coeffs.stride(),
-            weight if pool is None else pool.b,
-            num_cols,
-            row_slots if pool is None else pool.start,
-            row_slots if pool is None else pool.rank,
-            row_slots if pool is None else pool.scaling,
+            (weight, 0) if pool is None else (pool.a, pool.a.stride(0)),
+            strided(row_slots),
+            strided(row_slots if row_coeffs is None else row_coeffs),
+            pool_arguments(pool, row_slots),
             num_rows,
             vocabulary,
             num_cols,

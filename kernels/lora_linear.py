@@ -1,12 +1,15 @@
-"""Triton body of `lora_linear`: per member a shrink into fp32 h, then the base GEMM with h @ B added before the one store.
+"""Triton body of `lora_linear`: per member a shrink into fp32 h, then the base GEMM with h @ B added before the one
+store.
 
-Stage: run time. The shrink runs over the sorted entries (tiles of one slot each, segments.py); the GEMM runs over rows as
-they lie, so a row's tile does not depend on the batch's slots. Grids come from shapes alone, the tables are read on the
-device: a captured CUDA graph serves whatever is loaded at replay.
+Stage: run time. The shrink runs over the sorted entries (tiles of one slot each, segments.py); the GEMM runs over
+rows as they lie, so a row's tile does not depend on the batch's slots. Grids come from shapes alone, the tables are
+read on the device: a captured CUDA graph serves whatever is loaded at replay.
 
-Letters: T rows, J slots per row, E = T * J entries, K in-features, N out-features, R rank, S slots, P pool rows, W columns
-of h (highest rank of the pool).
+Letters: T rows, J slots per row, E = T * J entries, K in-features, N out-features, R rank, S slots, P pool rows, W
+columns of h (highest rank of the pool).
 """
+
+# ruff: noqa: ANN001 (pointers and blocks of a Triton kernel have no static type)
 
 from __future__ import annotations
 
@@ -20,16 +23,21 @@ from fxlora.kernels.checks import check_members, check_rows
 from fxlora.kernels.registry import SitePool, pools_of
 from fxlora.kernels.segments import tile_bound
 from fxlora.kernels.tiles import Tile, gemm_tile, shrink_tile
-from fxlora.kernels.triton_helpers import add_adapters, check_pool, device_of, dot, expand_precision
+from fxlora.kernels.triton_helpers import (
+    add_adapters,
+    check_pool,
+    device_of,
+    dot,
+    expand_precision,
+    pool_arguments,
+    strided,
+)
 
 
 @triton.jit
 def shrink_kernel(
-    x_ptr,  # [T, K]
-    x_row_stride,
-    x_col_stride,
+    x,  # [T, K]: pointer, strides
     a_ptr,  # [P, K]
-    a_row_stride,
     h_ptr,  # fp32 [E, W]
     h_entry_stride,
     segments_ptr,
@@ -43,7 +51,9 @@ def shrink_kernel(
     BM: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
-):
+) -> None:
+    """h of one tile of sorted entries, all of one slot."""
+    x_ptr, x_row_stride, x_col_stride = x
     tile = tl.program_id(0)
     slots = tl.arange(0, SLOTS)
     starts_ptr = segments_ptr + num_entries
@@ -62,7 +72,7 @@ def shrink_kernel(
     row_mask = positions < end
     entries = tl.load(segments_ptr + positions, mask=row_mask, other=0).to(tl.int64)
     x_at = x_ptr + (entries // J) * x_row_stride
-    a_at = a_ptr + tl.load(start_ptr + slot).to(tl.int64) * a_row_stride
+    a_at = a_ptr + tl.load(start_ptr + slot).to(tl.int64) * num_features
     for first_rank in range(0, rank, BR):
         ranks = (first_rank + tl.arange(0, BR)).to(tl.int64)
         acc = tl.zeros([BM, BR], tl.float32)
@@ -71,7 +81,7 @@ def shrink_kernel(
             k_mask = ks < num_features
             x = tl.load(x_at[:, None] + ks[None, :] * x_col_stride, mask=row_mask[:, None] & k_mask[None, :], other=0.0)
             a_mask = k_mask[:, None] & (ranks < rank)[None, :]
-            a = tl.load(a_at + ranks[None, :] * a_row_stride + ks[:, None], mask=a_mask, other=0.0)  # [BK, BR]
+            a = tl.load(a_at + ranks[None, :] * num_features + ks[:, None], mask=a_mask, other=0.0)  # [BK, BR]
             acc = dot(x, a, acc, "ieee")
         h_at = h_ptr + entries[:, None] * h_entry_stride + ranks[None, :]
         tl.store(h_at, acc, mask=row_mask[:, None] & (ranks < rank)[None, :])
@@ -79,28 +89,15 @@ def shrink_kernel(
 
 @triton.jit
 def linear_kernel(
-    x_ptr,  # [T, K]
-    x_row_stride,
-    x_col_stride,
-    w_ptr,  # [N, K]
-    w_row_stride,
-    w_col_stride,
-    bias_ptr,  # [N]
-    bias_stride,
+    x,  # [T, K]: pointer, strides
+    w,  # [N, K]: pointer, strides
+    bias,  # [N]: pointer, stride
     y_ptr,  # [T, N], contiguous
     h_ptr,  # fp32 [E, W]
     h_entry_stride,
-    slots_ptr,  # int32 [T, J]
-    slots_row_stride,
-    slots_j_stride,
-    coeffs_ptr,  # fp32 [T, J]
-    coeffs_row_stride,
-    coeffs_j_stride,
-    b_ptr,  # [P, N]
-    b_row_stride,
-    start_ptr,
-    rank_ptr,
-    scaling_ptr,
+    slots,
+    coeffs,
+    pool,
     num_rows,
     num_features,
     num_cols,
@@ -114,7 +111,10 @@ def linear_kernel(
     HAS_POOL: tl.constexpr,
     HAS_COEFFS: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+) -> None:
+    """One tile of y: base GEMM, bias, adapters, one store."""
+    x_ptr, x_row_stride, x_col_stride = x
+    w_ptr, w_row_stride, w_col_stride = w
     tiles_m = tl.cdiv(num_rows, BM)
     rows = ((tl.program_id(0) % tiles_m) * BM + tl.arange(0, BM)).to(tl.int64)
     cols = ((tl.program_id(0) // tiles_m) * BN + tl.arange(0, BN)).to(tl.int64)
@@ -125,42 +125,17 @@ def linear_kernel(
         ks = (first_k + tl.arange(0, BK)).to(tl.int64)
         k_mask = ks < num_features
         x_at = x_ptr + rows[:, None] * x_row_stride + ks[None, :] * x_col_stride
-        x = tl.load(x_at, mask=row_mask[:, None] & k_mask[None, :], other=0.0)  # [BM, BK]
+        x_tile = tl.load(x_at, mask=row_mask[:, None] & k_mask[None, :], other=0.0)  # [BM, BK]
         w_at = w_ptr + cols[None, :] * w_row_stride + ks[:, None] * w_col_stride
-        w = tl.load(w_at, mask=k_mask[:, None] & col_mask[None, :], other=0.0)  # [BK, BN]
-        acc = dot(x, w, acc, "ieee")
+        w_tile = tl.load(w_at, mask=k_mask[:, None] & col_mask[None, :], other=0.0)  # [BK, BN]
+        acc = dot(x_tile, w_tile, acc, "ieee")
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + cols * bias_stride, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias[0] + cols * bias[1], mask=col_mask, other=0.0).to(tl.float32)[None, :]
     if HAS_POOL:
         acc = add_adapters(
-            acc,
-            rows,
-            cols,
-            h_ptr,
-            rows * J * h_entry_stride,
-            h_entry_stride,
-            slots_ptr,
-            slots_row_stride,
-            slots_j_stride,
-            coeffs_ptr,
-            coeffs_row_stride,
-            coeffs_j_stride,
-            b_ptr,
-            b_row_stride,
-            start_ptr,
-            rank_ptr,
-            scaling_ptr,
-            num_rows,
-            num_cols,
-            max_adapters,
-            J,
-            BM,
-            BN,
-            BR,
-            HAS_COEFFS,
-            False,
-            PRECISION,
-        )
+            acc, rows, cols, h_ptr, rows * J * h_entry_stride, h_entry_stride, slots, coeffs, pool,
+            num_rows, num_cols, max_adapters, J, BM, BN, BR, HAS_COEFFS, False, PRECISION,
+        )  # fmt: skip
     y_at = y_ptr + rows[:, None] * num_cols + cols[None, :]
     tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=row_mask[:, None] & col_mask[None, :])
 
@@ -198,33 +173,22 @@ def linear(
     """One member: x [..., K], weight [N, K] of any strides -> [..., N]."""
     num_rows, width = row_slots.shape
     num_cols, num_features = weight.shape
-    y = x.new_empty(*x.shape[:-1], num_cols)
+    y = torch.empty(*x.shape[:-1], num_cols, dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
     x_TK = x.reshape(num_rows, num_features)
-    coeffs = row_slots if row_coeffs is None else row_coeffs
     h_EW = y if pool is None else shrink(x_TK, row_slots, segments, pool)
-    grid = (triton.cdiv(num_rows, tile.BM) * triton.cdiv(num_cols, tile.BN),)
     with device_of(x):
-        linear_kernel[grid](
-            x_TK,
-            *x_TK.stride(),
-            weight,
-            *weight.stride(),
-            weight if bias is None else bias,
-            0 if bias is None else bias.stride(0),
+        linear_kernel[(triton.cdiv(num_rows, tile.BM) * triton.cdiv(num_cols, tile.BN),)](
+            strided(x_TK),
+            strided(weight),
+            (weight, 0) if bias is None else strided(bias),
             y,
             h_EW,
             h_EW.stride(0),
-            row_slots,
-            *row_slots.stride(),
-            coeffs,
-            *coeffs.stride(),
-            weight if pool is None else pool.b,
-            num_cols,
-            row_slots if pool is None else pool.start,
-            row_slots if pool is None else pool.rank,
-            row_slots if pool is None else pool.scaling,
+            strided(row_slots),
+            strided(row_slots if row_coeffs is None else row_coeffs),
+            pool_arguments(pool, row_slots),
             num_rows,
             num_features,
             num_cols,
@@ -252,10 +216,8 @@ def shrink(x_TK: torch.Tensor, row_slots: torch.Tensor, segments: torch.Tensor, 
     h_EW = torch.empty(entries, pool.rank_bound, dtype=torch.float32, device=x_TK.device)
     with device_of(x_TK):
         shrink_kernel[(tile_bound(entries, max_adapters, tile.BM),)](
-            x_TK,
-            *x_TK.stride(),
+            strided(x_TK),
             pool.a,
-            num_features,
             h_EW,
             h_EW.stride(0),
             segments,

@@ -1,13 +1,15 @@
 """The ops that a rewritten graph calls: schema, shape function and choice of body. The only file `passes/` imports.
 
-Stage: run time. Registered with `torch.library.Library` rather than `custom_op`, whose Python layers cost more than a small
-linear (measured on CPU, us a call of an op with this schema: 6 here, 12 with custom_op, 34 with custom_op and weights that
-require grad). No op has an autograd formula: outputs never carry grad, in grad mode and under every compile backend.
+Stage: run time. Registered with `torch.library.Library` rather than `custom_op`, whose Python layers cost more than a
+small linear (measured on CPU, us a call of an op with this schema: 6 here, 12 with custom_op, 34 with custom_op and
+weights that require grad). No op has an autograd formula: outputs never carry grad, in grad mode and under every
+compile backend.
 
-A call finds its adapter memory by handle (registry.py) at the time it runs; Triton is imported by the first call on CUDA.
-With TRITON_INTERPRET=1 set before this import, CPU tensors run the Triton bodies as well.
+A call finds its adapter memory by handle (registry.py) at the time it runs; Triton is imported by the first call on
+CUDA. With TRITON_INTERPRET=1 set before this import, CPU tensors run the Triton bodies as well.
 
-Letters: T rows (product of the leading dims of x), J slots per row, K in-features, N out-features, S slots, V vocabulary.
+Letters: T rows (product of the leading dims of x), J slots per row, K in-features, N out-features, S slots, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -40,13 +42,16 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    "lora_embedding(Tensor ids, Tensor weight, Tensor row_slots, Tensor? row_coeffs, Tensor segments, int group) -> Tensor",
+    "lora_embedding(Tensor ids, Tensor weight, Tensor row_slots, Tensor? row_coeffs, Tensor segments, int group) "
+    "-> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 segment_rows = torch.ops.fxlora.segment_rows.default
-"""(row_slots int32 [T, J], max_adapters S) -> int32 [T * J + S + 2], the layout of segments.py. On CPU raises OpInputError
-on a slot that is neither -1 nor in 0 .. S - 1; on CUDA such a slot means no adapter (checking would stop the stream)."""
+"""(row_slots int32 [T, J], max_adapters S) -> int32 [T * J + S + 2], the layout of segments.py.
+
+On CPU raises OpInputError on a slot that is neither -1 nor in 0 .. S - 1; on CUDA such a slot means no adapter
+(checking would stop the stream)."""
 
 lora_linear = torch.ops.fxlora.lora_linear.default
 """(x [..., K], weights [N, K] each, biases [N] or None each, row_slots int32 [T, J], row_coeffs fp32 [T, J] or None,
@@ -56,7 +61,9 @@ segments, group handle) -> one [..., N] per weight: y = x W^T + bias + sum over 
 accumulated in fp32, scaling is applied in fp32. Raises RuntimeGoneError, PlanMismatchError, OpInputError."""
 
 lora_logits = torch.ops.fxlora.lora_logits.default
-"""(x [..., K], weight [V, K], bias [V] or None, row_slots, row_coeffs, segments, group) -> [..., V]; as `lora_linear`."""
+"""(x [..., K], weight [V, K], bias [V] or None, row_slots, row_coeffs, segments, group) -> [..., V].
+
+As `lora_linear`."""
 
 lora_embedding = torch.ops.fxlora.lora_embedding.default
 """(ids [...] of any int dtype, weight [V, N], row_slots, row_coeffs, segments, group) -> [..., N]: the rows of `weight`

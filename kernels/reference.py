@@ -1,4 +1,5 @@
-"""Truth of every op: plain fp32 torch, one row and one slot at a time. Tests and benchmarks compare with this file alone.
+"""Truth of every op: plain fp32 torch, one row and one slot at a time. Tests and benchmarks compare with this file
+alone.
 
 Same arguments as the ops, except that pools come as arguments and `segments` is not read. Outputs are fp32.
 """

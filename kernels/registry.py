@@ -1,8 +1,8 @@
 """Adapter memory of each site, and the handles by which ops find it.
 
-Stage: run time, between the adapter pool that writes (`fxlora/pool.py`) and the ops that read. A rewritten graph holds one
-int64 per op call and never the pools themselves, so that compile caches hit across processes and CUDA-graph replays copy
-no pool (GraphModule buffers are copied at each replay).
+Stage: run time, between the adapter pool that writes (`fxlora/pool.py`) and the ops that read. A rewritten graph
+holds one int64 per op call and never the pools themselves, so that compile caches hit across processes and CUDA-graph
+replays copy no pool (GraphModule buffers are copied at each replay).
 
 Letters: K in-features, N out-features, V vocabulary, R rank, S slots, P pool rows.
 """
@@ -22,8 +22,8 @@ from fxlora.kernels.errors import PlanMismatchError, PoolWriteError, RuntimeGone
 PoolKind = Literal["linear", "embedding"]
 
 GEMM_MIN = 16
-"""Fewest rows, and fewest columns, at which the bits of a row of an fp32 CPU GEMM stop depending on its shape (measured:
-MKL on AVX-512, K 64 to 14336, 16 to 2048 rows, 1 to 256 ranks)."""
+"""Fewest rows, and fewest columns, at which the bits of a row of an fp32 CPU GEMM stop depending on its
+shape (measured: MKL on AVX-512, K 64 to 14336, 16 to 2048 rows, 1 to 256 ranks)."""
 
 _DIGEST_BITS, _ORDINAL_BITS, _GROUP_BITS = 32, 16, 15
 
@@ -31,8 +31,9 @@ _DIGEST_BITS, _ORDINAL_BITS, _GROUP_BITS = 32, 16, 15
 class Extent(NamedTuple):
     """What a CPU body reads of one slot: views of the pools, made once at load.
 
-    window: A padded to at least GEMM_MIN columns of whatever lies beside it in the pool, so that the bits of a shrink do
-    not depend on its row count (fp32 GEMMs with fewer columns change kernel with the row); `columns` are this slot's.
+    window: A padded to at least GEMM_MIN columns of whatever lies beside it in the pool, so that the bits of a shrink
+    do not depend on its row count (fp32 GEMMs with fewer columns change kernel with the row); `columns` are this
+    slot's.
     """
 
     a: torch.Tensor  # [R, K] (embedding: [V, R])
@@ -190,10 +191,10 @@ _groups: dict[int, Group] = {}
 def register_runtime(digest: int, groups: Sequence[Group]) -> tuple[int, ...]:
     """Makes the pools of one runtime reachable by handle: one int64 for each group, in order.
 
-    digest: 32 bits that name the plan. A member without a pool is None (base only). Handle bits, from the top: digest (32),
-    ordinal of the runtime among those of that digest made in this process (16), index of the group (15). The first runtime
-    of a plan gets the same handles in every process; no handle is used twice in one. The registry keeps the pools alive
-    until `unregister_runtime`.
+    digest: 32 bits that name the plan. A member without a pool is None (base only). Handle bits, from the top: digest
+    (32), ordinal of the runtime among those of that digest made in this process (16), index of the group (15). The
+    first runtime of a plan gets the same handles in every process; no handle is used twice in one. The registry keeps
+    the pools alive until `unregister_runtime`.
     """
     if not 0 <= digest < 1 << _DIGEST_BITS:
         raise ValueError(f"digest {digest:#x} does not fit {_DIGEST_BITS} bits")
@@ -230,7 +231,7 @@ def pools_of(handle: int) -> Group:
 def _raise_missing(handle: int) -> Group:
     digest = handle >> (_ORDINAL_BITS + _GROUP_BITS)
     ordinal = (handle >> _GROUP_BITS) & ((1 << _ORDINAL_BITS) - 1)
-    made = _made[digest] if digest in _made else 0
+    made = _made.get(digest, 0)
     if not made:
         raise PlanMismatchError(handle, f"no runtime of plan {digest:#010x} exists")
     if ordinal >= made:

@@ -4,6 +4,8 @@ Stage: run time, once per row map. Each program counts the entries of lower slot
 writes its own in entry order. Layout: segments.py.
 """
 
+# ruff: noqa: ANN001 (pointers and blocks of a Triton kernel have no static type)
+
 from __future__ import annotations
 
 import torch
@@ -15,7 +17,7 @@ from fxlora.kernels.triton_helpers import device_of
 
 
 @triton.jit
-def load_keys(slots_ptr, entries, num_entries, row_stride, j_stride, max_adapters, J: tl.constexpr):
+def load_keys(slots_ptr, entries, num_entries, row_stride, j_stride, max_adapters, J: tl.constexpr) -> tl.tensor:
     """Slot of each entry, S for entries without an adapter, S + 1 beyond the last entry."""
     inside = entries < num_entries
     at = slots_ptr + (entries // J).to(tl.int64) * row_stride + (entries % J).to(tl.int64) * j_stride
@@ -34,7 +36,8 @@ def segment_rows_kernel(
     max_adapters,
     J: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
+    """One slot: where its entries begin, and the entries."""
     slot = tl.program_id(0)
     start = 0
     for first in range(0, num_entries, BLOCK):
@@ -56,7 +59,7 @@ def segment_rows_kernel(
 def segment_rows(row_slots: torch.Tensor, max_adapters: int) -> torch.Tensor:
     """See `ops.segment_rows`."""
     entries = row_slots.numel()
-    segments = row_slots.new_empty(segments_size(entries, max_adapters))
+    segments = torch.empty(segments_size(entries, max_adapters), dtype=torch.int32, device=row_slots.device)
     block = min(1024, triton.next_power_of_2(max(entries, 16)))
     with device_of(row_slots):
         segment_rows_kernel[(max_adapters + 1,)](

@@ -1,15 +1,16 @@
 """Sorted form of a row map: which rows use which slot. Computed once per row map and forward, read by every op on it.
 
-Stage: run time, the node before the first op of a row map. A row map is `row_slots` int32 [T, J]; its E = T * J entries are
-numbered row-major, entry = row * J + j. Slots outside 0 .. S - 1 mean no adapter (the CPU body refuses all of them but -1).
+Stage: run time, the node before the first op of a row map. A row map is `row_slots` int32 [T, J]; its E = T * J
+entries are numbered row-major, entry = row * J + j. Slots outside 0 .. S - 1 mean no adapter (the CPU body refuses
+all of them but -1).
 
 Layout of `segments`, int32 [E + S + 2]:
     order        [E]      entries sorted by slot, entries without an adapter last, equal slots in entry order
     slot_starts  [S + 2]  slot s owns order[slot_starts[s] : slot_starts[s + 1]]; slot_starts[S] is where the entries
                           without an adapter begin, slot_starts[S + 1] = E
 
-Tiles of any height H need no table of their own: slot s owns the tiles from `slot_starts[s] // H + s` on, as many as its
-entries fill, and the next slot's tiles never begin earlier (floor(a) + ceil(b) <= floor(a + b) + 1). A grid of
+Tiles of any height H need no table of their own: slot s owns the tiles from `slot_starts[s] // H + s` on, as many as
+its entries fill, and the next slot's tiles never begin earlier (floor(a) + ceil(b) <= floor(a + b) + 1). A grid of
 `tile_bound(E, S, H)` programs covers every batch of that shape; a program whose tile is unused returns.
 """
 

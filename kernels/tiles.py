@@ -1,7 +1,8 @@
 """The one table of tile choices of the Triton bodies.
 
-Stage: run time, read at each launch. A choice may depend on the batch shape, on widths and on the dtype; never on what the
-batch holds, or the bits of one request would depend on the others. BM rows, BN out-features, BK in-features, BR ranks.
+Stage: run time, read at each launch. A choice may depend on the batch shape, on widths and on the dtype; never on
+what the batch holds, or the bits of one request would depend on the others. BM rows, BN out-features, BK in-features,
+BR ranks.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 Stage: run time, below the Triton bodies. The only file that asks whether kernels are interpreted.
 """
 
+# ruff: noqa: ANN001, RET505 (blocks have no static type; Triton compiles one branch of a constexpr, so both stay)
+
 from __future__ import annotations
 
 import os
@@ -19,7 +21,7 @@ INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
+def dot(a, b, acc, PRECISION: tl.constexpr) -> tl.tensor:
     """acc + a @ b in fp32. The interpreter's bf16 dot is wrong without a word, so it gets fp32 operands."""
     if INTERPRET:
         return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
@@ -28,7 +30,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def next_slot(slots, previous, max_adapters):
+def next_slot(slots, previous, max_adapters) -> tl.tensor:
     """Smallest slot above `previous` among a tile's slots, or `max_adapters` if there is none."""
     return tl.min(tl.where((slots > previous) & (slots < max_adapters), slots, max_adapters), axis=0)
 
@@ -39,19 +41,11 @@ def add_adapters(
     rows,  # [BM] int64
     cols,  # [BN] int64
     h_ptr,
-    h_offsets,  # [BM] int64, where the row's h begins; of the entry of j = 0 when h is a workspace
-    h_entry_stride,
-    slots_ptr,
-    slots_row_stride,
-    slots_j_stride,
-    coeffs_ptr,
-    coeffs_row_stride,
-    coeffs_j_stride,
-    b_ptr,
-    b_row_stride,
-    start_ptr,
-    rank_ptr,
-    scaling_ptr,
+    h_offsets,  # [BM] int64, where the row's h of j = 0 begins
+    h_j_stride,
+    slots,  # int32 [T, J]: pointer, strides
+    coeffs,  # fp32 [T, J]: pointer, strides
+    pool,  # B [P, N], start, rank, scaling
     num_rows,
     num_cols,
     max_adapters,
@@ -62,39 +56,51 @@ def add_adapters(
     HAS_COEFFS: tl.constexpr,
     H_IN_POOL: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+) -> tl.tensor:
     """acc plus, for each j in order, coeff * scaling * (h @ B) of the row's slot; other rows keep their bits.
 
-    h_ptr: H_IN_POOL: the pool of A, a row's ranks begin at `start`; else a workspace [T * J, W] whose columns begin at 0.
-    A tile is walked slot by slot and each result selected by row, so that a slot's infinities never reach other rows.
+    H_IN_POOL: h_ptr is the pool of A and a row's ranks begin at `start`; else a workspace whose columns begin at 0. The
+    tile is walked slot by slot and each result selected by row, so that a slot's infinities never reach other rows.
     """
+    slots_ptr, slots_row_stride, slots_j_stride = slots
+    coeffs_ptr, coeffs_row_stride, coeffs_j_stride = coeffs
+    b_ptr, start_ptr, rank_ptr, scaling_ptr = pool
     row_mask = rows < num_rows
     col_mask = cols < num_cols
     for j in tl.static_range(J):
-        slots = tl.load(slots_ptr + rows * slots_row_stride + j * slots_j_stride, mask=row_mask, other=-1)
-        coeffs = tl.full([BM], 1.0, tl.float32)
-        if HAS_COEFFS:
-            coeffs = tl.load(coeffs_ptr + rows * coeffs_row_stride + j * coeffs_j_stride, mask=row_mask, other=0.0)
-        slot = next_slot(slots, -1, max_adapters)
+        row_slots = tl.load(slots_ptr + rows * slots_row_stride + j * slots_j_stride, mask=row_mask, other=-1)
+        slot = next_slot(row_slots, -1, max_adapters)
         while slot < max_adapters:
-            here = slots == slot
+            here = row_slots == slot
             rank = tl.load(rank_ptr + slot)
             start = tl.load(start_ptr + slot).to(tl.int64)
             delta = tl.zeros([BM, BN], tl.float32)
             for first in range(0, rank, BR):
-                ranks = first + tl.arange(0, BR)
+                ranks = (first + tl.arange(0, BR)).to(tl.int64)
                 rank_mask = ranks < rank
-                h_cols = start + ranks if H_IN_POOL else ranks.to(tl.int64)
-                h_at = h_ptr + (h_offsets + j * h_entry_stride)[:, None] + h_cols[None, :]
+                h_cols = start + ranks if H_IN_POOL else ranks
+                h_at = h_ptr + (h_offsets + j * h_j_stride)[:, None] + h_cols[None, :]
                 h = tl.load(h_at, mask=here[:, None] & rank_mask[None, :], other=0.0)  # [BM, BR]
-                b_at = b_ptr + (start + ranks)[:, None] * b_row_stride + cols[None, :]
+                b_at = b_ptr + (start + ranks)[:, None] * num_cols + cols[None, :]
                 b = tl.load(b_at, mask=rank_mask[:, None] & col_mask[None, :], other=0.0)  # [BR, BN]
                 delta = dot(h.to(tl.float32), b.to(tl.float32), delta, PRECISION)
-            if rank > 0:
-                factor = coeffs * tl.load(scaling_ptr + slot)
-                acc = tl.where(here[:, None], acc + delta * factor[:, None], acc)
-            slot = next_slot(slots, slot, max_adapters)
+            delta *= tl.load(scaling_ptr + slot)
+            if HAS_COEFFS:
+                at = coeffs_ptr + rows * coeffs_row_stride + j * coeffs_j_stride
+                delta *= tl.load(at, mask=row_mask, other=0.0)[:, None]
+            acc = tl.where(here[:, None] & (rank > 0), acc + delta, acc)
+            slot = next_slot(row_slots, slot, max_adapters)
     return acc
+
+
+def strided(tensor: torch.Tensor) -> tuple[torch.Tensor | int, ...]:
+    """A kernel argument: the tensor and its strides."""
+    return (tensor, *tensor.stride())
+
+
+def pool_arguments(pool: SitePool | None, stand_in: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A kernel argument: B and the slot table; a stand-in that is never read where a member owns no pool."""
+    return (stand_in,) * 4 if pool is None else (pool.b, pool.start, pool.rank, pool.scaling)
 
 
 def device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
