@@ -293,7 +293,7 @@ DISTIL = {
 CLIP_VISION = {key: size for key, size in VIT.items() if key != "num_labels"}
 FUSED = ("query_key_value",)
 NEOX_MLP = ("dense_h_to_4h", "dense_4h_to_h")
-MASKED = {"head": ("decoder",), "embedding": WORDS}
+MASKED: Mapping[str, Any] = {"head": ("decoder",), "embedding": WORDS}
 
 UNNAMED: tuple[Entry, ...] = (
     causal(

@@ -72,7 +72,7 @@ def make_adapter(build: Callable[[], nn.Module], config: peft.LoraConfig, folder
     """Write an adapter as PEFT saves it (adapter_config.json and adapter_model.safetensors) and return its folder."""
     model = peft.get_peft_model(build(), config)
     randomize_adapter(model, torch.Generator().manual_seed(seed))
-    model.save_pretrained(folder, safe_serialization=True)
+    model.save_pretrained(str(folder), safe_serialization=True)
     return folder
 
 

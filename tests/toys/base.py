@@ -135,7 +135,10 @@ def register(toys: list[Toy], verdict: Verdict, **facts: Any) -> Callable[[Forwa
 
 
 def make_adapter(module: nn.Module, paths: Sequence[str], rank: int, seed: int, rslora: bool = False) -> Adapter:
-    """A PEFT adapter in memory (config, tensors) over the named linears and embeddings; A and B are random."""
+    """A PEFT adapter in memory (config, tensors) over the named linears and embeddings; A and B are random.
+
+    A module with a true attribute `in_by_out` keeps its weight as [in, out], as GPT-2's Conv1D does.
+    """
     generator, alpha = torch.Generator().manual_seed(seed), rank + 1
     tensors: dict[str, torch.Tensor] = {}
     for path in paths:
@@ -146,7 +149,7 @@ def make_adapter(module: nn.Module, paths: Sequence[str], rank: int, seed: int, 
             tensors[f"{key}.lora_embedding_A"] = torch.randn(rank, rows, generator=generator)
             tensors[f"{key}.lora_embedding_B"] = torch.randn(columns, rank, generator=generator) / 2
             continue
-        if type(module.get_submodule(path)).__name__ == "Conv1D":
+        if getattr(module.get_submodule(path), "in_by_out", False):
             rows, columns = columns, rows
         tensors[f"{key}.lora_A.weight"] = torch.randn(rank, columns, generator=generator) / math.sqrt(columns)
         tensors[f"{key}.lora_B.weight"] = torch.randn(rows, rank, generator=generator) / 2
@@ -177,7 +180,7 @@ def merged(module: nn.Module, adapter: Adapter | None) -> nn.Module:
         if key.endswith("lora_A.weight"):
             path = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
             delta = tensors[key.replace("lora_A", "lora_B")] @ first
-            delta = delta.T if type(made.get_submodule(path)).__name__ == "Conv1D" else delta
+            delta = delta.T if getattr(made.get_submodule(path), "in_by_out", False) else delta
         elif key.endswith("lora_embedding_A"):
             path = key.removeprefix("base_model.model.").removesuffix(".lora_embedding_A")
             delta = (tensors[key.replace("embedding_A", "embedding_B")] @ first).T
