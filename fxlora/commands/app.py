@@ -58,13 +58,14 @@ def demo(
 def inspect(
     model: Annotated[Path, typer.Argument(help="A folder that transformers can load.", exists=True, file_okay=False)],
     adapters: Annotated[list[Path] | None, typer.Argument(help="PEFT adapter folders.")] = None,
+    every: Annotated[bool, typer.Option("--every", help="A line for every site, not one per kind of layer.")] = False,
 ) -> None:
     """Show where adapters can go in a model, and what each given adapter binds to, what not, and why."""
     with refusals():
         require("fxlora inspect", "transformers")
         from fxlora.commands.inspect import inspect_model
 
-        if not inspect_model(model, adapters or [], Console()):
+        if not inspect_model(model, adapters or [], Console(), fold=not every):
             raise typer.Exit(1)
 
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 import fxlora.cli
 from fxlora.commands.app import app
 from fxlora.commands.env import PACKAGES
+from fxlora.commands.inspect import fold_names
 from fxlora.demo import DATA
 
 ADAPTERS = [str(DATA / "adapters" / kind) for kind in ("code", "docs", "licence")]
@@ -78,10 +79,19 @@ def test_unknown_commands_and_models_are_refused(tmp_path: Path) -> None:
 def test_inspect_shows_sites_and_what_binds() -> None:
     result = run("inspect", str(DATA / "base"), *ADAPTERS)
     assert result.exit_code == 0, result.output
-    assert "model.layers.0.mlp.gate" in result.output
+    assert "model.layers.[0-3].mlp.gate" in result.output
     assert "lm_head" in result.output
     for kind in ("code", "docs", "licence"):
-        assert f"{kind}: binds" in result.output
+        assert f"{kind}: binds in full" in result.output
+    assert "model.layers.2.mlp.gate" in run("inspect", str(DATA / "base"), "--every").output
+
+
+def test_names_fold_over_their_numbers() -> None:
+    assert fold_names(["layers.0.q"]) == "layers.0.q"
+    assert fold_names([f"layers.{layer}.q" for layer in (2, 10, 0, 1)]) == "layers.[0-2,10].q"
+    assert (
+        fold_names([f"layers.{layer}.experts.{layer % 2}.w1" for layer in range(4)]) == "layers.[0-3].experts.[0-1].w1"
+    )
 
 
 def test_inspect_says_what_does_not_bind_and_why(tmp_path: Path) -> None:

@@ -1,0 +1,135 @@
+"""`fxlora inspect`: the sites of a model, and what each adapter binds to, what not, and why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import fxlora
+from fxlora.adapter import read_adapter
+from fxlora.binding import BoundAdapter, bind_adapter
+from fxlora.commands.models import example_inputs, load_model
+from fxlora.errors import AdapterError, UnboundTensorError
+from fxlora.passes.sites import Site, Skipped
+
+
+def inspect_model(folder: Path, adapters: Sequence[Path], console: Console, *, fold: bool = True) -> bool:
+    """Print the sites of a model and what adapters bind to. Returns whether every adapter binds in full.
+
+    fold: sites that differ by the numbers in their names alone share a line.
+    """
+    model = load_model(folder)
+    graph = fxlora.capture(model, **example_inputs(model))
+    lora = fxlora.apply(graph, max_adapters=1, max_rank=1)
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    console.print(_sites(lora.sites, fold=fold))
+    if lora.skipped:
+        console.print(_skipped(lora.skipped, fold=fold))
+    binds = [_report(console, path, lora.sites, lora.skipped, weights, fold=fold) for path in adapters]
+    return all(binds)
+
+
+def fold_names(names: Iterable[str]) -> str:
+    """Return one name for names that differ in their numbers: layers.0.q, layers.1.q, layers.2.q → layers.[0-2].q."""
+    split = [re.split(r"(\d+)", name) for name in names]
+    return "".join(_fold_part(parts) for parts in zip(*split, strict=True))
+
+
+def _fold_part(parts: Sequence[str]) -> str:
+    if len(set(parts)) == 1:
+        return parts[0]
+    numbers = sorted({int(part) for part in parts})
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][-1] + 1 == number:
+            spans[-1][1:] = [number]
+        else:
+            spans.append([number])
+    return "[" + ",".join("-".join(map(str, span)) for span in spans) + "]"
+
+
+def _groups(rows: Iterable[tuple[str, ...]], *, fold: bool) -> list[list[tuple[str, ...]]]:
+    """Gather rows whose cells are equal but for numbers in the first and the second, in order of first appearance."""
+    groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for row in rows:
+        key = (re.sub(r"\d+", "#", row[0]), re.sub(r"\d+", "#", row[1]), *row[2:]) if fold else row
+        groups.setdefault(key, []).append(row)
+    return list(groups.values())
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _fill(table: Table, rows: Iterable[tuple[str, ...]], *, fold: bool) -> Table:
+    for group in _groups(rows, fold=fold):
+        first, second = (fold_names(row[cell] for row in group) for cell in (0, 1))
+        table.add_row(*(Text(cell) for cell in (first, second, *group[0][2:], str(len(group)))))
+    return table
+
+
+def _sites(sites: Sequence[Site], *, fold: bool) -> Table:
+    table = _table(f"{len(sites)} sites", "site", "also named", "role", "out x in", "uses", "rows", "sites")
+    rows = (
+        (
+            site.name,
+            ", ".join(alias.removesuffix(".weight") for alias in site.aliases),
+            site.role.value,
+            f"{site.out_features} x {site.in_features}",
+            str(len(site.uses)),
+            str(site.rows),
+        )
+        for site in sites
+    )
+    return _fill(table, rows, fold=fold)
+
+
+def _skipped(skipped: Sequence[Skipped], *, fold: bool) -> Table:
+    table = _table(f"{len(skipped)} weights that are no site", "weight", "also named", "reason", "weights")
+    return _fill(table, ((skip.name, ", ".join(skip.aliases), skip.reason) for skip in skipped), fold=fold)
+
+
+def _report(
+    console: Console,
+    path: Path,
+    sites: Sequence[Site],
+    skipped: Sequence[Skipped],
+    weights: Mapping[str, torch.Tensor],
+    *,
+    fold: bool,
+) -> bool:
+    """Print what one adapter binds to, or why it does not. Returns whether it binds in full."""
+    try:
+        with read_adapter(path) as adapter:
+            bound = bind_adapter(adapter, sites, skipped, weights)
+    except UnboundTensorError as error:
+        console.print(Text(f"{path.name}: does not bind, {len(error.unbound)} tensors have no site", style="bold red"))
+        table = _table("", "tensor", "nearest site", "reason", "tensors")
+        console.print(
+            _fill(table, ((tensor.key, tensor.nearest or "none", tensor.reason) for tensor in error.unbound), fold=fold)
+        )
+        return False
+    except AdapterError as error:
+        console.print(Text(f"{path.name}: refused, {type(error).__name__}: {error}", style="bold red"))
+        return False
+    console.print(_bound(path.name, bound, fold=fold))
+    return True
+
+
+def _bound(name: str, bound: BoundAdapter, *, fold: bool) -> Table:
+    tensors = sum(len(entry.keys) for entry in bound.entries.values())
+    title = f"{name}: binds in full, {tensors} tensors to {len(bound.entries)} sites"
+    rows = (
+        (site.name, site.role.value, str(entry.rank), f"{entry.scaling:g}") for site, entry in bound.entries.items()
+    )
+    return _fill(_table(title, "site", "role", "rank", "scaling", "sites"), rows, fold=fold)
