@@ -268,15 +268,16 @@ class AdapterPool:
         return start
 
     def _stage(self, site: Site, entry: Entry) -> _Staged:
-        staged = []
-        for half, tensor in (("A", entry.a_RK), ("B", entry.b_RN)):
-            converted = tensor.detach().to(site.device, site.dtype)
-            if tensor.dtype != site.dtype:
-                _log.debug("%s at site %s: %s stored as %s", half, site.name, tensor.dtype, site.dtype)
-            if bad := count_nonfinite(converted):
-                raise NonFiniteError(f"{bad} values of {half} at site {site.name} ({entry.keys}) overflow {site.dtype}")
-            staged.append(converted)
-        return _Staged(site, *staged, entry.scaling)
+        a_RK = self._convert(site, "A", entry.a_RK, entry.keys)
+        return _Staged(site, a_RK, self._convert(site, "B", entry.b_RN, entry.keys), entry.scaling)
+
+    def _convert(self, site: Site, half: str, tensor: torch.Tensor, keys: tuple[str, ...]) -> torch.Tensor:
+        if tensor.dtype != site.dtype:
+            _log.debug("%s at site %s: %s stored as %s", half, site.name, tensor.dtype, site.dtype)
+        converted = tensor.detach().to(site.device, site.dtype)
+        if bad := count_nonfinite(converted):
+            raise NonFiniteError(f"{bad} values of {half} at site {site.name} ({keys}) are not finite in {site.dtype}")
+        return converted
 
     def _write(self, slot: int, starts: Mapping[Site, int], staged: Sequence[_Staged]) -> None:
         """Writes every entry; if the device fails midway, what was written is unpublished again."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +54,8 @@ def make_site(
 def sites_of(model: nn.Module, dtype: torch.dtype | None = None) -> ModelSites:
     """Every linear, Conv1D, router, embedding and head of a model; stacked expert weights are skipped with a reason."""
     weights: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find_head: Callable[[], nn.Module | None] = getattr(model, "get_output_embeddings", lambda: None)
+    head = find_head()
     sites: dict[tuple[int, Role], Site] = {}
     skipped: list[Skipped] = []
     for name, module in model.named_modules():

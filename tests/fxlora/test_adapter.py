@@ -115,7 +115,8 @@ ON: Mapping[str, Any] = {
 def test_features_not_served_are_refused_by_name(key: str) -> None:
     with pytest.raises(UnsupportedAdapterError, match=key):
         AdapterConfig.from_mapping({**MINIMAL, key: ON[key]})
-    for off in (None, False, [], {}):
+    values: tuple[Any, ...] = (None, False, [], {})
+    for off in values:
         AdapterConfig.from_mapping({**MINIMAL, key: off})
 
 
@@ -142,9 +143,9 @@ def test_a_pissa_adapter_is_refused_because_it_belongs_to_another_base(tmp_path:
             super().__init__()
             self.fc = torch.nn.Linear(6, 5)
 
-    base = Model()
+    base: Any = Model()
     weight = base.fc.weight.detach().clone()
-    model = peft.get_peft_model(base, peft.LoraConfig(r=2, init_lora_weights="pissa", target_modules=["fc"]))
+    model: Any = peft.get_peft_model(base, peft.LoraConfig(r=2, init_lora_weights="pissa", target_modules=["fc"]))
     model.save_pretrained(tmp_path)
     assert not torch.allclose(base.fc.base_layer.weight, weight, atol=1e-3)
     with pytest.raises(UnsupportedAdapterError, match="path_initial_model_for_weight_conversion"):

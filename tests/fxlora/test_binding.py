@@ -41,15 +41,15 @@ def bind(source: Any, model: ModelSites) -> BoundAdapter:
         return bind_adapter(adapter, model.sites, model.skipped, model.weights)
 
 
-def peft_model(entry: Entry, config: peft.LoraConfig, seed: int = 0) -> nn.Module:
+def peft_model(entry: Entry, config: peft.LoraConfig, seed: int = 0) -> Any:
     model = peft.get_peft_model(entry.build(), config)
     randomize_adapter(model, torch.Generator().manual_seed(seed))
     return model
 
 
-def layers_of(model: nn.Module) -> dict[str, LoraLayer]:
+def layers_of(model: Any) -> dict[str, Any]:
     """PEFT's own LoRA layers by base parameter path."""
-    layers = {}
+    layers: dict[str, Any] = {}
     for name, module in model.base_model.model.named_modules():
         if isinstance(module, LoraLayer):
             parameter = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
@@ -57,7 +57,7 @@ def layers_of(model: nn.Module) -> dict[str, LoraLayer]:
     return layers
 
 
-def assert_equal_to_peft(bound: BoundAdapter, model: nn.Module, sites: ModelSites) -> None:
+def assert_equal_to_peft(bound: BoundAdapter, model: Any, sites: ModelSites) -> None:
     """Every LoRA layer of the PEFT model has one entry with its tensors, rank and scaling, and nothing else has one."""
     layers = layers_of(model)
     assert len(layers) == len(bound.entries)
@@ -393,15 +393,17 @@ class TwoWrapped(nn.Module):
 def test_nested_wrapped_parameters_are_told_apart(tmp_path: Path) -> None:
     base = TwoWrapped()
     config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=[], target_parameters=["block.alpha", "block.zeta"])
-    model = peft.get_peft_model(copy.deepcopy(base), config)
+    model: Any = peft.get_peft_model(copy.deepcopy(base), config)
     randomize_adapter(model, torch.Generator().manual_seed(0))
     model.save_pretrained(tmp_path)
     assert sum(".base_layer." in key for key in load_file(tmp_path / WEIGHTS_NAME)) == 2
-    weights = dict(base.named_parameters())
+    weights: Tensors = dict(base.named_parameters())
     sites = [make_site(name, weights[name]) for name in ("block.zeta", "block.alpha")]
     sites = [type(site)(**{**vars(site), "parameter": site.name}) for site in sites]
     bound = bind(tmp_path, ModelSites(tuple(sites), (), weights))
-    for layer in (module for module in model.modules() if isinstance(module, ParamWrapper)):
+    wrappers: list[Any] = [module for module in model.modules() if isinstance(module, ParamWrapper)]
+    assert len(wrappers) == 2
+    for layer in wrappers:
         (site,) = [site for site in sites if site.name == f"block.{layer.parameter_name}"]
         assert torch.equal(bound.entries[site].a_RK, layer.lora_A["default"].weight)
         assert torch.equal(bound.entries[site].b_RN, layer.lora_B["default"].weight.t())
@@ -427,7 +429,7 @@ def test_an_adapter_of_another_model_names_what_is_near(tmp_path: Path) -> None:
         bind(folder, sites_of(ZOO["gpt2"].build()))
     assert len(caught.value.unbound) == len(load_file(folder / WEIGHTS_NAME))
     with pytest.raises(UnboundTensorError) as caught:
-        bind(folder, sites_of(entry.build().model))
+        bind(folder, sites_of(entry.build().get_submodule("model")))
     first = caught.value.unbound[0]
     assert first.key.removeprefix("base_model.model.model.").startswith(first.nearest or "none")
 
