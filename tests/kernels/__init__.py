@@ -1,0 +1,1 @@
+"""Tests of the kernel room, file by file."""
