@@ -104,5 +104,5 @@ def _parse(key: str) -> PlainKey | tuple[str, int, bool, str]:
 
 
 def _without_prefix(path: str) -> tuple[str, ...]:
-    bare = f"{path}.".removeprefix(_PREFIX).removesuffix(".")
+    bare = path.removeprefix(_PREFIX)
     return (bare,) if bare == path else (bare, path)

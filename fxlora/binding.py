@@ -155,7 +155,7 @@ class _Index:
             if targeted and not key.embedding and key.nesting < len(targeted):
                 path = targeted[len(targeted) - 1 - key.nesting]
                 return path, path, True
-            path = f"{module}.weight" if module else "weight"
+            path = f"{module}.weight"
             if path in self._by_path and not key.nesting:
                 return path, module, False
         return None
