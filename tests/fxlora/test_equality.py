@@ -122,8 +122,8 @@ def test_logits_to_keep(name: str, keep: int | tuple[int, ...], tmp_path: Path) 
     kept = torch.tensor(keep) if isinstance(keep, tuple) else keep
     gm = fxlora.capture(entry.build(), **entry.inputs(), logits_to_keep=kept)
     lora = fxlora.apply(gm, max_adapters=4, max_rank=16, batch_dims={"input_ids": 0, "attention_mask": 0})
-    for adapter, folder in adapters.items():
-        lora.load_adapter(adapter, folder)
+    for loaded, folder in adapters.items():
+        lora.load_adapter(loaded, folder)
     inputs = entry.inputs(batch=len(MIXED), seed=5)
     got = lora(**copied(inputs), logits_to_keep=kept, adapters=list(MIXED))
     whole, index = Oracle(entry.build, adapters), torch.tensor(keep) if isinstance(keep, tuple) else slice(-keep, None)
@@ -145,12 +145,13 @@ def test_packed_requests_choose_per_token(name: str, tmp_path: Path) -> None:
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     packed = {"input_ids": ids, "position_ids": positions}
     lora = served(entry, adapters, packed, batch_dims={"input_ids": (0, 1), "position_ids": (0, 1)})
-    per_token = [name for name, length in zip(names, lengths, strict=True) for _ in range(length)]
+    per_token = [chosen for chosen, length in zip(names, lengths, strict=True) for _ in range(length)]
     got = tensors_of(lora(**copied(packed), adapters=[per_token]))["logits"]
     oracle, start = Oracle(entry.build, adapters), 0
-    for name_, length in zip(names, lengths, strict=True):
+    for index, length in enumerate(lengths):
+        chosen = names[index]
         mine = {"input_ids": ids[:, start : start + length]}
-        want, base = (oracle.alone(each, mine)["logits"] for each in (name_, None))
+        want, base = (oracle.alone(each, mine)["logits"] for each in (chosen, None))
         assert relative_error(got[:, start : start + length], want) <= TOLERANCE
-        assert name_ is None or relative_error(want, base) > 1e-3
+        assert chosen is None or relative_error(want, base) > 1e-3
         start += length
