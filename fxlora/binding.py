@@ -13,6 +13,8 @@ import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -31,6 +33,7 @@ from fxlora.errors import (
     UnsupportedAdapterError,
 )
 from fxlora.passes.sites import Role, Site, Skipped
+from fxlora.passes.weights import tensor_key
 
 _log = logging.getLogger(__name__)
 
@@ -121,15 +124,15 @@ class _Index:
     """Parameter paths of a model, and what is known of the tensor behind each; aliases share one target."""
 
     def __init__(self, sites: Sequence[Site], skipped: Sequence[Skipped], weights: Mapping[str, torch.Tensor]) -> None:
-        by_id: dict[int, _Target] = {}
+        by_key: dict[Any, _Target] = {}
         self._by_path: dict[str, _Target] = {}
         self._children: dict[str, list[str]] = {}
         for name, weight in weights.items():
             path = clean_path(name)
-            self._by_path[path] = by_id.setdefault(id(weight), _Target(weight))
+            self._by_path[path] = by_key.setdefault(tensor_key(weight), _Target(weight))
             self._children.setdefault(path.rpartition(".")[0], []).append(path)
         for site in sites:
-            target = by_id.setdefault(id(site.weight), _Target(site.weight))
+            target = by_key.setdefault(tensor_key(site.weight), _Target(site.weight))
             target.sites.append(site)
             for name in (site.parameter, *site.aliases):
                 self._by_path.setdefault(clean_path(name), target)
@@ -160,10 +163,13 @@ class _Index:
                 return path, module, False
         return None
 
-    def skips_below(self, modules: Sequence[str]) -> list[str]:
-        """Reasons given for any weight registered directly at one of these modules."""
+    def skips_at(self, modules: Sequence[str]) -> list[str]:
+        """Reasons given for the weights of these modules, or for a module that they are or lie in."""
         paths = [path for module in modules for path in self._children.get(module, [])]
-        return list(dict.fromkeys(reason for path in paths for reason in self._by_path[path].skips))
+        for module in modules:
+            paths += accumulate(module.split("."), "{}.{}".format)
+        targets = [self._by_path[path] for path in paths if path in self._by_path]
+        return list(dict.fromkeys(reason for target in targets for reason in target.skips))
 
     def nearest(self, module: str) -> str | None:
         """The closest module path that has a site; for the first few asked only, as the search is slow."""
@@ -192,7 +198,7 @@ def _place(index: _Index, key: LoraKey, config: AdapterConfig) -> _Place | str:
     """Where a key goes, or the reason why nowhere."""
     found = index.parameter_of(key, config.target_parameters)
     if found is None:
-        skips = index.skips_below(key.modules)
+        skips = index.skips_at(key.modules)
         return "; ".join(skips) if skips else "no weight of this name"
     path, pattern_path, was_wrapped = found
     target = index.first((path,))

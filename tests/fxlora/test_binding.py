@@ -249,6 +249,23 @@ def test_a_skipped_weight_gives_its_reason(toy: ModelSites) -> None:
         bind((CONFIG, pair("gate", 6, 3)), unread)
 
 
+@pytest.mark.parametrize("path", ["fc.layers.1", "fc.layers.1.q_proj", "fc.layers.1.mlp.up_proj"])
+def test_a_skipped_module_gives_its_reason_for_all_below_it(toy: ModelSites, path: str) -> None:
+    model = ModelSites(toy.sites, (Skipped("fc.layers.1", "on another pipeline stage"),), toy.weights)
+    with pytest.raises(UnboundTensorError) as caught:
+        bind((CONFIG, pair(path, 6, 5)), model)
+    assert {item.reason for item in caught.value.unbound} == {"on another pipeline stage"}
+    with pytest.raises(UnboundTensorError, match="no weight of this name"):
+        bind((CONFIG, pair("fc.layers.10", 6, 5)), model)
+
+
+def test_two_parameter_objects_over_one_memory_are_one_weight(toy: ModelSites) -> None:
+    twin = nn.Parameter(toy.weights["fc.weight"].detach())
+    model = ModelSites(toy.sites, (), {"twin.weight": twin, **{k: v.detach() for k, v in toy.weights.items()}})
+    for path in ("twin", "fc"):
+        assert list(bind((CONFIG, pair(path, 6, 5)), model).entries) == [toy.of("fc")]
+
+
 def test_a_weight_read_as_linear_and_as_logits_is_ambiguous(toy: ModelSites) -> None:
     both = (*toy.sites, make_site("fc", toy.of("fc").weight, Role.LOGITS))
     with pytest.raises(UnboundTensorError, match="read as linear and as logits"):
