@@ -1,8 +1,9 @@
 """What every test gets: sleeping OpenMP threads, seeds, poisoned memory in the kernels, a device, the `gpu` marker.
 
-Triton bodies run on CUDA, or on CPU tensors when TRITON_INTERPRET=1 is set before the first import of fxlora.kernels.ops.
-One process can therefore not hold both CPU bodies and interpreted ones. tests/kernels/test_interpreter.py starts a second
-pytest with that variable over every test marked `interpreted`, so that one run covers both; by hand:
+Triton bodies run on CUDA, or on CPU tensors when TRITON_INTERPRET=1 is set before the first import of
+fxlora.kernels.ops. One process can therefore not hold both CPU bodies and interpreted ones.
+tests/kernels/test_interpreter.py starts a second pytest with that variable over every test marked `interpreted`, so
+that one run covers both; by hand:
     TRITON_INTERPRET=1 pytest tests/kernels -m interpreted
 """
 
@@ -61,7 +62,7 @@ def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 @pytest.fixture(scope="session", autouse=True)
 def poison_empty_memory_of_the_kernels() -> Iterator[None]:
-    """Replaces the name `torch` inside every module of fxlora.kernels, and nowhere else (dynamo must see the real one)."""
+    """Replaces the name `torch` inside every module of fxlora.kernels; elsewhere dynamo must see the real one."""
     kernels = import_module("fxlora.kernels")
     fake = PoisonedTorch("torch")
     patched = []

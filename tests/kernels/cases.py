@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
@@ -111,7 +112,7 @@ def draw_slots(rows: int, width: int, max_adapters: int, order: str) -> torch.Te
     slots = torch.randint(-1, max_adapters, (rows, width), dtype=torch.int32)
     if order == "runs" and rows:
         cuts = [0, *sorted(random.choices(range(rows + 1), k=4)), rows]
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             slots[start:stop] = slots[start : start + 1]
     if rows:
         slots[-1] = max_adapters - 1
@@ -138,7 +139,9 @@ def make_case(
     shapes = [(features, n) if embedding else (n, features) for n in outs]
     ids = torch.randint(0, features, (rows,), device=device)
     pools = tuple(
-        None if i in none_members else make_pool("embedding" if embedding else "linear", features, n, ranks, dtype, device)
+        None
+        if i in none_members
+        else make_pool("embedding" if embedding else "linear", features, n, ranks, dtype, device)
         for i, n in enumerate(outs)
     )
     return Case(
