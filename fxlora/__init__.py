@@ -1,0 +1,11 @@
+"""fxlora: LoRA as a compiler pass. Serve many adapters in one batch of one graph."""
+
+from __future__ import annotations
+
+from fxlora.apply import apply
+from fxlora.capture import capture
+from fxlora.errors import FxloraError
+from fxlora.module import LoraModule
+
+__version__ = "0.1.0"
+__all__ = ["FxloraError", "LoraModule", "apply", "capture"]

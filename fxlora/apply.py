@@ -1,0 +1,96 @@
+"""`apply(gm)`: the whole flow in order, from any graph module to a module that serves adapters."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxlora.errors import GraphError, NeedsExampleInputsError
+from fxlora.module import LoraModule
+from fxlora.passes.normalize import copy_graph, refuse_applied
+from fxlora.passes.pipeline import Job, analyse, rewrite
+from fxlora.passes.plan import AdapterShape
+from fxlora.passes.rows.seeds import BatchDims
+from fxlora.pool import AdapterPool
+from fxlora.signature import META_KEY, Signature, bound_weights, example_arguments, graph_inputs
+
+_log = logging.getLogger(__name__)
+
+
+def apply(
+    gm: fx.GraphModule,
+    max_adapters: int = 8,
+    max_rank: int = 64,
+    targets: str | Sequence[str] | None = None,
+    batch_dims: BatchDims = None,
+    example_inputs: Any = None,
+    pool_rows: int | None = None,
+    *,
+    model: nn.Module | None = None,
+) -> LoraModule:
+    """Rewrite a graph so that it serves many LoRA adapters in one batch.
+
+    Args:
+        gm: A graph module from `fxlora.capture`, `torch.fx.symbolic_trace`, `torch.export` (`ep.module()`, plain or
+            decomposed), dynamo capture or `make_fx`. It is left as it is; its weights are shared, never copied.
+        max_adapters: Slots: adapters loaded at once.
+        max_rank: The largest rank of one adapter at one site.
+        targets: None or "all": every site. A list or a regex names weights as PEFT's `target_modules` does.
+        batch_dims: Which input dims tell requests apart. None: dim 0 of every input that shares the first input's.
+            `{"input_ids": 0}` names inputs; `(0, 1)` or `{"input_ids": (0, 1)}` chooses adapters per token (packed).
+        example_inputs: A tuple or dict of inputs, for graphs that record no shapes (symbolic_trace).
+        pool_rows: Rank rows per site; by default max_adapters * max_rank, both rounded up to 16.
+        model: The module the graph was traced from, where the graph has lost names of its weights (make_fx, or an
+            alias that symbolic_trace does not see). Its parameter paths are names that adapters may use.
+
+    Returns:
+        A LoraModule with the graph's own signature, plus `adapters=`.
+
+    Raises:
+        GraphError: The family of everything that cannot be served, see `fxlora.errors`.
+        CapacityError: The pools cannot hold one adapter of `max_rank`.
+    """
+    if isinstance(gm, torch.export.ExportedProgram):
+        gm = gm.module()  # type: ignore[assignment]
+    if not isinstance(gm, fx.GraphModule):
+        raise GraphError(f"apply takes a torch.fx.GraphModule, not a {type(gm).__name__}; `fxlora.capture(model, ...)` makes one")
+    refuse_applied(gm)
+    signature = Signature.of(gm)
+    call = example_arguments(example_inputs)
+    flat = None if call is None else signature.flatten(*call)
+    kept = gm.meta.get(META_KEY, {})
+    bound = bound_weights(gm, flat)
+    inputs = graph_inputs(gm, signature, bound, flat)
+    copy, mapping = copy_graph(gm)
+    job = Job(
+        gm=copy,
+        inputs=[_moved(inp, mapping) for inp in inputs],
+        bound={mapping[node]: tensor for node, tensor in bound.items()},
+        models=[m for m in (model, kept.get("model"), gm) if m is not None],
+        batch_dims=batch_dims,
+        targets=targets,
+        shape=AdapterShape(max_adapters, max_rank, pool_rows),
+    )
+    head = kept.get("output_embedding")
+    job.output_embedding = None if head is None else dict(job.models[0].named_parameters(remove_duplicate=False)).get(head)
+    plan = analyse(job)
+    pool = AdapterPool(
+        plan.sites, digest=plan.digest, max_adapters=max_adapters, max_rank=max_rank, pool_rows=pool_rows
+    )
+    rewritten = rewrite(job, pool.handles)
+    for words in (*plan.assumed, *plan.mixed_outputs):
+        _log.warning("%s", words)
+    return LoraModule(gm, rewritten, signature, job, pool)
+
+
+def _moved(inp: Any, mapping: dict[fx.Node, fx.Node]) -> Any:
+    from dataclasses import replace
+
+    return replace(inp, node=mapping[inp.node])
+
+
+__all__ = ["NeedsExampleInputsError", "apply"]

@@ -1,0 +1,100 @@
+"""Model and example inputs -> one whole graph, with dynamic batch and length. The first step of the flow."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+
+from fxlora.errors import CaptureError
+from fxlora.passes.weights import Weights, tensor_key
+from fxlora.signature import META_KEY, constant_leaves, tensor_leaves
+
+_log = logging.getLogger(__name__)
+
+
+def capture(model: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
+    """Trace a model's whole forward for these inputs.
+
+    Dynamo's whole-graph capture is tried first (it keeps every name of every weight), then torch.export. Every dim of
+    size two or more of every tensor input becomes dynamic where the model allows it; what became fixed is logged.
+    The graph is called like the model, with arguments of the same names, and shares its weights.
+
+    Args:
+        model: The bare base model (no PEFT wrappers), in the mode (`eval()`) it is to be served in.
+        *args, **kwargs: One call's arguments. Values that are no tensors are fixed by the capture.
+
+    Returns:
+        A graph module for `fxlora.apply`.
+
+    Raises:
+        CaptureError: Neither tracer gets a whole graph (a data-dependent branch, an untraceable call).
+        PeftModelError: The model holds PEFT's wrappers.
+    """
+    Weights.refuse_peft([name for name, _ in model.named_parameters(remove_duplicate=False)])
+    args, kwargs = pytree.tree_map(lambda t: t.detach() if type(t) is torch.Tensor else t, (args, kwargs))
+    for _, tensor in tensor_leaves((args, kwargs)):
+        for d, size in enumerate(tensor.shape):
+            if size > 1:
+                torch._dynamo.maybe_mark_dynamic(tensor, d)
+    failures = []
+    for tracer in (_dynamo, _export):
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                gm = tracer(model, args, kwargs)
+        except Exception as error:  # noqa: BLE001  tracers raise many types; all are reported
+            failures.append(f"{tracer.__name__.strip('_')}: {type(error).__name__}: {error}")
+            _log.debug("%s could not capture the model", tracer.__name__, exc_info=True)
+            continue
+        _remember(gm, model, args, kwargs)
+        return gm
+    raise CaptureError(
+        "no whole graph of the model could be captured, and nothing can be proven across a graph break.\n" + "\n".join(failures)
+    )
+
+
+def _dynamo(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    from torch._dynamo.functional_export import dynamo_graph_capture_for_export
+
+    return dynamo_graph_capture_for_export(model)(*args, **kwargs)
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    def dims(value: Any) -> Any:
+        return tuple(torch.export.Dim.AUTO for _ in value.shape) if isinstance(value, torch.Tensor) else None
+
+    shapes = (pytree.tree_map(dims, args), pytree.tree_map(dims, kwargs))
+    names = _argument_names(model, args)
+    by_name = {**dict(zip(names, shapes[0], strict=True)), **shapes[1]}
+    return torch.export.export(model, args, kwargs, dynamic_shapes=by_name).module()  # type: ignore[return-value]
+
+
+def _argument_names(model: nn.Module, args: tuple[Any, ...]) -> list[str]:
+    import inspect
+
+    return list(inspect.signature(model.forward).parameters)[: len(args)]
+
+
+def _remember(gm: fx.GraphModule, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Keep beside the graph what it does not show itself: aliases of weights, the output embedding, fixed arguments."""
+    import inspect
+
+    names = list(inspect.signature(model.forward).parameters)
+    bound = {**dict(zip(names, args, strict=False)), **kwargs}
+    head = None
+    getter = getattr(model, "get_output_embeddings", None)
+    if callable(getter):
+        try:
+            found = getter()
+        except (AttributeError, NotImplementedError):
+            found = None
+        weight = getattr(found, "weight", None)
+        if isinstance(weight, torch.Tensor):
+            head = next((n for n, p in model.named_parameters(remove_duplicate=False) if tensor_key(p) == tensor_key(weight)), None)
+    kept = None if hasattr(gm.graph._codegen, "dynamo_bytecode_flatten") else model  # export drops names; dynamo keeps all
+    gm.meta[META_KEY] = {"constants": constant_leaves(bound), "output_embedding": head, "model": kept}

@@ -1,0 +1,150 @@
+"""LoraModule: a rewritten graph that is called like the model, with `adapters=` beside its own arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+
+from fxlora.adapter import AdapterSource, read_adapter
+from fxlora.batch import Adapters, slots_of
+from fxlora.binding import bind_adapter
+from fxlora.errors import CallError
+from fxlora.passes.pipeline import Job, PassReport
+from fxlora.passes.sites import Site, Skipped
+from fxlora.pool import AdapterPool
+from fxlora.signature import Signature
+
+
+@dataclass(frozen=True)
+class OutputCheck:
+    """How far one output of the rewritten graph, with nothing loaded, is from the base graph's."""
+
+    path: str
+    dtype: torch.dtype
+    max_abs_error: float
+    max_rel_error: float
+    equal_bits: bool
+
+
+class LoraModule(nn.Module):
+    """Serves adapters over one graph. Made by `fxlora.apply`.
+
+    Calls from several threads do not cross: a batch's slots are an input of its own call. Runs under `torch.no_grad`:
+    the ops have no autograd formula.
+
+    Attributes:
+        graph_module: The rewritten graph: flat inputs, then `adapter_slots` (int32).
+        sites: Weights that adapters can reach. skipped: the others, each with its reason.
+        pool: The adapter memory. reports: what each pass did.
+        assumed: Where isolation of requests is taken on trust. mixed_outputs: outputs that combine requests.
+    """
+
+    def __init__(
+        self, base: fx.GraphModule, graph_module: fx.GraphModule, signature: Signature, job: Job, pool: AdapterPool
+    ) -> None:
+        super().__init__()
+        object.__setattr__(self, "base", base)
+        object.__setattr__(self, "graph_module", graph_module)
+        self.pool = pool
+        self._signature = signature
+        self.sites: tuple[Site, ...] = job.plan.sites
+        self.skipped: tuple[Skipped, ...] = job.plan.skipped
+        self.reports: tuple[PassReport, ...] = tuple(job.reports)
+        self.assumed, self.mixed_outputs = job.plan.assumed, job.plan.mixed_outputs
+        self.frozen: bool = job.sizing.frozen
+        self._weights = dict(job.weights.names)
+        placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
+        position = {node: i for i, node in enumerate(placeholders)}
+        self._primary = position[job.primary]
+        self._request_dims = job.seeds[job.primary]
+        self._seeded = [(inp.name, position[inp.node], job.seeds[inp.node]) for inp in job.inputs if inp.node in job.seeds]
+        self._fixed = [(inp.name, position[inp.node], dict(job.sizing.fixed.get(inp.node, {}))) for inp in job.inputs]
+        self._row_maps = {use.site: "; ".join(dict.fromkeys(" -> ".join(u.rows.chain()) for u in job.plan.uses if u.site is use.site)) for use in job.plan.uses}
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """Names of the loaded adapters, in slot order."""
+        return self.pool.names
+
+    def load_adapter(self, name: str, source: AdapterSource) -> None:
+        """Load a PEFT adapter from a folder, or from (config, tensors), under a name.
+
+        All or nothing: every tensor lands on a site, or an error of the AdapterError family says what does not and why,
+        and nothing has changed. The graph does not change either.
+        """
+        with read_adapter(source) as adapter:
+            self.pool.load(name, bind_adapter(adapter, self.sites, self.skipped, self._weights))
+
+    def unload_adapter(self, name: str) -> None:
+        """Free the slot and the memory of an adapter. Raises UnknownAdapterError."""
+        self.pool.unload(name)
+
+    def row_map(self, site: Site) -> str:
+        """How the rows of a site follow from `adapter_slots`: the chain of ops that proved it."""
+        return self._row_maps[site]
+
+    def forward(self, *args: Any, adapters: Adapters = None, **kwargs: Any) -> Any:
+        """Run a batch. The graph's own arguments, and what it returns, are unchanged.
+
+        Args:
+            adapters: One name or None per request; one for all; nested lists, one per token, where `batch_dims` has
+                two dims.
+
+        Raises:
+            UnknownAdapterError, BatchError: before anything runs. CallError: shapes the graph was not traced for.
+        """
+        flat = self._signature.flatten(args, kwargs)
+        primary = flat[self._primary]
+        sizes = tuple(primary.shape[d] for d in self._request_dims)
+        self._check_shapes(flat, sizes)
+        dims = tuple(range(len(sizes)))
+        slots = slots_of(adapters, self.pool, request_dims=dims, sizes=sizes, device=primary.device)
+        with torch.no_grad():
+            outputs = self.graph_module(*flat, slots)
+        return self._signature.unflatten(outputs, args, kwargs)
+
+    def _check_shapes(self, flat: list[Any], sizes: tuple[int, ...]) -> None:
+        for name, position, dims in self._seeded:
+            found = tuple(flat[position].shape[d] for d in dims)
+            if found != sizes:
+                raise CallError(f"input {name!r} has {found} requests along dims {dims}, the batch has {sizes}")
+        for name, position, fixed in self._fixed:
+            for d, size in fixed.items():
+                if flat[position].shape[d] != size:
+                    shape = tuple(flat[position].shape)
+                    raise CallError(
+                        f"input {name!r} has shape {shape}; the graph is valid only for size {size} at dim {d}, which "
+                        f"tracing fixed: capture it with dynamic sizes, or for this shape"
+                    )
+
+    def check(self, *args: Any, **kwargs: Any) -> list[OutputCheck]:
+        """Run the base graph and the rewritten one with no adapter on the same inputs, and compare every output."""
+        args2, kwargs2 = pytree.tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, (args, kwargs))
+        with torch.no_grad():
+            expected = pytree.tree_leaves_with_path(self.base(*args, **kwargs))
+        got = pytree.tree_leaves_with_path(self(*args2, **kwargs2))
+        rows = []
+        for (path, want), (_, have) in zip(expected, got, strict=True):
+            if not isinstance(want, torch.Tensor):
+                continue
+            error = (want.double() - have.double()).abs().max().item() if want.numel() else 0.0
+            scale = want.double().abs().max().item() if want.numel() else 0.0
+            rows.append(OutputCheck(pytree.keystr(path), want.dtype, error, error / scale if scale else error, torch.equal(want, have)))
+        return rows
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The base graph's own, unchanged: adapters are not part of it."""
+        return self.base.state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise CallError("a LoraModule stays where its graph was applied: move the model first, then capture and apply")
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        raise CallError("a LoraModule owns adapter memory of this process and cannot be copied: apply the graph again")
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise CallError("a LoraModule owns adapter memory of this process and cannot be pickled: save the base model")

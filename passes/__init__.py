@@ -1,0 +1,1 @@
+"""Graph passes: sites, rows, plan, rewrite. Knows graphs, weights and rows; never models or files."""

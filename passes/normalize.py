@@ -1,0 +1,122 @@
+"""Any graph module to one form: leaf modules inlined, one node per weight tensor.
+
+Only the reading of weights is made uniform; the ops keep the spelling of the form they came in.
+"""
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxlora.passes.errors import AlreadyAppliedError
+from fxlora.passes.graph import attribute, op_name
+from fxlora.passes.weights import tensor_key
+
+
+class _InliningTracer(fx.Tracer):
+    """Traces through every module, so that a leaf such as ``nn.Linear`` shows its functional and its weight."""
+
+    def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
+        return False
+
+
+def refuse_applied(gm: fx.GraphModule) -> None:
+    """Raise when the graph already holds fxlora ops."""
+    for node in gm.graph.nodes:
+        if op_name(node).startswith("fxlora::"):
+            raise AlreadyAppliedError(
+                f"the graph already holds fxlora ops (first: node {node.name}); expected the graph module as it was traced. "
+                "Apply once, and load further adapters with `lora.load_adapter`."
+            )
+
+
+def copy_graph(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """A copy of the graph over the same weights and modules, with a plain flat signature; and old node to new node."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, mapping)
+    graph.output(output)
+    return fx.GraphModule(gm, graph), mapping
+
+
+def inline_modules(gm: fx.GraphModule) -> list[str]:
+    """Replace every ``call_module`` that can be traced by its own graph; returns the paths that stay opaque."""
+    opaque = []
+    for node in list(gm.graph.nodes):
+        if node.op != "call_module":
+            continue
+        module = gm.get_submodule(str(node.target))
+        if not _inline(gm, node, module) and node.users:
+            opaque.append(str(node.target))
+    return opaque
+
+
+def _inline(gm: fx.GraphModule, node: fx.Node, module: torch.nn.Module) -> bool:
+    if module._forward_hooks or module._forward_pre_hooks:
+        return False
+    try:
+        inner = module.graph if isinstance(module, fx.GraphModule) else _InliningTracer().trace(module)
+    except Exception:  # noqa: BLE001  tracing runs the module's own code, which may raise anything
+        return False
+    placeholders = [n for n in inner.nodes if n.op == "placeholder"]
+    values: dict[fx.Node, Any] = {}
+    for i, placeholder in enumerate(placeholders):
+        name = str(placeholder.target)
+        if i < len(node.args):
+            values[placeholder] = node.args[i]
+        elif name in node.kwargs:
+            values[placeholder] = node.kwargs[name]
+        elif placeholder.args:
+            values[placeholder] = placeholder.args[0]
+        else:
+            return False
+    with gm.graph.inserting_before(node):
+        for n in inner.nodes:
+            if n.op == "output":
+                result = fx.map_arg(n.args[0], lambda a: values[a])
+                break
+            if n.op == "placeholder":
+                continue
+            values[n] = gm.graph.node_copy(n, lambda a: values[a])
+            values[n].meta = {**node.meta, **{k: v for k, v in n.meta.items() if k in ("val", "example_value")}}
+            if n.op in ("get_attr", "call_module"):
+                values[n].target = f"{node.target}.{n.target}"
+    if not isinstance(result, fx.Node):
+        for user in list(node.users):
+            if user.op != "call_function" or user.target is not operator.getitem or not isinstance(result, list | tuple | dict):
+                return False
+            user.replace_all_uses_with(result[user.args[1]])  # type: ignore[index, arg-type]
+            gm.graph.erase_node(user)
+    else:
+        node.replace_all_uses_with(result)
+    gm.graph.erase_node(node)
+    return True
+
+
+def unify_weights(gm: fx.GraphModule) -> int:
+    """Leave exactly one ``get_attr`` node per tensor, the earliest; returns how many were merged away."""
+    first: dict[Any, fx.Node] = {}
+    merged = 0
+    for node in list(gm.graph.nodes):
+        if node.op != "get_attr":
+            continue
+        value = attribute(gm, str(node.target))
+        if not isinstance(value, torch.Tensor):
+            continue
+        kept = first.setdefault(tensor_key(value), node)
+        if kept is not node:
+            node.replace_all_uses_with(kept)
+            gm.graph.erase_node(node)
+            merged += 1
+    return merged
+
+
+def count_weight_nodes(gm: fx.GraphModule) -> dict[Any, int]:
+    """How many ``get_attr`` nodes read each tensor: the post-check of :func:`unify_weights` is that all are 1."""
+    counts: dict[Any, int] = {}
+    for node in gm.graph.nodes:
+        if node.op == "get_attr" and isinstance(value := attribute(gm, str(node.target)), torch.Tensor):
+            counts[tensor_key(value)] = counts.get(tensor_key(value), 0) + 1
+    return counts

@@ -1,0 +1,146 @@
+"""The one ordered list of passes, and the runner that lints, recompiles, diffs, times and post-checks each.
+
+``analyse`` decides (it ends with a Plan), ``rewrite`` edits; adapter memory is allocated between the two, from the plan alone.
+"""
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxlora.passes.diff import graph_diff, graph_text
+from fxlora.passes.graph import output_leaves
+from fxlora.passes.logits import mark_logits
+from fxlora.passes.normalize import count_weight_nodes, inline_modules, refuse_applied, unify_weights
+from fxlora.passes.errors import VerifyError
+from fxlora.passes.plan import AdapterShape, Plan, Targets, plan_graph
+from fxlora.passes.reads import Reader
+from fxlora.passes.rewrite import rewrite_sites
+from fxlora.passes.rows.propagate import Prover
+from fxlora.passes.rows.seeds import BatchDims, choose_seeds
+from fxlora.passes.rows.worlds import GraphInput, Sizing, TensorFacts, World, size_worlds
+from fxlora.passes.sites import Site, Skipped, find_sites
+from fxlora.passes.verify import verify_rewrite
+from fxlora.passes.weights import Weights
+
+log = logging.getLogger(__name__)
+SLOTS_NAME = "adapter_slots"
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What one pass did: seconds, node counts, and (under debug logging) the diff of the graph."""
+
+    name: str
+    seconds: float
+    nodes_before: int
+    nodes_after: int
+    diff: str = field(default="", repr=False)
+
+
+@dataclass
+class Job:
+    """One graph on its way through the passes: the request, then what each pass found.
+
+    Attributes:
+        gm: The graph, edited in place (a copy of the caller's).
+        inputs: The caller's inputs; ``bound``: tensors behind placeholders that are weights.
+        models: Modules whose parameter paths are names of weights beside the graph's own.
+        output_embedding: The weight that makes logits, where the model says so.
+    """
+
+    gm: fx.GraphModule
+    inputs: Sequence[GraphInput]
+    bound: Mapping[fx.Node, torch.Tensor]
+    models: Sequence[torch.nn.Module]
+    batch_dims: BatchDims
+    targets: Targets
+    shape: AdapterShape
+    output_embedding: torch.Tensor | None = None
+    weights: Weights = field(init=False)
+    seeds: dict[fx.Node, tuple[int, ...]] = field(init=False)
+    primary: fx.Node = field(init=False)
+    sizing: Sizing = field(init=False)
+    prover: Prover = field(init=False)
+    reader: Reader = field(init=False)
+    sites: list[Site] = field(init=False)
+    skipped: list[Skipped] = field(init=False)
+    plan: Plan = field(init=False)
+    reports: list[PassReport] = field(default_factory=list)
+
+
+def normalize(job: Job) -> None:
+    refuse_applied(job.gm)
+    opaque = inline_modules(job.gm)
+    unify_weights(job.gm)
+    doubled = [c for c in count_weight_nodes(job.gm).values() if c > 1]
+    if doubled:
+        raise VerifyError(f"{len(doubled)} weights are still read through more than one node")
+    if opaque:
+        log.info("modules that cannot be traced stay opaque: %s", ", ".join(opaque))
+    job.weights = Weights(job.gm, job.bound, job.models)
+
+
+def size_graph(job: Job) -> None:
+    job.seeds, job.primary = choose_seeds(job.inputs, job.batch_dims)
+    job.sizing = size_worlds(job.gm, job.inputs, job.seeds, job.bound)
+
+
+def find_linear_sites(job: Job) -> None:
+    world: World = job.sizing.worlds[0]
+    job.sites, job.skipped = find_sites(job.gm, job.weights, world, [job.gm, *job.models])
+    job.sites = mark_logits(job.gm, job.sites, job.weights, job.output_embedding)
+    job.reader = Reader(job.weights, lambda n: len(world.shape(n)), lambda n: isinstance(n, fx.Node) and isinstance(world.facts(n), TensorFacts))
+
+
+def prove_rows(job: Job) -> None:
+    job.prover = Prover(job.gm, job.sizing, job.seeds, job.primary).run()
+
+
+def make_plan(job: Job) -> None:
+    outputs = output_leaves(job.gm.graph)
+    job.plan = plan_graph(job.prover, job.sites, job.skipped, job.weights, job.reader, job.targets, job.shape, outputs)
+
+
+def analyse(job: Job) -> Plan:
+    """Everything up to the plan."""
+    for step in (normalize, size_graph, find_linear_sites, prove_rows, make_plan):
+        _run(job, step.__name__, step)
+    return job.plan
+
+
+def rewrite(job: Job, handles: Mapping[Site, int]) -> fx.GraphModule:
+    """Rewrite the analysed graph; it takes ``adapter_slots`` (int32, the request dims) as its last input."""
+    placeholders = [n for n in job.gm.graph.nodes if n.op == "placeholder"]
+    names = [n.target for n in placeholders]
+
+    def edit(job: Job) -> None:
+        graph = job.gm.graph
+        last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+        with graph.inserting_after(last):
+            slots = graph.placeholder(SLOTS_NAME)
+        rewrite_sites(job.gm, job.plan, job.reader, job.prover.seed, slots, handles)
+
+    _run(job, "rewrite_sites", edit)
+    _run(job, "verify_rewrite", lambda job: verify_rewrite(job.gm, job.plan, names, SLOTS_NAME))  # type: ignore[arg-type]
+    return job.gm
+
+
+def _run(job: Job, name: str, step: Callable[[Job], Any]) -> None:
+    debug = log.isEnabledFor(logging.DEBUG)
+    before = graph_text(job.gm) if debug else ""
+    count = len(job.gm.graph.nodes)
+    start = time.perf_counter()
+    step(job)
+    if name in ("normalize", "rewrite_sites"):
+        job.gm.graph.lint()
+        job.gm.recompile()
+    seconds = time.perf_counter() - start
+    report = PassReport(name, seconds, count, len(job.gm.graph.nodes), graph_diff(before, graph_text(job.gm)) if debug else "")
+    job.reports.append(report)
+    log.debug("%s: %.1f ms, %d -> %d nodes\n%s", name, 1000 * seconds, report.nodes_before, report.nodes_after, report.diff)

@@ -1,0 +1,158 @@
+"""The plan: what each site becomes, and why the others stay as they are. Every decision is made here; rewriting only edits."""
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+
+from torch import fx
+
+from fxlora.passes.errors import RowsNotProvenError, TargetError
+from fxlora.passes.reads import Read, Reader
+from fxlora.passes.rows import moves
+from fxlora.passes.rows.labels import Label, Mixed, RowMap
+from fxlora.passes.rows.propagate import Prover
+from fxlora.passes.sites import Role, Site, Skipped
+from fxlora.passes.weights import Weights
+
+Targets = None | str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """How much adapter memory each site gets: slots, the largest rank, and rank rows in all (None: enough for every slot)."""
+
+    max_adapters: int
+    max_rank: int
+    pool_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class PlannedUse:
+    """One call to rewrite: the site it reads, and the map of its rows."""
+
+    node: fx.Node
+    site: Site
+    rows: RowMap
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All decisions about one graph.
+
+    Attributes:
+        sites: Sites that get an op and a pool.
+        uses: Their calls, in graph order.
+        skipped: Weights that stay as they are, each with its reason.
+        digest: 32 bits over sites, shapes, dtypes, slots and pool rows: part of the compile key.
+        assumed: Where isolation is taken on trust (packed attention), in words.
+        mixed_outputs: Graph outputs that combine requests, with the op that did it.
+    """
+
+    sites: tuple[Site, ...]
+    uses: tuple[PlannedUse, ...]
+    skipped: tuple[Skipped, ...]
+    shape: AdapterShape
+    digest: int
+    assumed: tuple[str, ...] = ()
+    mixed_outputs: tuple[str, ...] = field(default=())
+
+
+def plan_graph(prover: Prover, sites: Sequence[Site], skipped: Sequence[Skipped], weights: Weights, reader: Reader, targets: Targets, shape: AdapterShape, outputs: Iterable[tuple[str, fx.Node]]) -> Plan:
+    """Decide for every site whether it is rewritten.
+
+    Raises:
+        TargetError: ``targets`` names nothing, or a weight that is no site.
+        RowsNotProvenError: ``targets`` names a site whose rows are not proven.
+    """
+    chosen: list[Site] = []
+    uses: list[PlannedUse] = []
+    left = list(skipped)
+    wanted = _Targets(targets)
+    for site in sites:
+        named = wanted.match((site.name, site.parameter, *site.aliases))
+        if not named:
+            left.append(Skipped(site.parameter, "not targeted: `targets` does not name it", site.aliases))
+            continue
+        planned, reason = _plan_uses(prover, site, reader)
+        if reason:
+            if wanted.explicit:
+                raise RowsNotProvenError(f"targets names {site.name!r}, but {reason}")
+            left.append(Skipped(site.parameter, reason, site.aliases))
+            continue
+        chosen.append(site)
+        uses += planned
+    wanted.check(sites, skipped)
+    order = {node: i for i, node in enumerate(prover.graph.nodes)}
+    uses.sort(key=lambda use: order[use.node])
+    mixed = tuple(f"output {path}: {rows.reason}" for path, node in outputs if isinstance(rows := prover.rows(node), Mixed))
+    assumed = tuple(dict.fromkeys(prover.assumed.values()))
+    return Plan(tuple(chosen), tuple(uses), tuple(left), shape, digest_of(chosen, shape), assumed, mixed)
+
+
+def _plan_uses(prover: Prover, site: Site, reader: Reader) -> tuple[list[PlannedUse], str]:
+    planned = []
+    for node in site.uses:
+        read = next(r for r in reader.reads(node) if isinstance(r, Read) and r.kind == _kind(site))
+        rows = prover.rows(read.x)
+        lead = prover.ndim(read.x) - (site.role is not Role.EMBEDDING)
+        if isinstance(rows, Label) and read.x_order is not None:
+            rows = moves.permute(prover, read.x, rows, read.x_order)
+        if rows is None:
+            return [], "its rows are shared by the whole batch: they carry no request (positions, constants)"
+        if isinstance(rows, Mixed):
+            return [], f"its rows mix requests: {rows.reason}"
+        if any(d >= lead for d in rows.dims):
+            return [], "requests run along the dim that the weight sums over"
+        planned.append(PlannedUse(node, site, moves.flat_rows(prover, read.x, rows, lead, read.x_order)))
+    return planned, ""
+
+
+def _kind(site: Site) -> str:
+    return "embedding" if site.role is Role.EMBEDDING else "linear"
+
+
+class _Targets:
+    """``targets`` as PEFT's ``target_modules``: a list matches by suffix, a string is a regex over the whole name."""
+
+    def __init__(self, targets: Targets) -> None:
+        self.all = targets is None or targets == "all"
+        self.explicit = not self.all
+        self.pattern = targets if isinstance(targets, str) and not self.all else None
+        self.names = [] if self.all or isinstance(targets, str) or targets is None else list(targets)
+        self._matched: set[str] = set()
+
+    def match(self, paths: Iterable[str]) -> bool:
+        if self.all:
+            return True
+        found = False
+        for path in paths:
+            module = path.removesuffix(".weight")
+            if self.pattern is not None and (re.fullmatch(self.pattern, module) or re.fullmatch(self.pattern, path)):
+                self._matched.add(self.pattern)
+                found = True
+            for name in self.names:
+                if any(p == name or p.endswith(f".{name}") for p in (module, path)):
+                    self._matched.add(name)
+                    found = True
+        return found
+
+    def check(self, sites: Sequence[Site], skipped: Sequence[Skipped]) -> None:
+        for name in [self.pattern] if self.pattern is not None else self.names:
+            if name in self._matched:
+                continue
+            for item in skipped:
+                if _Targets(name if self.pattern is not None else [name]).match((item.name, *item.aliases)):
+                    raise TargetError(f"targets names {name!r}, which means {item.name!r}, but that is no site: {item.reason}")
+            known = sorted({site.name for site in sites})
+            near = get_close_matches(str(name), known + [k.rpartition(".")[2] for k in known], n=3)
+            raise TargetError(f"targets names {name!r}, which matches no weight of the graph; nearest: {near or known[:5]}")
+
+
+def digest_of(sites: Sequence[Site], shape: AdapterShape) -> int:
+    """32 bits that change whenever sites, their shapes and dtypes, or the adapter memory change."""
+    facts = [(s.parameter, s.role.value, s.in_features, s.out_features, str(s.dtype), str(s.device.type)) for s in sites]
+    text = repr((facts, shape.max_adapters, shape.max_rank, shape.pool_rows))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")

@@ -1,0 +1,199 @@
+"""How a call reads a weight: every spelling of a linear or an embedding seen as one form.
+
+``F.linear``, ``x @ w.T``, matmul, mm, addmm, Conv1D's ``addmm(b, x, w)``, einsum and ``w @ x`` are all a linear; ``F.embedding``,
+``w[ids]`` and index_select are all an embedding. What reads a weight in another way is refused with its reason.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxlora.passes.graph import argument, op_name, operand
+from fxlora.passes.weights import CASTS, TRANSPOSES, Weights
+
+_INDEXED = {"getitem", "index", "index_select"}
+_PASSES_ON = TRANSPOSES | CASTS | {"view", "reshape", "expand", "unsqueeze", "squeeze", "getitem", "index", "index_select", "slice", "select", "narrow", "chunk", "split", "unbind", "flatten", "gather"}
+_NO_READ = {"size", "shape", "dtype", "device", "dim", "ndim", "numel", "is_floating_point", "requires_grad", "sym_size", "element_size", "new_zeros", "new_empty", "new_ones", "new_full", "zeros_like", "empty_like", "ones_like", "_assert_tensor_metadata"}
+_GROUPED = {"_grouped_mm", "grouped_mm", "grouped_mm_fallback"}
+
+
+@dataclass(frozen=True)
+class Read:
+    """One call that reads a whole weight as a linear or an embedding.
+
+    Attributes:
+        kind: ``linear`` or ``embedding``.
+        root: The node of the weight itself.
+        operand: The weight operand of the call (behind casts and transposes of the root).
+        operand_is_KN: True when that operand is [K, N] (a linear wants [N, K]).
+        stored_KN: True when the weight itself is stored [K, N].
+        x: The activation [..., K], or the ids.
+        bias: [N], or None.
+        addend: Anything else an addmm adds to the product.
+        x_order: Dim order that moves K of ``x`` last; None where it is.
+        out_order: Dim order from [..., N] to the call's own result; None where they are equal.
+    """
+
+    kind: str
+    root: fx.Node
+    operand: fx.Node
+    operand_is_KN: bool
+    stored_KN: bool
+    x: fx.Node
+    bias: fx.Node | None = None
+    addend: fx.Node | None = None
+    x_order: tuple[int, ...] | None = None
+    out_order: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A call that reads a weight in a way no site can serve."""
+
+    root: fx.Node
+    reason: str
+
+
+class Reader:
+    """Recognises reads. ``ndim`` and ``size`` answer for any tensor node (``size(node, dim)`` at one hint)."""
+
+    def __init__(self, weights: Weights, ndim: Callable[[Any], int], is_tensor: Callable[[Any], bool]) -> None:
+        self.weights, self.ndim, self.is_tensor = weights, ndim, is_tensor
+
+    def reads(self, node: fx.Node) -> list[Read | Refusal]:
+        """All reads of weights by one call. Ops that only hand a weight on (transposes, casts, slices) read nothing themselves."""
+        name = op_name(node)
+        if not node.op.startswith("call") or name in _NO_READ:
+            return []
+        found = []
+        for other in node.all_input_nodes:
+            root, chain = self.weights.root(other)
+            if root is None or self._dim(root) < 2:
+                continue
+            read = self._read(node, name, other, root, chain)
+            if read is not None:
+                found.append(read)
+        return found
+
+    def _dim(self, root: fx.Node) -> int:
+        tensor = self.weights.tensor_of(root)
+        return tensor.dim() if tensor is not None else 0
+
+    def _read(self, node: fx.Node, name: str, other: fx.Node, root: fx.Node, chain: list[str]) -> Read | Refusal | None:
+        whole = all(op in TRANSPOSES | CASTS for op in chain)
+        if name in _INDEXED and other is operand(node) and self._gathers(node):
+            if self._dim(root) == 2 and whole and not self._swapped(other, root):
+                return self._lookup(node, root, other)
+            return Refusal(root, "expert weights (3-D), gathered per row" if self._dim(root) > 2 else "a gather of a transposed or sliced weight")
+        if name in _PASSES_ON and other is operand(node):
+            return None
+        if self._dim(root) != 2:
+            if name in _GROUPED or name in ("bmm", "matmul", "baddbmm", "einsum"):
+                return Refusal(root, f"expert weights ({self._dim(root)}-D), read by {name}")
+            return Refusal(root, f"a {self._dim(root)}-D weight, read by {name.lstrip('?')}")
+        if name == "embedding":
+            return self._embedding(node, root, other, whole)
+        if not whole:
+            reads = "a reshaped or expanded" if any(op in ("view", "reshape", "expand", "unsqueeze", "flatten") for op in chain) else "a part of the"
+            return Refusal(root, f"{name.lstrip('?')} reads {reads} weight")
+        return self._linear(node, name, root, other)
+
+    def _gathers(self, node: fx.Node) -> bool:
+        key = argument(node, 2, "index") if op_name(node) == "index_select" else argument(node, 1, "indices")
+        keys = list(key) if isinstance(key, tuple | list) else [key]
+        return any(self.is_tensor(k) for k in keys)
+
+    def _lookup(self, node: fx.Node, root: fx.Node, other: fx.Node) -> Read | Refusal:
+        """``w[ids]``: an embedding when one integer tensor indexes the first dim."""
+        if op_name(node) == "index_select":
+            dim, key = argument(node, 1, "dim"), argument(node, 2, "index")
+            keys = [key] if dim in (0, -2) else [None, key]
+        else:
+            key = argument(node, 1, "indices")
+            keys = list(key) if isinstance(key, tuple | list) else [key]
+        if not self.is_tensor(keys[0]) or any(k is not None and k != slice(None) for k in keys[1:]):
+            return Refusal(root, f"{op_name(node)} reads a part of the weight")
+        return Read("embedding", root, other, False, False, keys[0])
+
+    def _embedding(self, node: fx.Node, root: fx.Node, other: fx.Node, whole: bool) -> Read | Refusal:
+        first, second = operand(node), argument(node, 1, "weight", "indices")
+        ids = second if first is other else first
+        if argument(node, 3, "max_norm") is not None and not isinstance(node.target, torch._ops.OpOverload):
+            return Refusal(root, "an embedding with max_norm rewrites its weight at every call")
+        if not whole or self._swapped(other, root):
+            return Refusal(root, "an embedding over a transposed or sliced weight")
+        return Read("embedding", root, other, False, False, ids)
+
+    def _swapped(self, other: Any, root: fx.Node) -> bool:
+        """Is the operand the transpose of the (2-D) weight?"""
+        swapped = False
+        while other is not root:
+            name = op_name(other)
+            if name in TRANSPOSES:
+                order = argument(other, 1, "dims") if name == "permute" else None
+                dims = list(order) if isinstance(order, tuple | list) else list(other.args[1:]) if name == "permute" else [1, 0]
+                a, b = (argument(other, 1, "dim0", default=0), argument(other, 2, "dim1", default=1)) if name == "transpose" else (0, 1)
+                swapped ^= [d % 2 for d in dims] == [1, 0] and a % 2 != b % 2
+            other = operand(other)
+        return swapped
+
+    def _linear(self, node: fx.Node, name: str, root: fx.Node, other: fx.Node) -> Read | Refusal:
+        swapped = self._swapped(other, root)
+        if name == "linear":
+            if argument(node, 1, "weight") is not other or operand(node) is other:
+                return Refusal(root, "linear over a weight as its input")
+            return Read("linear", root, other, False, swapped, operand(node), argument(node, 2, "bias"))
+        if name in ("mm", "matmul"):
+            return self._product(node, name, root, other, operand(node), argument(node, 1, "other", "mat2", "tensor"), swapped)
+        if name == "addmm":
+            if argument(node, 3, "beta", default=1) != 1 or argument(node, 4, "alpha", default=1) != 1:
+                return Refusal(root, "addmm with alpha or beta")
+            read = self._product(node, name, root, other, argument(node, 1, "mat1"), argument(node, 2, "mat2"), swapped)
+            added = operand(node)
+            if isinstance(read, Refusal):
+                return read
+            plain = read.out_order is None and self.ndim(added) == 1
+            return Read(**{**vars(read), "bias": added if plain else None, "addend": None if plain else added})
+        if name == "einsum":
+            return self._einsum(node, root, other, swapped)
+        return Refusal(root, f"read by {name.lstrip('?')}, which is no linear")
+
+    def _product(self, node: fx.Node, name: str, root: fx.Node, other: fx.Node, left: fx.Node, right: fx.Node, swapped: bool) -> Read | Refusal:
+        if left is other and right is other:
+            return Refusal(root, f"{name} of the weight with itself")
+        if right is other:
+            return Read("linear", root, other, True, not swapped, left)
+        if left is not other or self.ndim(right) < 2:
+            return Refusal(root, f"{name} of a weight with a vector")
+        order = list(range(self.ndim(right)))
+        order[-2:] = order[:-3:-1]
+        return Read("linear", root, other, False, swapped, right, x_order=tuple(order), out_order=tuple(order))
+
+    def _einsum(self, node: fx.Node, root: fx.Node, other: fx.Node, swapped: bool) -> Read | Refusal:
+        from fxlora.passes.rows.contractions import parse_einsum
+
+        parsed = parse_einsum(self, node)  # type: ignore[arg-type]
+        if parsed is None or len(parsed[2]) != 2:
+            return Refusal(root, "einsum of other than one weight and one activation")
+        terms, result, operands = parsed
+        at = 0 if operands[0] is other else 1
+        weight, x_term, x = terms[at], terms[1 - at], operands[1 - at]
+        if x is other or len(set(x_term)) != len(x_term) or len(set(weight)) != 2:
+            return Refusal(root, "einsum of the weight with itself or over a diagonal")
+        summed = [c for c in weight if c in x_term and c not in result]
+        made = [c for c in weight if c in result and c not in x_term]
+        if len(summed) != 1 or len(made) != 1 or any(c not in result for c in x_term if c != summed[0]):
+            return Refusal(root, "einsum that is no linear over the weight")
+        lead = [c for c in x_term if c != summed[0]]
+        x_order = tuple(x_term.index(c) for c in [*lead, summed[0]])
+        out_order = tuple([*lead, made[0]].index(c) for c in result)
+        identity = tuple(range(len(x_term)))
+        operand_is_KN = weight.index(summed[0]) == 0
+        return Read(
+            "linear", root, other, operand_is_KN, operand_is_KN != swapped, x,
+            x_order=None if x_order == identity else x_order, out_order=None if out_order == identity else out_order,
+        )  # fmt: skip

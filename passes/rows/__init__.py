@@ -1,0 +1,1 @@
+"""Row provenance: which request each row of a tensor belongs to."""

@@ -1,0 +1,152 @@
+"""Values of the integer tensors that index rows, by random interpretation.
+
+Integer nodes on the way to an index are run for real, at each world's sizes. What only data decides (routing, sorted scores,
+indices the caller passes) is drawn at random: distinct and covering, so that two maps are equal by luck with probability near 0.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxlora.passes.graph import argument, op_name, operand
+from fxlora.passes.rows.worlds import TensorFacts, UnknownShapeError, World
+
+_UNINITIALISED = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
+_RANKINGS = {"topk", "sort", "argsort", "argmax", "argmin", "max", "min", "median", "mode", "kthvalue", "msort"}
+_INDEXING = {"getitem", "index", "index_select", "gather", "take_along_dim", "index_copy", "index_copy_", "index_add", "index_add_", "scatter", "scatter_", "scatter_add", "scatter_add_", "setitem", "index_put", "index_put_", "repeat_interleave", "sort", "topk", "argsort", "embedding", "narrow", "select", "index_fill", "index_fill_"}
+_MUTATIONS = {"setitem"}
+
+
+def _is_integer(facts: Any) -> bool:
+    return isinstance(facts, TensorFacts) and not facts.dtype.is_floating_point and not facts.dtype.is_complex
+
+
+class Integers:
+    """Concrete values of integer nodes, one set per world."""
+
+    def __init__(self, gm: fx.GraphModule, worlds: Sequence[World], known: dict[fx.Node, torch.Tensor]) -> None:
+        self.worlds = worlds
+        self.values: list[dict[fx.Node, Any]] = [{n: t.clone() for n, t in known.items()} for _ in worlds]
+        self.needed = self._needed(gm.graph)
+
+    def _needed(self, graph: fx.Graph) -> set[fx.Node]:
+        """Integer nodes that some index, directly or through others, is computed from; and the writes into them."""
+        needed: set[fx.Node] = set()
+        stack = []
+        for node in graph.nodes:
+            if op_name(node) in _INDEXING:
+                stack += [n for n in node.all_input_nodes if n not in needed and self._integer(n)]
+        writes: dict[fx.Node, list[fx.Node]] = {}
+        for node in graph.nodes:
+            name = op_name(node)
+            if node.op.startswith("call") and (name in _MUTATIONS or (name.endswith("_") and not name.endswith("__"))):
+                target = operand(node)
+                while isinstance(target, fx.Node):
+                    writes.setdefault(target, []).append(node)
+                    target = operand(target) if target.op.startswith("call") else None
+        while stack:
+            node = stack.pop()
+            if node in needed:
+                continue
+            needed.add(node)
+            for other in [*node.all_input_nodes, *writes.get(node, [])]:
+                if other not in needed and (self._integer(other) or op_name(other) in _RANKINGS | _MUTATIONS):
+                    stack.append(other)
+        return needed
+
+    def _integer(self, node: fx.Node) -> bool:
+        try:
+            facts = self.worlds[0].facts(node)
+        except UnknownShapeError:
+            return False
+        return _is_integer(facts) or (isinstance(facts, tuple) and any(_is_integer(f) for f in facts))
+
+    def visit(self, node: fx.Node) -> None:
+        """Evaluate one node, in graph order, in every world; unknown inputs leave it unknown."""
+        if node not in self.needed or node.op == "output":
+            return
+        for world, values in zip(self.worlds, self.values, strict=True):
+            if node in values:
+                continue
+            result = self._evaluate(node, world, values)
+            if result is not None:
+                values[node] = result
+
+    def _evaluate(self, node: fx.Node, world: World, values: dict[fx.Node, Any]) -> Any:
+        name = op_name(node)
+        if not node.op.startswith("call") or name.startswith("?"):
+            return None
+        tensors = [n for n in node.all_input_nodes if isinstance(self._facts(world, n), TensorFacts | tuple)]
+        if name in _UNINITIALISED:
+            facts = world.facts(node)
+            return torch.zeros(facts.shape, dtype=facts.dtype)
+        if all(n in values for n in tensors):
+            return self._run(node, world, values)
+        if name in _RANKINGS:
+            return self._draw_ranking(node, name, world)
+        return None
+
+    @staticmethod
+    def _facts(world: World, node: fx.Node) -> Any:
+        try:
+            return world.facts(node)
+        except UnknownShapeError:
+            return None
+
+    def _run(self, node: fx.Node, world: World, values: dict[fx.Node, Any]) -> Any:
+        def concrete(n: fx.Node) -> Any:
+            return values[n] if n in values else world.facts(n)
+
+        try:
+            args = fx.map_arg(node.args, concrete)
+            kwargs = {k: v for k, v in fx.map_arg(dict(node.kwargs), concrete).items() if k not in ("device", "pin_memory")}
+            args = tuple("cpu" if isinstance(a, torch.device) else a for a in args)
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        except Exception:  # noqa: BLE001  a value that cannot be computed is unknown, which is safe
+            return None
+
+    def _draw_ranking(self, node: fx.Node, name: str, world: World) -> Any:
+        """Indices that data decides: a random choice of distinct positions along the ranked dim."""
+        source = world.facts(operand(node))
+        facts = world.facts(node)
+        if not isinstance(source, TensorFacts):
+            return None
+        indices = facts[1] if isinstance(facts, tuple) and len(facts) > 1 else facts
+        if not _is_integer(indices) or not source.shape:
+            return None
+        default = -1
+        dim = argument(node, 2 if name in ("topk", "kthvalue") else 1, "dim", default=default)
+        if not isinstance(dim, int):
+            return None
+        order = torch.rand(source.shape, generator=world.generator).argsort(dim)
+        if tuple(order.shape) != indices.shape:
+            keep = indices.shape[dim] if len(indices.shape) == len(source.shape) else 1
+            order = order.narrow(dim, 0, keep)
+            order = order.reshape(indices.shape)
+        drawn = order.to(indices.dtype)
+        return (None, drawn) if isinstance(facts, tuple) else drawn
+
+    def index_values(self, node: fx.Node, size: int, world_index: int) -> torch.Tensor:
+        """The value of an index into ``size`` positions; drawn (distinct, covering) where only the caller knows it."""
+        values, world = self.values[world_index], self.worlds[world_index]
+        known = values.get(node)
+        if isinstance(known, torch.Tensor):
+            return known
+        facts = world.facts(node)
+        if not _is_integer(facts) or facts.dtype == torch.bool:
+            raise UnknownShapeError(f"{node.name} selects rows by data")
+        count = torch.Size(facts.shape).numel()
+        pool = torch.arange(size)
+        if count < size - 2:
+            pool = pool[1:-1]
+        rounds = [pool[torch.randperm(len(pool), generator=world.generator)] for _ in range(-(-count // max(len(pool), 1)))]
+        drawn = torch.cat(rounds)[:count].reshape(facts.shape) if rounds else torch.empty(facts.shape, dtype=torch.long)
+        values[node] = drawn
+        return drawn
+
+

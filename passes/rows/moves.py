@@ -1,0 +1,400 @@
+"""Rows under ops that move elements: views, reshapes, indexing, concatenation. Each mirrors the op on the row map itself."""
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from fxlora.passes.graph import argument, op_name, operand, varargs
+from fxlora.passes.rows.labels import Label, Mixed, RowMap, Rows, broadcast_ids, join, remap, shift
+from fxlora.passes.rows.worlds import UnknownShapeError
+
+if TYPE_CHECKING:
+    from fxlora.passes.rows.propagate import Prover
+
+Emit = Callable[..., fx.Node]
+
+
+def derive(p: Prover, node: fx.Node, label: Label, ids: Sequence[torch.Tensor], dims: Sequence[int], build: Callable[[Emit, fx.Node], fx.Node], text: str) -> Label:
+    """A label whose map is computed from another's, or the known map equal to it."""
+    made = p.table.intern(ids, (label.map,), node, lambda emit, parents: build(emit, parents[0]), text)
+    return Label(made, tuple(dims))
+
+
+def fit(p: Prover, rows: Rows, node: fx.Node) -> Rows:
+    """Check a label against the node's sizes; a map of size 1 under a broadcast dim loses that dim."""
+    if not isinstance(rows, Label):
+        return rows
+    for j in reversed(range(len(rows.dims))):
+        d = rows.dims[j]
+        sizes = [p.shape(node, w)[d] for w in range(p.count)]
+        have = [ids.shape[j] for ids in rows.map.ids]
+        if sizes == have:
+            continue
+        if any(n != 1 for n in have):
+            return Mixed(f"{op_name(node)}: rows of size {have} do not fit a dim of size {sizes}")
+        dims = rows.dims[:j] + rows.dims[j + 1 :]
+        rows = derive(p, node, rows, [i.select(j, 0) for i in rows.map.ids], dims, _select(j), f"select(dim={j})")
+    return rows
+
+
+def _select(dim: int) -> Callable[[Emit, fx.Node], fx.Node]:
+    return lambda emit, parent: emit(torch.select, parent, dim, 0)
+
+
+def permute(p: Prover, node: fx.Node, rows: Rows, order: Sequence[int]) -> Rows:
+    """Rows after ``permute(order)``: out dim i is source dim order[i]."""
+    if not isinstance(rows, Label):
+        return rows
+    pairs = sorted((order.index(d), j) for j, d in enumerate(rows.dims))
+    dims, positions = tuple(d for d, _ in pairs), [j for _, j in pairs]
+    if positions == sorted(positions):
+        return Label(rows.map, dims)
+    ids = [i.permute(positions) for i in rows.map.ids]
+    return derive(p, node, rows, ids, dims, lambda emit, parent: emit(torch.permute, parent, tuple(positions)), f"permute{tuple(positions)}")
+
+
+def permutation_of(p: Prover, node: fx.Node) -> list[int]:
+    """The dim order that a transpose-like op makes."""
+    name, ndim = op_name(node), p.ndim(operand(node))
+    order = list(range(ndim))
+    if name == "permute":
+        return [d % ndim for d in varargs(node, 1, "dims")]
+    if name == "moveaxis":
+        source, target = argument(node, 1, "source"), argument(node, 2, "destination")
+        return _moved(ndim, source, target)
+    if name == "T":
+        return order[::-1]
+    if name in ("mT", "H"):
+        a, b = ndim - 2, ndim - 1
+    elif name == "t":
+        a, b = (0, 1) if ndim == 2 else (0, 0)
+    else:
+        a = argument(node, 1, "dim0", "axis0") % ndim
+        b = argument(node, 2, "dim1", "axis1") % ndim
+    if ndim:
+        order[a], order[b] = order[b], order[a]
+    return order
+
+
+def _moved(ndim: int, source: Any, target: Any) -> list[int]:
+    sources = [s % ndim for s in ((source,) if isinstance(source, int) else source)]
+    targets = [t % ndim for t in ((target,) if isinstance(target, int) else target)]
+    rest = iter(d for d in range(ndim) if d not in sources)
+    return [sources[targets.index(d)] if d in targets else next(rest) for d in range(ndim)]
+
+
+def factor(source: Sequence[int], target: Sequence[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Smallest groups of source and target dims that hold the same elements: ``[6, 4] -> [2, 3, 4]`` is (0)(0,1), (1)(2)."""
+    groups: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    if 0 in (*source, *target):
+        raise UnknownShapeError("a view of an empty tensor")
+    i = o = 0
+    while i < len(source) or o < len(target):
+        if i < len(source) and o < len(target) and source[i] == target[o]:
+            groups.append(((i,), (o,)))
+            i, o = i + 1, o + 1
+            continue
+        if o < len(target) and target[o] == 1:
+            groups.append(((), (o,)))
+            o += 1
+            continue
+        if i < len(source) and source[i] == 1:
+            groups.append(((i,), ()))
+            i += 1
+            continue
+        first_i, first_o, have, want = i, o, 1, 1
+        while have != want or i == first_i or o == first_o:
+            if have <= want:
+                have *= source[i]
+                i += 1
+            else:
+                want *= target[o]
+                o += 1
+        groups.append((tuple(range(first_i, i)), tuple(range(first_o, o))))
+    return groups
+
+
+def reshape(p: Prover, node: fx.Node, x: fx.Node, rows: Rows) -> Rows:
+    """Rows after a view: a group of dims that holds a row dim expands the map over its other dims, then reshapes it alike."""
+    if not isinstance(rows, Label):
+        return rows
+    groupings = [factor(p.shape(x, w), p.shape(node, w)) for w in range(p.count)]
+    if any(g != groupings[0] for g in groupings):
+        return Mixed(f"{op_name(node)} regroups dims differently at different sizes")
+    touched = [(gi, go) for gi, go in groupings[0] if set(gi) & set(rows.dims)]
+    kept = [d for gi, _ in touched for d in gi]
+    dims = [d for _, go in touched for d in go]
+    if all(len(gi) == len(go) == 1 for gi, go in touched):
+        return Label(rows.map, tuple(dims))
+    ids = []
+    for w in range(p.count):
+        source, target = p.shape(x, w), p.shape(node, w)
+        expanded = broadcast_ids(rows, len(source), w).expand([source[d] if d in kept else 1 for d in range(len(source))])
+        ids.append(expanded.reshape([target[d] for d in dims]))
+    label = rows
+
+    def build(emit: Emit, parent: fx.Node) -> fx.Node:
+        for position, d in enumerate(kept):
+            if d not in label.dims:
+                parent = emit(torch.unsqueeze, parent, position)
+        parent = emit(torch.broadcast_to, parent, tuple(p.size(emit, x, d) for d in kept))
+        return emit(torch.reshape, parent, tuple(p.size(emit, node, d) for d in dims))
+
+    return derive(p, node, rows, ids, dims, build, f"reshape{tuple(p.shape(node, 0)[d] for d in dims)}")
+
+
+def index_items(p: Prover, node: fx.Node) -> list[Any]:
+    """The indexing of getitem, index, slice, select, narrow, index_select as a list with one item per source dim (and None)."""
+    name, x = op_name(node), operand(node)
+    ndim = p.ndim(x)
+    whole: list[Any] = [slice(None)] * ndim
+    if name in ("slice", "select", "index_select", "narrow"):
+        dim = argument(node, 1, "dim", default=0) % ndim
+        if name == "slice":
+            whole[dim] = slice(argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", default=1))
+        elif name == "narrow":
+            start, length = argument(node, 2, "start"), argument(node, 3, "length")
+            if isinstance(start, fx.Node) or isinstance(length, fx.Node):
+                raise UnknownShapeError("narrow with computed bounds")
+            whole[dim] = slice(start, start + length)
+        else:
+            whole[dim] = argument(node, 2, "index")
+        return whole
+    given = argument(node, 1, "indices", "index")
+    if name == "index":
+        return [slice(None) if i is None else i for i in given] + whole[len(given) :]
+    items = list(given) if isinstance(given, tuple | list) else [given]
+    return expand_items(items, ndim)
+
+
+def expand_items(items: list[Any], ndim: int) -> list[Any]:
+    """Replace an Ellipsis by the slices it stands for, and append those left out."""
+    used = sum(i is not None and i is not Ellipsis for i in items)
+    out: list[Any] = []
+    for item in items:
+        out += [slice(None)] * (ndim - used) if item is Ellipsis else [item]
+    return out + [slice(None)] * (ndim - sum(i is not None for i in out))
+
+
+def is_whole(item: Any) -> bool:
+    """True for a slice that keeps a dim as it is."""
+    return isinstance(item, slice) and item.start in (None, 0) and item.step in (None, 1) and (item.stop is None or (isinstance(item.stop, int) and item.stop >= 2**31))
+
+
+def layout(p: Prover, items: Sequence[Any]) -> tuple[dict[int, int], int, int]:
+    """Where dims go: source dim of each slice -> out dim; first out dim of the broadcast index tensors; how many they have."""
+    tensors = [i for i, item in enumerate(items) if p.is_tensor(item)]
+    width = max((p.ndim(items[i]) for i in tensors), default=0)
+    kept = [i for i, item in enumerate(items) if not _is_int(p, item)]
+    places = [kept.index(i) for i in tensors]
+    adjacent = not places or places == list(range(places[0], places[0] + len(places)))
+    out = 0 if adjacent else width
+    where: dict[int, int] = {}
+    start, source = 0, 0
+    for i, item in enumerate(items):
+        if item is None:
+            out += 1
+            continue
+        if i in tensors:
+            if adjacent and i == tensors[0]:
+                start, out = out, out + width
+        elif not _is_int(p, item):
+            where[source] = out
+            out += 1
+        source += 1
+    return where, start, width
+
+
+def _is_int(p: Prover, item: Any) -> bool:
+    return (isinstance(item, int) and not isinstance(item, bool)) or (isinstance(item, fx.Node) and not p.is_tensor(item))
+
+
+def index(p: Prover, node: fx.Node, x: fx.Node, items: Sequence[Any]) -> Rows:
+    """Rows after indexing: the same indexing of the map along row dims; elsewhere the rows of the index join in."""
+    if any(isinstance(i, bool | list) for i in items) or any(p.is_tensor(i) and p.dtype(i) == torch.bool for i in items):
+        return Mixed("indexing by a mask or list") if any(p.rows(n) for n in node.all_input_nodes) else None
+    rows = p.rows(x)
+    where, start, width = layout(p, items)
+    by_source = [item for item in items if item is not None]
+    row_dims = set(rows.dims) if isinstance(rows, Label) else set()
+    parts: list[Rows] = []
+    for d, item in enumerate(by_source):
+        if p.is_tensor(item) and d not in row_dims:
+            parts.append(shift(p.rows(item), start + width - p.ndim(item)))
+    if isinstance(rows, Label):
+        moved = _index_map(p, node, rows, by_source, where, start, width)
+        if isinstance(moved, Mixed):
+            return moved
+        parts.append(fit(p, moved, node))
+    else:
+        parts.append(rows)
+    return join(parts, p.ndim(node), p.count, op_name(node))
+
+
+def _index_map(p: Prover, node: fx.Node, rows: Label, items: Sequence[Any], where: dict[int, int], start: int, width: int) -> Rows:
+    picked = [items[d] for d in rows.dims]
+    if all(is_whole(i) for i in picked):
+        return Label(rows.map, tuple(where[d] for d in rows.dims))
+    inner, inner_start, inner_width = layout(p, picked)
+    dims: dict[int, int] = {out: where[rows.dims[j]] for j, out in inner.items()}
+    dims |= {inner_start + i: start + width - inner_width + i for i in range(inner_width)}
+    order = [dims[i] for i in range(len(dims))]
+    if order != sorted(order):
+        return Mixed(f"{op_name(node)} reorders row dims by index tensors")
+    ids = []
+    for w in range(p.count):
+        value = rows.map.ids[w]
+        concrete = tuple(_concrete(p, item, value.shape[j], w) for j, item in enumerate(picked))
+        ids.append(value[concrete])
+    text = f"[{', '.join(_spell(i) for i in picked)}]"
+    return derive(p, node, rows, ids, order, lambda emit, parent: emit(operator.getitem, parent, tuple(picked)), text)
+
+
+def _concrete(p: Prover, item: Any, size: int, w: int) -> Any:
+    if isinstance(item, slice):
+        return slice(*(p.number(bound, w) for bound in (item.start, item.stop, item.step)))
+    if p.is_tensor(item):
+        return p.integers.index_values(item, size, w).long()
+    return p.number(item, w)
+
+
+def _spell(item: Any) -> str:
+    if isinstance(item, slice):
+        return ":" if is_whole(item) else f"{'' if item.start is None else item.start}:{'' if item.stop is None else item.stop}"
+    return str(item)
+
+
+def cat(p: Prover, node: fx.Node, parts: Sequence[fx.Node], dim: int) -> Rows:
+    """Rows after concatenation: along a row dim the maps are concatenated, else all parts must have equal rows."""
+    rows = [p.rows(x) for x in parts if p.shape(x, 0) != (0,)]
+    parts = [x for x in parts if p.shape(x, 0) != (0,)]
+    for r in rows:
+        if isinstance(r, Mixed):
+            return r
+    labels = [r for r in rows if isinstance(r, Label)]
+    if not labels:
+        return None
+    if not any(dim in label.dims for label in labels):
+        return join(rows, p.ndim(node), p.count, op_name(node))
+    wanted = max(labels, key=lambda label: len(label.dims)).dims
+    full = [_spread(p, x, r, wanted) for x, r in zip(parts, rows, strict=True)]
+    if any(f is None for f in full):
+        return Mixed("cat along the request dim of rows with and without a request")
+    position = wanted.index(dim)
+    ids = [torch.cat([f.map.ids[w] for f in full if f], position) for w in range(p.count)]
+    made = p.table.intern(
+        ids, [f.map for f in full if f], node, lambda emit, parents: emit(torch.cat, list(parents), position), f"cat(dim={position})"
+    )
+    return Label(made, wanted)
+
+
+def _spread(p: Prover, x: fx.Node, rows: Rows, dims: tuple[int, ...]) -> Label | None:
+    """The label with its map expanded over ``dims``."""
+    if not isinstance(rows, Label) or not set(rows.dims) <= set(dims):
+        return None
+    if rows.dims == dims:
+        return rows
+    return expand_over(p, x, rows, dims)
+
+
+def expand_over(p: Prover, x: fx.Node, rows: Label, dims: Sequence[int], order: Sequence[int] | None = None) -> Label:
+    """The same rows with a map that runs over all of ``dims`` of ``x`` (of ``x`` permuted by ``order``, where given)."""
+    ids = []
+    source = list(range(p.ndim(x))) if order is None else list(order)
+    for w in range(p.count):
+        shape = [p.shape(x, w)[d] for d in source]
+        full = broadcast_ids(rows, len(shape), w).expand([shape[d] if d in dims else 1 for d in range(len(shape))])
+        ids.append(full.reshape([shape[d] for d in dims]))
+
+    def build(emit: Emit, parent: fx.Node) -> fx.Node:
+        for position, d in enumerate(dims):
+            if d not in rows.dims:
+                parent = emit(torch.unsqueeze, parent, position)
+        return emit(torch.broadcast_to, parent, tuple(p.size(emit, x, source[d]) for d in dims))
+
+    return derive(p, x, rows, ids, dims, build, f"expand{tuple(p.shape(x, 0)[source[d]] for d in dims)}")
+
+
+def pieces(p: Prover, node: fx.Node, rows: Rows, dim: int) -> Rows | tuple[Rows, ...]:
+    """Rows of each part of a chunk, split or unbind."""
+    if not isinstance(rows, Label):
+        return rows
+    unbinds = op_name(node) == "unbind"
+    if dim not in rows.dims:
+        return remap(rows, lambda d: d - (unbinds and d > dim))
+    facts = [p.worlds[w].facts(node) for w in range(p.count)]
+    if not all(isinstance(f, tuple) and len(f) == len(facts[0]) for f in facts):
+        return Mixed(f"{op_name(node)} of the request dim into a number of parts that depends on its size")
+    position = rows.dims.index(dim)
+    out: list[Rows] = []
+    for k in range(len(facts[0])):
+        ids = []
+        for w in range(p.count):
+            before = sum(1 if unbinds else part.shape[dim] for part in facts[w][:k])
+            ids.append(rows.map.ids[w].select(position, before) if unbinds else rows.map.ids[w].narrow(position, before, facts[w][k].shape[dim]))
+        dims = tuple(d - (d > dim) for d in rows.dims if d != dim) if unbinds else rows.dims
+        out.append(derive(p, node, rows, ids, dims, _piece(p, node, position, dim, k, unbinds), f"part {k}"))
+    return tuple(out)
+
+
+def _piece(p: Prover, node: fx.Node, position: int, dim: int, k: int, unbinds: bool) -> Callable[[Emit, fx.Node], fx.Node]:
+    def build(emit: Emit, parent: fx.Node) -> fx.Node:
+        if unbinds:
+            return emit(torch.select, parent, position, k)
+        sizes = [emit(torch.ops.aten.sym_size.int, emit(operator.getitem, node, i), dim) for i in range(k + 1)]
+        start: Any = 0
+        for size in sizes[:-1]:
+            start = emit(operator.add, start, size)
+        return emit(torch.narrow, parent, position, start, sizes[-1])
+
+    return build
+
+
+def repeat_interleave(p: Prover, node: fx.Node, rows: Rows) -> Rows:
+    """Rows after ``repeat_interleave`` by a fixed count."""
+    repeats, dim = argument(node, 1, "repeats"), argument(node, 2, "dim")
+    if not isinstance(rows, Label):
+        return rows
+    if dim is None or p.is_tensor(repeats):
+        return Mixed("repeat_interleave by a tensor, or of flattened rows")
+    dim %= p.ndim(operand(node))
+    if dim not in rows.dims:
+        return rows
+    position = rows.dims.index(dim)
+    ids = [i.repeat_interleave(int(p.number(repeats, w)), position) for w, i in enumerate(rows.map.ids)]
+    return derive(
+        p, node, rows, ids, rows.dims, lambda emit, parent: emit(torch.repeat_interleave, parent, repeats, position), f"repeat_interleave({repeats})"
+    )
+
+
+def repeat(p: Prover, node: fx.Node, rows: Rows) -> Rows:
+    """Rows after ``repeat``/``tile``: the map repeats alike along row dims."""
+    if not isinstance(rows, Label):
+        return rows
+    counts = list(varargs(node, 1, "repeats", "dims"))
+    source, out = p.ndim(operand(node)), p.ndim(node)
+    counts = [1] * (out - len(counts)) + counts
+    lead = out - source
+    own = [counts[d + lead] for d in rows.dims]
+    if all(c == 1 for c in own):
+        return shift(rows, lead)
+    ids = [i.repeat([int(p.number(c, w)) for c in own]) for w, i in enumerate(rows.map.ids)]
+    dims = [d + lead for d in rows.dims]
+    return derive(p, node, rows, ids, dims, lambda emit, parent: emit(torch.Tensor.repeat, parent, tuple(own)), f"repeat{tuple(own)}")
+
+
+def flat_rows(p: Prover, x: fx.Node, rows: Label, lead: int, order: Sequence[int] | None = None) -> RowMap:
+    """The map of the ``prod(lead dims)`` rows of ``x`` (of ``x`` permuted by ``order``), one entry a row."""
+    dims = tuple(range(lead))
+    if lead == 0:
+        return rows.map
+    full = rows if rows.dims == dims else expand_over(p, x, rows, dims, order)
+    if lead == 1:
+        return full.map
+    ids = [i.reshape(math.prod(i.shape)) for i in full.map.ids]
+    return derive(p, x, full, ids, (0,), lambda emit, parent: emit(torch.reshape, parent, (-1,)), "flatten").map

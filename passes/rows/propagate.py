@@ -1,0 +1,152 @@
+"""Walks a graph once and labels every tensor with its rows; the entry to row provenance."""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxlora.passes.graph import describe, op_name, operand
+from fxlora.passes.rows.integers import Integers
+from fxlora.passes.rows.labels import Label, MapTable, Mixed, RowMap, Rows
+from fxlora.passes.rows.rules import rows_of
+from fxlora.passes.rows.worlds import Sizing, TensorFacts, UnknownShapeError
+from fxlora.passes.rows.writes import VIEWS, apply_write, is_write
+
+_EXPECTED = (UnknownShapeError, IndexError, RuntimeError, TypeError, KeyError, ValueError, AttributeError)
+
+
+class Prover:
+    """Row provenance of one graph.
+
+    Args:
+        gm: The graph, normalised.
+        sizing: The worlds of the proof.
+        seeds: Input node to its request dims: ``(0,)``, or ``(0, 1)`` where adapters are chosen per token.
+        primary: The seeded input whose request dims give ``adapter_slots`` its shape.
+
+    Attributes:
+        labels: Rows of every node (a tuple for ops with several results); absent means None.
+        assumed: Nodes whose isolation is the mask's job, with the words for it.
+        reasons: Where each ``Mixed`` first arose.
+    """
+
+    def __init__(self, gm: fx.GraphModule, sizing: Sizing, seeds: Mapping[fx.Node, tuple[int, ...]], primary: fx.Node) -> None:
+        self.graph = gm.graph
+        self.worlds = sizing.worlds
+        self.frozen = sizing.frozen
+        self.count = len(sizing.worlds)
+        self.packed = any(len(dims) > 1 for dims in seeds.values())
+        self.integers = Integers(gm, self.worlds, {})
+        order: dict[fx.Node | None, int] = {None: -1, **{n: i for i, n in enumerate(gm.graph.nodes)}}
+        self.table = MapTable(order)
+        self.labels: dict[fx.Node, Any] = {}
+        self.roots: dict[fx.Node, fx.Node] = {}
+        self.members: dict[fx.Node, list[fx.Node]] = {}
+        self.assumed: dict[fx.Node, str] = {}
+        self._row_length: list[int] = []
+        self.seed = self._seed(seeds, primary)
+
+    def _seed(self, seeds: Mapping[fx.Node, tuple[int, ...]], primary: fx.Node) -> RowMap:
+        ids = []
+        for w in range(self.count):
+            sizes = [self.shape(primary, w)[d] for d in seeds[primary]]
+            ids.append(torch.arange(torch.Size(sizes).numel()).reshape(sizes))
+            self._row_length.append(sizes[1] if len(sizes) > 1 else 1)
+        seed = self.table.intern(ids, (), None, None, "adapter_slots")
+        for node, dims in seeds.items():
+            fits = all([self.shape(node, w)[d] for d in dims] == list(ids[w].shape[: len(dims)]) for w in range(self.count))
+            if len(dims) == len(seeds[primary]) and fits:
+                self.labels[node] = Label(seed, dims)
+            else:
+                self.labels[node] = Mixed(f"input {node.name} does not have the request dims of {primary.name}")
+        return seed
+
+    def run(self) -> Prover:
+        """Label every node of the graph, in order."""
+        for node in self.graph.nodes:
+            if node.op in ("placeholder", "get_attr", "output"):
+                continue
+            self.integers.visit(node)
+            self._track_memory(node)
+            if not any(self.labels.get(n) is not None for n in node.all_input_nodes):
+                continue
+            try:
+                rows = apply_write(self, node) if is_write(node) else rows_of(self, node)
+            except _EXPECTED as error:
+                rows = Mixed(f"{op_name(node).lstrip('?')} could not be followed ({type(error).__name__}: {error})")
+            if isinstance(rows, Mixed) and not any(r is rows for n in node.all_input_nodes for r in _parts(self.labels.get(n))):
+                rows = Mixed(f"{rows.reason}, at {describe(node)}")
+            if rows is not None:
+                self.labels[node] = self._checked(node, rows)
+        return self
+
+    def _checked(self, node: fx.Node, rows: Any) -> Any:
+        """Labels whose sizes do not fit their node are no labels: a guard against a wrong rule."""
+        if not isinstance(rows, Label):
+            return rows
+        for w in range(self.count):
+            facts = self.worlds[w].facts(node)
+            shape = facts.shape if isinstance(facts, TensorFacts) else None
+            if shape is not None and [shape[d] for d in rows.dims] != list(rows.map.ids[w].shape):
+                return Mixed(f"rows do not fit the result of {describe(node)}")
+        return rows
+
+    def _track_memory(self, node: fx.Node) -> None:
+        source = operand(node)
+        if isinstance(source, fx.Node) and (op_name(node) in VIEWS or is_write(node)):
+            root = self.roots.get(source, source)
+            self.roots[node] = root
+            self.members.setdefault(root, []).append(node)
+
+    def rows(self, value: Any) -> Rows:
+        """Rows of one tensor; a tuple result counts as mixed unless all its parts are alike."""
+        rows = self.labels.get(value) if isinstance(value, fx.Node) else None
+        if isinstance(rows, tuple):
+            return rows[0] if all(r == rows[0] for r in rows) else Mixed("several results taken as one")
+        return rows
+
+    def shape(self, node: fx.Node, world: int) -> tuple[int, ...]:
+        return self.worlds[world].shape(node)
+
+    def ndim(self, node: Any) -> int:
+        return len(self.worlds[0].shape(node)) if self.is_tensor(node) else 0
+
+    def dtype(self, node: fx.Node) -> torch.dtype:
+        return self.worlds[0].facts(node).dtype
+
+    def is_tensor(self, value: Any) -> bool:
+        return isinstance(value, fx.Node) and isinstance(self.worlds[0].facts(value), TensorFacts)
+
+    def number(self, value: Any, world: int) -> Any:
+        return self.worlds[world].number(value)
+
+    def size(self, emit: Callable[..., fx.Node], node: fx.Node, dim: int) -> Any:
+        """A size for an emitted map: the number where it is the same in every world, else a node that reads it."""
+        sizes = {self.shape(node, w)[dim] for w in range(self.count)}
+        return sizes.pop() if len(sizes) == 1 else emit(torch.ops.aten.sym_size.int, node, dim)
+
+    def assume(self, node: fx.Node, words: str) -> None:
+        self.assumed.setdefault(node, words)
+
+    def same_requests(self, left: Label, right: Label) -> bool:
+        """Packed rows: do both operands' rows belong to the same sequences, batch entry by batch entry?"""
+        for w in range(self.count):
+            length = self._row_length[w]
+            sequences = [(label.map.ids[w] // length).flatten().tolist() for label in (left, right)]
+            if len(set(sequences[0])) == len(set(sequences[1])) == 1:
+                if sequences[0][0] != sequences[1][0]:
+                    return False
+                continue
+            batch = [(label.map.ids[w] // length) for label in (left, right)]
+            firsts = [b.reshape(b.shape[0], -1) for b in batch if b.dim() > 1]
+            if left.dims[0] != right.dims[0] or len(firsts) != 2:
+                return False
+            if any(bool((f != f[:, :1]).any()) for f in firsts) or firsts[0][:, 0].tolist() != firsts[1][:, 0].tolist():
+                return False
+        return True
+
+
+def _parts(rows: Any) -> Sequence[Any]:
+    return rows if isinstance(rows, tuple) else (rows,)

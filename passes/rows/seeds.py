@@ -1,0 +1,96 @@
+"""Which input dims tell requests apart: the seeds of row provenance, bound by the caller's signature."""
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from fxlora.passes.errors import AmbiguousRequestsError, BatchDimsError
+from fxlora.passes.rows.worlds import GraphInput
+
+BatchDims = int | tuple[int, ...] | Mapping[str, int | tuple[int, ...]] | None
+
+
+def choose_seeds(inputs: Sequence[GraphInput], batch_dims: BatchDims) -> tuple[dict[fx.Node, tuple[int, ...]], fx.Node]:
+    """The request dims of each input, and the input that gives ``adapter_slots`` its shape.
+
+    Args:
+        inputs: The graph's inputs, in the caller's order.
+        batch_dims: None or 0: dim 0 of every input that shares the first input's batch dim. ``(0, 1)``: adapters are chosen per
+            token. A mapping names inputs: ``{"input_ids": 0}``, ``{"input_ids": (0, 1)}``; other inputs follow where they share
+            the dim.
+
+    Raises:
+        BatchDimsError: A name or dim that no input has.
+        AmbiguousRequestsError: No tensor input with a dim to tell requests by.
+    """
+    tensors = [inp for inp in inputs if inp.dtype is not None and inp.sizes]
+    named = _named(tensors, batch_dims)
+    if named:
+        primary = next(inp for inp in tensors if inp.node in named)
+    elif tensors:
+        primary = tensors[0]
+        named = {primary.node: _as_dims(batch_dims if batch_dims is not None else 0, primary)}
+    else:
+        raise AmbiguousRequestsError(
+            f"the graph has no tensor input with a dim to tell requests by; its inputs are {[inp.name for inp in inputs]}"
+        )
+    dims = named[primary.node]
+    seeds = dict(named)
+    for inp in tensors:
+        if inp.node not in seeds and _follows(inp, primary, dims):
+            seeds[inp.node] = dims
+    return seeds, primary.node
+
+
+def _named(tensors: Sequence[GraphInput], batch_dims: BatchDims) -> dict[fx.Node, tuple[int, ...]]:
+    if not isinstance(batch_dims, Mapping):
+        return {}
+    named: dict[fx.Node, tuple[int, ...]] = {}
+    for name, given in batch_dims.items():
+        matches = [inp for inp in tensors if inp.name == name or inp.name.split(".")[0] == name]
+        if not matches:
+            raise BatchDimsError(f"batch_dims names the input {name!r}; the graph's tensor inputs are {[inp.name for inp in tensors]}")
+        named |= {inp.node: _as_dims(given, inp) for inp in matches}
+    if len({len(dims) for dims in named.values()}) > 1:
+        raise BatchDimsError(f"batch_dims mixes inputs with one and with two request dims: {dict(batch_dims)}; give all one kind")
+    return named
+
+
+def _as_dims(given: int | tuple[int, ...], inp: GraphInput) -> tuple[int, ...]:
+    dims = (given,) if isinstance(given, int) else tuple(given)
+    if not 1 <= len(dims) <= 2 or any(not isinstance(d, int) or not 0 <= d < len(inp.sizes) for d in dims) or list(dims) != sorted(set(dims)):
+        raise BatchDimsError(
+            f"batch_dims {given!r} for input {inp.name!r} of {len(inp.sizes)} dims; expected one dim, or two ascending ones "
+            "(requests, tokens), each below its number of dims"
+        )
+    return dims
+
+
+def _follows(inp: GraphInput, primary: GraphInput, dims: tuple[int, ...]) -> bool:
+    """Does an unnamed input carry the same requests along the same dims?"""
+    if len(dims) > 1 and not inp.dtype.is_floating_point:  # type: ignore[union-attr]
+        return False  # per token: positions and masks belong to the packing, not to a token's adapter
+    return len(inp.sizes) > max(dims) and all(_same_dim(inp, primary, d) for d in dims)
+
+
+def _same_dim(inp: GraphInput, primary: GraphInput, d: int) -> bool:
+    mine, theirs = inp.symbols[d], primary.symbols[d]
+    if mine is not None and theirs is not None and mine == theirs:
+        return True
+    if (mine is None) != (theirs is None) or inp.sizes[d] != primary.sizes[d]:
+        return False
+    # Two dims of one traced size that tracing never had to compare: a batch of rows, but not a bare list of positions.
+    return len(inp.sizes) > 1 or mine is None and not _is_position_like(inp)
+
+
+def _is_position_like(inp: GraphInput) -> bool:
+    return len(inp.sizes) == 1 and not inp.dtype.is_floating_point and inp.dtype is not None  # type: ignore[union-attr]
+
+
+def display_name(target: Any) -> str:
+    """The caller's name behind a placeholder target: ``L_kwargs_input_ids_ -> input_ids``."""
+    match = re.fullmatch(r"[lL]_(?:args|kwargs|self|flat_args)?_*(.*?)_*", str(target))
+    return match.group(1) if match and match.group(1) else str(target)

@@ -1,0 +1,306 @@
+"""The sizes at which rows are proven: every free dim gets sizes of its own, never the caller's.
+
+A proof holds in several *worlds*. A world fixes each free dim to a number (all distinct, all >= 2) and knows the shape of
+every node there, by evaluating recorded symbolic shapes or, where a graph records none, by running it on fake tensors.
+A graph that runs at no other sizes is *frozen*: proven, and callable, at its traced shapes alone.
+"""
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fxlora.passes.errors import RowsNotProvenError
+from fxlora.passes.graph import fake_value, operand
+
+log = logging.getLogger(__name__)
+
+WORLDS = 3
+# Sizes of the request dim and of the other free dims. Large request sizes make two unrelated maps unlikely to agree.
+_BATCH_SIZES = (29, 31, 37)
+_OTHER_SIZES = ((7, 11, 13, 17, 19, 23, 5, 43), (11, 5, 17, 13, 23, 7, 19, 41), (13, 17, 7, 19, 5, 11, 43, 23))
+
+
+class UnknownShapeError(Exception):
+    """A node's shape depends on data, or was never recorded."""
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """One tensor or number the caller passes (weights are no inputs).
+
+    Attributes:
+        node: Its placeholder.
+        name: The path in the caller's arguments: ``input_ids``, ``past_key_values.0``.
+        sizes: Per dim the traced size, hints for symbolic ones; empty for numbers.
+        symbols: Per dim the symbol (after unification), None where the size is fixed.
+        dtype: None for numbers.
+        value: What the caller passed at tracing where it was no tensor; for tensors the example, if there is one.
+    """
+
+    node: fx.Node
+    name: str
+    sizes: tuple[int, ...]
+    symbols: tuple[Any, ...]
+    dtype: torch.dtype | None
+    value: Any = None
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """Shape, dtype and device of a tensor in one world."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass
+class World:
+    """One assignment of sizes. ``facts(node)`` is a TensorFacts, an int, a tuple of these, or None."""
+
+    values: dict[fx.Node, Any] = field(default_factory=dict)
+    symbols: dict[Any, int] | None = None
+    generator: torch.Generator = field(default_factory=torch.Generator)
+    _exprs: dict[Any, int] = field(default_factory=dict)
+
+    def facts(self, node: fx.Node) -> Any:
+        if node not in self.values:
+            if self.symbols is None:
+                raise UnknownShapeError(f"no shape is known for {node.name}")
+            self.values[node] = self._convert(fake_value(node))
+        return self.values[node]
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        facts = self.facts(node)
+        if not isinstance(facts, TensorFacts):
+            raise UnknownShapeError(f"{node.name} is no tensor")
+        return facts.shape
+
+    def number(self, value: Any) -> Any:
+        """An int argument as a number: ints stay, size nodes are read in this world."""
+        return self.facts(value) if isinstance(value, fx.Node) else value
+
+    def _convert(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return TensorFacts(tuple(self.size(s) for s in value.shape), value.dtype, value.device)
+        if isinstance(value, torch.SymInt):
+            return self.size(value)
+        if isinstance(value, list | tuple):
+            return tuple(self._convert(item) for item in value)
+        return value
+
+    def size(self, size: Any) -> int:
+        if isinstance(size, int):
+            return size
+        expression = size.node._expr
+        if expression not in self._exprs:
+            number = expression.xreplace(self.symbols)
+            if not number.is_number:
+                raise UnknownShapeError(f"size {expression} depends on data")
+            self._exprs[expression] = int(number)
+        return self._exprs[expression]
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """The worlds of one proof, whether it holds only at the traced shapes, and the input sizes that must not change."""
+
+    worlds: tuple[World, ...]
+    frozen: bool
+    fixed: Mapping[fx.Node, Mapping[int, int]] = field(default_factory=dict)
+
+
+def shape_env_of(gm: fx.GraphModule) -> Any:
+    """The ShapeEnv behind a graph's symbolic sizes, None for graphs without any."""
+    for node in gm.graph.nodes:
+        value = fake_value(node)
+        for size in [value] if isinstance(value, torch.SymInt) else getattr(value, "shape", ()):
+            if isinstance(size, torch.SymInt):
+                return size.node.shape_env
+    return None
+
+
+def has_all_values(gm: fx.GraphModule) -> bool:
+    """True when tracing recorded a value for every call that makes a tensor."""
+    calls = ("call_function", "call_method", "placeholder")
+    return all("val" in n.meta or "example_value" in n.meta or not n.users for n in gm.graph.nodes if n.op in calls)
+
+
+def size_worlds(gm: fx.GraphModule, inputs: Sequence[GraphInput], batch: Mapping[fx.Node, tuple[int, ...]], bound: Mapping[fx.Node, torch.Tensor]) -> Sizing:
+    """Choose the worlds for a graph whose request dims are ``batch`` (per seeded input)."""
+    env = shape_env_of(gm)
+    if env is not None and has_all_values(gm):
+        sets = [_symbol_sizes(env, inputs, batch, world) for world in range(WORLDS)]
+        if all(s is not None for s in sets):
+            return Sizing(tuple(World(symbols=s, generator=_generator(i)) for i, s in enumerate(sets)), False, fixed_sizes(inputs))
+        log.info("no sizes but the traced ones satisfy the graph's guards: proven for these alone")
+    elif env is None:
+        for dims in ("all", "rows", "batch"):
+            sized = _refaked(gm, inputs, batch, bound, dims)
+            if sized is not None:
+                return Sizing(sized, False, _held_sizes(inputs, batch, dims))
+    frozen = _refaked(gm, inputs, batch, bound, "none")
+    if frozen is None:
+        raise RowsNotProvenError("the graph does not run on shapes alone (a size or a choice depends on data), so no row can be proven")
+    return Sizing(frozen, True, {inp.node: dict(enumerate(inp.sizes)) for inp in inputs})
+
+
+def fixed_sizes(inputs: Sequence[GraphInput]) -> dict[fx.Node, dict[int, int]]:
+    """Dims that tracing made plain numbers."""
+    return {inp.node: {d: n for d, n in enumerate(inp.sizes) if inp.symbols[d] is None} for inp in inputs}
+
+
+def _held_sizes(inputs: Sequence[GraphInput], batch: Mapping[fx.Node, tuple[int, ...]], free: str) -> dict[fx.Node, dict[int, int]]:
+    shapes = _input_shapes(inputs, batch, free, 0)
+    assert shapes is not None
+    return {inp.node: {d: n for d, n in enumerate(inp.sizes) if shapes[inp.node][d] == n} for inp in inputs}
+
+
+def _generator(world: int) -> torch.Generator:
+    return torch.Generator().manual_seed(1000 + world)
+
+
+def _symbol_sizes(env: Any, inputs: Sequence[GraphInput], batch: Mapping[fx.Node, tuple[int, ...]], world: int) -> dict[Any, int] | None:
+    """Numbers for all symbols that satisfy ranges and guards, or None."""
+    replacements = dict(env.replacements)
+    batch_symbols = [inp.symbols[dims[0]] for inp in inputs if (dims := batch.get(inp.node)) and inp.symbols[dims[0]] is not None]
+    free = [s for s in env.var_to_range if s not in replacements]
+    packed = any(len(dims) > 1 for dims in batch.values())
+    row_symbols = [inp.symbols[dims[1]] for inp in inputs if len(dims := batch.get(inp.node, ())) > 1 and inp.symbols[dims[1]] is not None]
+    for attempt in range(3):
+        chosen: dict[Any, int] = {s: _BATCH_SIZES[world] for s in batch_symbols}
+        if packed:
+            chosen |= {s: 3 + world for s in batch_symbols} | {s: _BATCH_SIZES[world] for s in row_symbols}
+        hints = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
+        others = iter(_OTHER_SIZES[world] * 50)
+        for i, symbol in enumerate(s for s in free if s not in chosen):
+            hint = int(hints[symbol]) if symbol in hints else 2
+            size = next(others) if attempt == 0 else hint + (i + 1) * (world + 1) if attempt == 1 else hint
+            chosen[symbol] = size
+        chosen = {s: sympy.Integer(size) for s, size in chosen.items()}
+        solved = {**chosen}
+        for symbol, expression in replacements.items():
+            value = _substitute(expression, chosen, replacements)
+            if value is not None:
+                solved[symbol] = value
+        if all(_in_range(env.var_to_range.get(s), v) for s, v in solved.items()) and _guards_hold(env, solved):
+            return solved
+    return None
+
+
+def _substitute(expression: Any, chosen: Mapping[Any, int], replacements: Mapping[Any, Any]) -> int | None:
+    for _ in range(4):
+        expression = expression.xreplace(chosen).xreplace(replacements)
+    expression = expression.xreplace(chosen)
+    return sympy.Integer(int(expression)) if expression.is_number else None
+
+
+def _in_range(bounds: Any, value: Any) -> bool:
+    return bounds is None or bool(bounds.lower <= value and value <= bounds.upper)
+
+
+def _guards_hold(env: Any, symbols: Mapping[Any, int]) -> bool:
+    for guard in env.guards:
+        truth = guard.expr.xreplace(symbols)
+        if truth.is_number or truth in (True, False):
+            if not bool(truth):
+                return False
+    return True
+
+
+def _refaked(gm: fx.GraphModule, inputs: Sequence[GraphInput], batch: Mapping[fx.Node, tuple[int, ...]], bound: Mapping[fx.Node, torch.Tensor], free: str) -> tuple[World, ...] | None:
+    """Run the graph on fake tensors at sizes of our own; ``free`` says which input dims vary: all, rows (the first two), batch or none."""
+    worlds = []
+    for index in range(WORLDS):
+        if free == "none" and worlds:
+            worlds.append(World(values=worlds[0].values, generator=_generator(index)))
+            continue
+        shapes = _input_shapes(inputs, batch, free, index)
+        if shapes is None:
+            return None
+        try:
+            values = _run_fake(gm, inputs, shapes, bound)
+        except Exception as error:  # noqa: BLE001  any op may reject sizes the graph was not made for
+            log.debug("the graph does not run with %s dims free: %s", free, error)
+            return None
+        worlds.append(World(values=values, generator=_generator(index)))
+    return tuple(worlds)
+
+
+def _input_shapes(inputs: Sequence[GraphInput], batch: Mapping[fx.Node, tuple[int, ...]], free: str, world: int) -> dict[fx.Node, tuple[int, ...]] | None:
+    if free == "none":
+        return {inp.node: inp.sizes for inp in inputs}
+    sizes: dict[Any, int] = {}
+    others = iter(_OTHER_SIZES[world] * 50)
+    shapes = {}
+    for inp in inputs:
+        dims = batch.get(inp.node, ())
+        shape = []
+        for d, size in enumerate(inp.sizes):
+            key = ("request", dims.index(d)) if d in dims else ("other", size)
+            fixed = size == 1 if key[0] == "other" else len(dims) > 1 and dims.index(d) == 0 and size == 1
+            fixed = fixed or (free == "batch" and key != ("request", 0)) or (free == "rows" and d > 1)
+            if fixed:
+                shape.append(size)
+                continue
+            if key not in sizes:
+                packed_batch = key == ("request", 0) and len(dims) > 1
+                sizes[key] = 3 + world if packed_batch else _BATCH_SIZES[world] if key[0] == "request" else next(others)
+            shape.append(sizes[key])
+        shapes[inp.node] = tuple(shape)
+    return shapes
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps what every node gave."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self.values: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        self.values[n] = _fixed(result)
+        return result
+
+
+def _fixed(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return TensorFacts(tuple(int(s) for s in value.shape), value.dtype, value.device)
+    if isinstance(value, list | tuple):
+        return tuple(_fixed(item) for item in value)
+    return value
+
+
+def _run_fake(gm: fx.GraphModule, inputs: Sequence[GraphInput], shapes: Mapping[fx.Node, tuple[int, ...]], bound: Mapping[fx.Node, torch.Tensor]) -> dict[fx.Node, Any]:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    by_node = {inp.node: inp for inp in inputs}
+    arguments = []
+    with mode, torch.no_grad():
+        for node in gm.graph.nodes:
+            if node.op != "placeholder":
+                continue
+            inp = by_node.get(node)
+            if inp is None:
+                tensor = bound.get(node)
+                arguments.append(mode.from_tensor(tensor) if tensor is not None else None)
+            elif inp.dtype is None:
+                arguments.append(inp.value)
+            else:
+                device = inp.value.device if isinstance(inp.value, torch.Tensor) else getattr(fake_value(node), "device", "cpu")
+                arguments.append(torch.empty(shapes[node], dtype=inp.dtype, device=device))
+        recorder = _Recorder(gm)
+        recorder.run(*arguments, enable_io_processing=False)
+    return recorder.values
+
+
+def is_size_of(node: fx.Node) -> bool:
+    """True for a node that reads a tensor's size."""
+    return isinstance(operand(node), fx.Node)

@@ -1,0 +1,194 @@
+"""Rows under in-place ops: what a write does to its target, to the tensor it is a view of, and to other views of it."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from fxlora.passes.graph import argument, op_name, operand
+from fxlora.passes.rows import moves
+from fxlora.passes.rows.labels import Label, Mixed, Rows, broadcast_ids, join, shift
+from fxlora.passes.rows.rules import is_pointwise
+from fxlora.passes.rows.worlds import UnknownShapeError
+
+if TYPE_CHECKING:
+    from fxlora.passes.rows.propagate import Prover
+
+# Ops whose result may share memory with their operand.
+VIEWS = {
+    "view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "ravel", "squeeze", "unsqueeze", "expand", "expand_as", "transpose",
+    "permute", "t", "T", "mT", "H", "moveaxis", "slice", "select", "narrow", "getitem", "chunk", "split", "unbind", "tensor_split", "unfold",
+    "diagonal", "as_strided", "detach", "alias", "data", "contiguous", "to", "float", "type", "half", "bfloat16", "view_as_real",
+    "view_as_complex", "real", "type_as", "double", "cpu", "cuda", "swapaxes", "lift_fresh", "requires_grad_",
+}
+_ALONG = {"index_copy_", "index_add_", "index_fill_", "scatter_", "scatter_add_", "scatter_reduce_", "index_reduce_"}
+_INDEXED_VIEWS = {"getitem", "slice", "select", "narrow"}
+_FREE = -1  # an element no request has written
+
+
+def is_write(node: fx.Node) -> bool:
+    """True for ops that change their first operand in place (or an ``out=`` tensor)."""
+    if not node.op.startswith("call"):
+        return False
+    name = op_name(node)
+    if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+        return True
+    return name == "setitem" or "out" in node.kwargs or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
+
+
+def apply_write(p: Prover, node: fx.Node) -> Rows:
+    """Update the labels of everything a write reaches; returns the rows of the node itself (its target's)."""
+    if isinstance(out := node.kwargs.get("out"), fx.Node):
+        rows: Rows = Mixed("an out= argument") if any(p.rows(n) for n in node.all_input_nodes) else None
+        _spread(p, out, rows)
+        return rows
+    target = operand(node)
+    if not p.is_tensor(target):
+        return Mixed(f"{op_name(node)} writes into something that is no tensor") if any(p.rows(n) for n in node.all_input_nodes) else None
+    if not any(p.rows(n) is not None for n in node.all_input_nodes):
+        return None
+    _spread(p, target, written(p, node, target))
+    return p.rows(target)
+
+
+def written(p: Prover, node: fx.Node, target: fx.Node) -> Rows:
+    """Rows of the target of a write, after it."""
+    name = op_name(node)
+    if name == "setitem":
+        return store(p, node, target, _items(p, target, argument(node, 1)), argument(node, 2))
+    if name in ("index_put_", "_unsafe_index_put_", "index_put"):
+        indices = [slice(None) if i is None else i for i in argument(node, 1, "indices")]
+        return store(p, node, target, _items(p, target, tuple(indices)), argument(node, 2, "values"))
+    if name in _ALONG:
+        return _along(p, node, target)
+    if is_pointwise(name[:-1]) or name in ("copy_", "zero_", "fill_", "uniform_", "normal_", "exponential_"):
+        ndim = p.ndim(target)
+        rows: list[Rows] = []
+        for n in node.all_input_nodes:
+            if p.is_tensor(n) and p.ndim(n) > ndim:
+                return Mixed(f"{name} of a larger tensor")
+            rows.append(shift(p.rows(n), ndim - p.ndim(n)) if p.is_tensor(n) else p.rows(n))
+        return moves.fit(p, join(rows, ndim, p.count, name), target)
+    return Mixed(f"no row rule for the in-place op {name}")
+
+
+def _items(p: Prover, target: fx.Node, key: Any) -> list[Any]:
+    return moves.expand_items(list(key) if isinstance(key, tuple | list) else [key], p.ndim(target))
+
+
+def _along(p: Prover, node: fx.Node, target: fx.Node) -> Rows:
+    """index_copy_, scatter_ and their kin: where neither side tells requests apart along the written dim, rows join."""
+    name = op_name(node)
+    dim = argument(node, 1, "dim") % max(p.ndim(target), 1)
+    index, source = argument(node, 2, "index"), argument(node, 3, "source", "src", "value", "tensor")
+    rows = [p.rows(target)]
+    for n in (index, source):
+        if not p.is_tensor(n):
+            continue
+        own = p.rows(n)
+        if isinstance(own, Label) and p.ndim(n) != p.ndim(target):
+            return Mixed(f"{name} at positions that depend on a request")
+        rows.append(own)
+    if any(isinstance(r, Label) and dim in r.dims for r in rows):
+        return Mixed(f"{name} along the request dim")
+    return moves.fit(p, join(rows, p.ndim(target), p.count, name), target)
+
+
+def store(p: Prover, node: fx.Node, target: fx.Node, items: Sequence[Any], value: Any, value_rows: Rows = None) -> Rows:
+    """Rows of ``target`` after ``target[items] = value``; ``value_rows`` overrides the value's rows."""
+    by_source = [item for item in items if item is not None]
+    if any(isinstance(i, bool | list) for i in items) or any(p.is_tensor(i) and p.dtype(i) == torch.bool for i in by_source):
+        return Mixed("a write through a mask or list")
+    where, start, width = moves.layout(p, items)
+    out = len(where) + width + sum(item is None for item in items)
+    own = p.rows(target)
+    parts: list[Rows] = [value_rows if value_rows is not None else p.rows(value)]
+    if parts[0] is not None and value_rows is None:
+        parts[0] = shift(parts[0], out - p.ndim(value))
+    for d, item in enumerate(by_source):
+        if p.is_tensor(item):
+            rows = p.rows(item)
+            parts.append(shift(rows, start + width - p.ndim(item)))
+            del d
+    new = join(parts, out, p.count, op_name(node))
+    if isinstance(own, Mixed) or isinstance(new, Mixed):
+        return own if isinstance(own, Mixed) else new
+    if own is None and new is None:
+        return None
+    return _store_ids(p, target, by_source, where, out, own, new)
+
+
+def _store_ids(p: Prover, target: fx.Node, items: Sequence[Any], where: dict[int, int], out: int, own: Label | None, new: Label | None) -> Rows:
+    """Write the value's ids into the target's, element by element, over the dims that matter; then find the map that fits."""
+    ndim = p.ndim(target)
+    idle = {
+        d
+        for d, item in enumerate(items)
+        if moves.is_whole(item) and not (own and d in own.dims) and not (new and where[d] in new.dims)
+    }
+    results = []
+    for w in range(p.count):
+        shape = [1 if d in idle else n for d, n in enumerate(p.shape(target, w))]
+        if torch.Size(shape).numel() > 2**22:
+            return Mixed("a write too large to follow")
+        ids = torch.full(shape, _FREE, dtype=torch.long) if own is None else broadcast_ids(own, ndim, w).long().expand(shape).clone()
+        value = torch.tensor(_FREE) if new is None else broadcast_ids(new, out, w).long()
+        if new is not None:
+            concrete = tuple(slice(None) if d in idle else moves._concrete(p, item, shape[d], w) for d, item in enumerate(items))
+            region = ids[concrete]
+            if region.dim() != value.dim():
+                return Mixed("a write whose value does not align")
+            ids[concrete] = value.expand(region.shape)
+        results.append(ids)
+    return match(p, results, [label for label in (own, new) if label is not None])
+
+
+def match(p: Prover, ids: Sequence[torch.Tensor], candidates: Sequence[Label]) -> Rows:
+    """The candidate whose map, laid over some dims, equals ``ids`` wherever a request wrote."""
+    ndim = ids[0].dim()
+    for label in candidates:
+        for dims in [label.dims, *combinations(range(ndim), len(label.dims))]:
+            trial = Label(label.map, tuple(dims))
+            if max(trial.dims, default=0) < ndim and all(_covers(trial, ids[w], w) for w in range(p.count)):
+                return trial
+    return Mixed("a write that leaves rows of different requests in one place")
+
+
+def _covers(label: Label, ids: torch.Tensor, world: int) -> bool:
+    laid = broadcast_ids(label, ids.dim(), world)
+    if any(a != b for a, b in zip(laid.shape, ids.shape, strict=True) if a != 1):
+        return False
+    return bool(((laid == ids) | (ids == _FREE)).all())
+
+
+def _spread(p: Prover, target: fx.Node, rows: Rows) -> None:
+    """Set the target's rows, and what follows for the tensor it is a view of and for that tensor's other views."""
+    before = p.rows(target)
+    p.labels[target] = rows
+    root = p.roots.get(target, target)
+    changed = rows != before
+    if not changed:
+        return
+    if root is not target:
+        old_root = p.rows(root)
+        new_root = _lift(p, target, root, rows)
+        p.labels[root] = new_root
+        if new_root == old_root:
+            return
+    for member in p.members.get(root, ()):
+        if member not in (target, root) and p.labels.get(member) != rows:
+            p.labels[member] = Mixed("memory written in place through another view")
+
+
+def _lift(p: Prover, target: fx.Node, root: fx.Node, rows: Rows) -> Rows:
+    """Rows of the root after its view ``target`` got ``rows``: followed through plain indexing, else unknown."""
+    source = operand(target)
+    if source is not root or op_name(target) not in _INDEXED_VIEWS or isinstance(rows, Mixed):
+        return Mixed("memory written in place through a view")
+    try:
+        return store(p, target, root, moves.index_items(p, target), target, value_rows=rows)
+    except UnknownShapeError:
+        return Mixed("memory written in place through a view")

@@ -1,0 +1,139 @@
+"""Sites: where a graph reads a base weight in one role. One weight and role is one site, however many names and uses it has."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxlora.passes.reads import Read, Reader, Refusal
+from fxlora.passes.rows.worlds import TensorFacts, World
+from fxlora.passes.weights import Weights, tensor_key
+
+
+class Role(str, Enum):
+    """What a weight is read as."""
+
+    LINEAR = "linear"
+    EMBEDDING = "embedding"
+    LOGITS = "logits"
+    EXPERTS = "experts"
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A base weight in one role.
+
+    Attributes:
+        name: Canonical module path, ``model.layers.0.mlp.gate`` (the parameter's path where it is not called ``weight``).
+        parameter: Canonical parameter path.
+        aliases: All other parameter paths of the same tensor.
+        role: See :class:`Role`.
+        weight: The base tensor object itself.
+        in_features: K of a linear, V of an embedding.
+        out_features: N.
+        dtype: Dtype of the activations (embedding: of the result), which is the pool's dtype.
+        device: Where the weight lives.
+        uses: The calls that read the weight in this role.
+        stored_KN: True when the weight is stored [K, N].
+    """
+
+    name: str
+    parameter: str
+    aliases: tuple[str, ...]
+    role: Role
+    weight: torch.Tensor
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+    device: torch.device
+    uses: tuple[fx.Node, ...] = field(default=(), repr=False)
+    stored_KN: bool = field(default=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A weight (or module) that is no site, and why."""
+
+    name: str
+    reason: str
+    aliases: tuple[str, ...] = ()
+
+
+def module_name(parameter: str) -> str:
+    """``a.b.weight -> a.b``; a parameter of another name keeps its own path."""
+    parent, _, last = parameter.rpartition(".")
+    return parent if last == "weight" and parent else parameter
+
+
+def find_sites(gm: fx.GraphModule, weights: Weights, world: World, modules: Sequence[torch.nn.Module] = ()) -> tuple[list[Site], list[Skipped]]:
+    """All sites of a graph, in graph order, and every weight of two or more dims that is none, with its reason."""
+    reader = Reader(weights, lambda n: len(world.shape(n)), lambda n: isinstance(n, fx.Node) and isinstance(world.facts(n), TensorFacts))
+    uses: dict[Any, list[tuple[fx.Node, Read]]] = {}
+    refused: dict[Any, str] = {}
+    tensors: dict[Any, torch.Tensor] = {}
+    for node in gm.graph.nodes:
+        for read in reader.reads(node):
+            tensor = weights.tensor_of(read.root)
+            if tensor is None:
+                continue
+            key = tensor_key(tensor)
+            tensors[key] = tensor
+            if isinstance(read, Refusal):
+                refused.setdefault(key, read.reason)
+            else:
+                uses.setdefault((key, read.kind), []).append((node, read))
+    sites = []
+    for (key, kind), found in uses.items():
+        if len({read.stored_KN for _, read in found}) > 1:
+            refused.setdefault(key, "read both plainly and transposed, so one adapter has no single meaning")
+        elif key not in refused:
+            sites.append(_site(weights, world, tensors[key], kind, found))
+    sites = [site for site in sites if tensor_key(site.weight) not in refused]
+    return sites, _skipped(weights, sites, refused, modules)
+
+
+def _site(weights: Weights, world: World, tensor: torch.Tensor, kind: str, found: list[tuple[fx.Node, Read]]) -> Site:
+    paths = weights.paths_of(tensor)
+    first, read = found[0]
+    facts = world.facts(first if kind == "embedding" else read.x)
+    rows, columns = tensor.shape
+    embedding = kind == "embedding"
+    k, n = (rows, columns) if embedding or read.stored_KN else (columns, rows)
+    return Site(
+        name=module_name(paths[0]), parameter=paths[0], aliases=paths[1:], role=Role(kind), weight=tensor, in_features=k, out_features=n,
+        dtype=facts.dtype, device=tensor.device, uses=tuple(node for node, _ in found), stored_KN=read.stored_KN,
+    )  # fmt: skip
+
+
+def _skipped(weights: Weights, sites: Sequence[Site], refused: dict[Any, str], modules: Sequence[torch.nn.Module]) -> list[Skipped]:
+    served = {tensor_key(site.weight) for site in sites}
+    skipped, seen = [], set()
+    for path, tensor in weights.names.items():
+        key = tensor_key(tensor)
+        if key in served or key in seen or tensor.dim() < 2:
+            continue
+        seen.add(key)
+        reason = refused.get(key, "not read by this graph")
+        paths = weights.paths_of(tensor)
+        skipped.append(Skipped(path, reason, tuple(p for p in paths if p != path)))
+    return skipped + _missing_modules(modules)
+
+
+def _missing_modules(modules: Sequence[torch.nn.Module]) -> list[Skipped]:
+    """Places where a module stands for one that is elsewhere: None, or an identity among siblings that hold weights."""
+    missing: dict[str, str] = {}
+    for model in modules:
+        for path, module in model.named_modules():
+            children = list(module._modules.items())
+            weighty = any(c is not None and any(True for _ in c.parameters()) for _, c in children)
+            for name, child in children:
+                full = f"{path}.{name}" if path else name
+                if child is None:
+                    missing.setdefault(full, "the module is None in this model")
+                elif weighty and isinstance(child, torch.nn.Identity):
+                    missing.setdefault(full, "an identity stands here: the layer lives on another pipeline stage, or has no weights")
+    return [Skipped(name, reason) for name, reason in missing.items()]
