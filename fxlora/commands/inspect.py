@@ -29,7 +29,7 @@ def inspect_model(folder: Path, adapters: Sequence[Path], console: Console, *, f
     graph = fxlora.capture(model, **example_inputs(model))
     lora = fxlora.apply(graph, max_adapters=1, max_rank=1)
     weights = dict(model.named_parameters(remove_duplicate=False))
-    console.print(_sites(lora.sites, fold=fold))
+    console.print(_sites(lora, fold=fold))
     if lora.skipped:
         console.print(_skipped(lora.skipped, fold=fold))
     binds = [_report(console, path, lora.sites, lora.skipped, weights, fold=fold) for path in adapters]
@@ -78,8 +78,9 @@ def _fill(table: Table, rows: Iterable[tuple[str, ...]], *, fold: bool) -> Table
     return table
 
 
-def _sites(sites: Sequence[Site], *, fold: bool) -> Table:
-    table = _table(f"{len(sites)} sites", "site", "also named", "role", "out x in", "uses", "rows", "sites")
+def _sites(lora: fxlora.LoraModule, *, fold: bool) -> Table:
+    title = f"{len(lora.sites)} sites"
+    table = _table(title, "site", "also named", "role", "out x in", "uses", "row map", "sites")
     rows = (
         (
             site.name,
@@ -87,9 +88,9 @@ def _sites(sites: Sequence[Site], *, fold: bool) -> Table:
             site.role.value,
             f"{site.out_features} x {site.in_features}",
             str(len(site.uses)),
-            str(site.rows),
+            lora.row_map(site),
         )
-        for site in sites
+        for site in lora.sites
     )
     return _fill(table, rows, fold=fold)
 
