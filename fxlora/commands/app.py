@@ -48,6 +48,7 @@ def demo(
     """Serve three adapters and the bare model in one batch, and compare every number with PEFT."""
     with refusals():
         require("fxlora demo", "transformers", "peft")
+        quieten()
         from fxlora.demo.run import run_demo
 
         if not run_demo(model.value, Console()):
@@ -63,6 +64,7 @@ def inspect(
     """Show where adapters can go in a model, and what each given adapter binds to, what not, and why."""
     with refusals():
         require("fxlora inspect", "transformers")
+        quieten()
         from fxlora.commands.inspect import inspect_model
 
         if not inspect_model(model, adapters or [], Console(), fold=not every):
@@ -107,3 +109,14 @@ def require(command: str, *packages: str) -> None:
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         raise MissingPackageError(command, missing, "pip install 'fxlora[demo]'")
+
+
+def quieten() -> None:
+    """Keep the progress bars and advice of transformers and PEFT out of the output."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module="transformers|peft")

@@ -16,7 +16,7 @@ import fxlora
 from fxlora.adapter import read_adapter
 from fxlora.binding import BoundAdapter, bind_adapter
 from fxlora.commands.models import example_inputs, load_model
-from fxlora.errors import AdapterError, UnboundTensorError
+from fxlora.errors import AdapterError, Unbound, UnboundTensorError
 from fxlora.passes.sites import Site, Skipped
 
 
@@ -29,7 +29,7 @@ def inspect_model(folder: Path, adapters: Sequence[Path], console: Console, *, f
     graph = fxlora.capture(model, **example_inputs(model))
     lora = fxlora.apply(graph, max_adapters=1, max_rank=1)
     weights = dict(model.named_parameters(remove_duplicate=False))
-    console.print(_sites(lora, fold=fold))
+    console.print(*_sites(lora, fold=fold), sep="\n")
     if lora.skipped:
         console.print(_skipped(lora.skipped, fold=fold))
     binds = [_report(console, path, lora.sites, lora.skipped, weights, fold=fold) for path in adapters]
@@ -65,22 +65,30 @@ def _groups(rows: Iterable[tuple[str, ...]], *, fold: bool) -> list[list[tuple[s
 
 
 def _table(title: str, *columns: str) -> Table:
+    """Return a table whose first column keeps its names whole as long as the terminal allows."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    for position, column in enumerate(columns):
+        table.add_column(column, overflow="fold", min_width=36 if position == 0 else None)
     return table
 
 
 def _fill(table: Table, rows: Iterable[tuple[str, ...]], *, fold: bool) -> Table:
+    """Add rows; the second cell of each, other names, goes below the first. The last column counts what was folded."""
     for group in _groups(rows, fold=fold):
-        first, second = (fold_names(row[cell] for row in group) for cell in (0, 1))
-        table.add_row(*(Text(cell) for cell in (first, second, *group[0][2:], str(len(group)))))
+        name, others = (fold_names(row[cell] for row in group) for cell in (0, 1))
+        first = Text(name)
+        if others:
+            first.append(f"\nalso {others}", style="dim")
+        table.add_row(first, *(Text(cell) for cell in group[0][2:]), str(len(group)))
     return table
 
 
-def _sites(lora: fxlora.LoraModule, *, fold: bool) -> Table:
-    title = f"{len(lora.sites)} sites"
-    table = _table(title, "site", "also named", "role", "out x in", "uses", "row map", "sites")
+def _sites(lora: fxlora.LoraModule, *, fold: bool) -> list[Table | Text]:
+    """Return the table of sites, and below it what each row map stands for."""
+    letters: dict[str, str] = {}
+    for site in lora.sites:
+        letters.setdefault(lora.row_map(site), chr(ord("A") + len(letters)))
+    table = _table(f"{len(lora.sites)} sites", "site", "role", "out x in", "uses", "rows", "sites")
     rows = (
         (
             site.name,
@@ -88,15 +96,16 @@ def _sites(lora: fxlora.LoraModule, *, fold: bool) -> Table:
             site.role.value,
             f"{site.out_features} x {site.in_features}",
             str(len(site.uses)),
-            lora.row_map(site),
+            letters[lora.row_map(site)],
         )
         for site in lora.sites
     )
-    return _fill(table, rows, fold=fold)
+    legend = [Text(f"  rows {letter}: {text}", style="dim") for text, letter in letters.items()]
+    return [_fill(table, rows, fold=fold), *legend, Text()]
 
 
 def _skipped(skipped: Sequence[Skipped], *, fold: bool) -> Table:
-    table = _table(f"{len(skipped)} weights that are no site", "weight", "also named", "reason", "weights")
+    table = _table(f"{len(skipped)} weights that are no site", "weight", "reason", "weights")
     return _fill(table, ((skip.name, ", ".join(skip.aliases), skip.reason) for skip in skipped), fold=fold)
 
 
@@ -115,10 +124,7 @@ def _report(
             bound = bind_adapter(adapter, sites, skipped, weights)
     except UnboundTensorError as error:
         console.print(Text(f"{path.name}: does not bind, {len(error.unbound)} tensors have no site", style="bold red"))
-        table = _table("", "tensor", "nearest site", "reason", "tensors")
-        console.print(
-            _fill(table, ((tensor.key, tensor.nearest or "none", tensor.reason) for tensor in error.unbound), fold=fold)
-        )
+        console.print(_unbound(error.unbound, fold=fold))
         return False
     except AdapterError as error:
         console.print(Text(f"{path.name}: refused, {type(error).__name__}: {error}", style="bold red"))
@@ -127,10 +133,18 @@ def _report(
     return True
 
 
+def _unbound(unbound: Sequence[Unbound], *, fold: bool) -> Table:
+    rows = (
+        (tensor.key.removeprefix("base_model.model."), "", tensor.nearest or "none", tensor.reason)
+        for tensor in unbound
+    )
+    return _fill(_table("", "tensor", "nearest site", "reason", "tensors"), rows, fold=fold)
+
+
 def _bound(name: str, bound: BoundAdapter, *, fold: bool) -> Table:
     tensors = sum(len(entry.keys) for entry in bound.entries.values())
     title = f"{name}: binds in full, {tensors} tensors to {len(bound.entries)} sites"
     rows = (
-        (site.name, site.role.value, str(entry.rank), f"{entry.scaling:g}") for site, entry in bound.entries.items()
+        (site.name, "", site.role.value, str(entry.rank), f"{entry.scaling:g}") for site, entry in bound.entries.items()
     )
     return _fill(_table(title, "site", "role", "rank", "scaling", "sites"), rows, fold=fold)

@@ -20,7 +20,6 @@ def load_model(folder: Path) -> Any:
     """
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:

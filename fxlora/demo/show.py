@@ -20,23 +20,21 @@ def show(console: Console, served: Served) -> None:
 def _losses(served: Served) -> Table:
     columns = list(next(iter(served.losses.values())))
     table = Table(
-        title="Loss on text that no adapter was trained on (nats per token, lower is better)",
+        title="Loss on held-out text, in nats per token (lower is better), by adapter",
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,
     )
     table.add_column("text")
-    table.add_column("answered by")
+    table.add_column("by")
     for column in columns:
-        table.add_column("bare model" if column == BASE else f"adapter {column}", justify="right")
+        table.add_column("no adapter" if column == BASE else column, justify="right")
     for text, row in served.losses.items():
         best = min(row, key=row.__getitem__)
         cells = [Text(f"{row[column]:.4f}", style="bold green" if column == best else "") for column in columns]
-        table.add_row(text, "fxlora, one batch", *cells)
-        peft = served.peft_losses[text]
-        table.add_row(
-            "", "PEFT, one by one", *(f"{peft[column]:.4f}" for column in columns), style="dim", end_section=True
-        )
+        table.add_row(text, "fxlora", *cells)
+        peft = [f"{served.peft_losses[text][column]:.4f}" for column in columns]
+        table.add_row("", "PEFT", *peft, style="dim", end_section=True)
     return table
 
 
@@ -46,16 +44,16 @@ def _verdict(served: Served) -> Text:
         text, served.own_is_best, "each text is best under its own adapter", "some text is best under a foreign adapter"
     )
     _line(text, served.equals_peft, "every number is PEFT's own, to 4 digits", "some number differs from PEFT's")
+    _line(text, served.order_is_free, "each row answers alike in a shuffled batch", "some row changed when shuffled")
     _line(
         text,
         served.graphs == 1,
-        f"one graph, captured once in {served.capture_seconds:.1f} s, ran {served.batches} different mixes",
+        f"one graph, captured once ({served.capture_seconds:.1f} s), served {served.batches} different mixes",
         f"{served.graphs} different graphs ran",
     )
-    text.append(
-        f"  {served.rows} rows ({served.tokens} tokens) in one batch took {served.batch_seconds:.2f} s; "
-        f"{served.sites} places in the graph can carry an adapter.\n"
-    )
+    seconds = f"{served.batch_seconds:.2f} s"
+    text.append(f"\n  fxlora served all {served.rows} rows ({served.tokens} tokens) in one batch: {seconds}.\n")
+    text.append(f"  PEFT took one call per text and adapter. The graph has {served.sites} places for adapters.\n")
     return text
 
 
@@ -66,10 +64,13 @@ def _line(text: Text, holds: bool, yes: str, no: str) -> None:
 
 def _samples(served: Served) -> Table:
     table = Table(
-        title="One prompt, four rows of one batch", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
+        title=f"{served.prompt!r}, continued by the rows of one batch",
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
     )
-    table.add_column("row")
+    table.add_column("adapter")
     table.add_column("continues with", overflow="fold")
     for column, sample in served.samples.items():
-        table.add_row("bare model" if column == BASE else column, Text(repr(sample)))
+        table.add_row("no adapter" if column == BASE else column, Text(" ".join(sample.split())))
     return table

@@ -30,9 +30,7 @@ def load_smollm2() -> tuple[Any, Any]:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     folder = _package_folder()
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32).eval()
     model.config.use_cache = False
@@ -72,7 +70,7 @@ def smollm2_case(report: Callable[[str], None]) -> Case:
         model=model,
         adapters=folders,
         texts={kind: windows(encode(held_out(kind)), length=WINDOW, count=WINDOWS) for kind in KINDS},
-        prompt="The ",
+        prompt="This function",
         encode=encode,
         decode=lambda ids: str(tokenizer.decode(ids)),
     )

@@ -199,7 +199,7 @@ def run(rounds: int) -> tuple[list[Timing], Memory]:
         prefill = load_fxlora(fxlora.capture(model, input_ids=ids), folders)
         memory = Memory(
             base_weight_bytes=sum(tensor.nbytes for tensor in model.parameters()),
-            adapter_pool_bytes=prefill.pool_bytes,
+            adapter_pool_bytes=prefill.pool.bytes,
             untouched_peak_bytes=untouched_peak,
             fxlora_peak_bytes=peak_bytes(lambda: prefill(input_ids=ids, adapters=list(REQUESTS)).logits),
         )
