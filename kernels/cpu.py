@@ -2,11 +2,12 @@
 
 Stage: run time, behind `ops.py`. Promises: a row without an adapter keeps the bits of `F.linear` / `F.embedding` on the
 whole input; at a fixed batch shape a row's bits do not depend on the slots of other rows. For that, adapters are never
-merged into one GEMM, and no GEMM has a shape at which its row count shows in the bits:
+merged into one GEMM, and all products of a batch shape have the same row count (MKL picks kernels, and how it splits
+work over threads, by shape; with 16 threads that shows in the bits even between 64 and 100 rows):
     up to GEMM_MIN rows in the batch: one matrix-vector product per row (also the fastest: 1 us, where a GEMM of
         any size wakes a second thread for 10 to 80 us);
-    above: one GEMM per slot over each run of at least GEMM_MIN adjacent rows, in place in views of the output; the
-        slot's remaining rows are gathered, padded to GEMM_MIN rows and scattered back.
+    above: GEMMs over blocks of `block_rows(T)` rows of one slot: adjacent rows in place, in views of the output; the
+        slot's remaining rows gathered, padded to a block and scattered back.
 Half-precision inputs are computed in fp32 and rounded once more at the end.
 
 Letters: T rows, J slots per row, K in-features, N out-features, R rank, S slots, V vocabulary.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -28,14 +30,14 @@ from fxlora.kernels.registry import GEMM_MIN, Extent, SitePool, pools_of
 
 
 class Rows(NamedTuple):
-    """Rows of one slot and one j that go through one GEMM."""
+    """Rows of one slot and one j that go through one GEMM: a block of adjacent ones, or a gathered, padded block."""
 
     slot: int
     j: int
     start: int
     stop: int  # rows start .. stop, adjacent; -1 when gathered
-    padded: torch.Tensor  # int64 [max(n, GEMM_MIN)], the gathered rows, then the first one again
-    rows: torch.Tensor  # int64 [n]
+    padded: torch.Tensor  # int64 [block_rows(T)], the gathered rows, then the first one again
+    rows: torch.Tensor  # int64 [n], the gathered rows
 
 
 class HostPlan(NamedTuple):
@@ -66,6 +68,11 @@ _SHRINK_IDS = Shrink(
 )
 
 
+def block_rows(num_rows: int) -> int:
+    """Rows of every GEMM in a batch of `num_rows` rows: few calls for long batches, little padding for short ones."""
+    return next((block for bound, block in ((64, 16), (256, 32), (512, 64)) if num_rows <= bound), 128)
+
+
 def host_plan(segments: torch.Tensor, row_slots: torch.Tensor) -> HostPlan:
     """The plan of these segments. Cached by content, so a tensor refilled in place can never be served an old plan."""
     content = ctypes.string_at(segments.data_ptr(), segments.numel() * 4)
@@ -88,23 +95,27 @@ def _parse(content: bytes, num_rows: int, width: int) -> HostPlan:
     for j in range(width):
         for slot in used:
             entries_of_slot = order[starts[slot] : starts[slot + 1]]
-            blocks += _cut(entries_of_slot[entries_of_slot % width == j] // width, slot, j)
+            rows = entries_of_slot[entries_of_slot % width == j] // width
+            blocks += _cut(rows, slot, j, block_rows(num_rows))
     return HostPlan(max_adapters, (), tuple(blocks))
 
 
-def _cut(rows: torch.Tensor, slot: int, j: int) -> list[Rows]:
-    """Runs of adjacent rows long enough for a GEMM of their own, then everything else as one gathered block."""
+def _cut(rows: torch.Tensor, slot: int, j: int, block: int) -> list[Rows]:
+    """Whole blocks of adjacent rows, then everything else gathered. rows: int64 [n], ascending."""
     if not rows.numel():
         return []
     breaks = (rows.diff() != 1).nonzero().flatten().add(1).tolist()
-    runs = [(a, b) for a, b in zip([0, *breaks], [*breaks, rows.numel()], strict=True)]
-    first = rows.tolist()
-    none = rows[:0]
-    blocks = [Rows(slot, j, first[a], first[b - 1] + 1, none, none) for a, b in runs if b - a >= GEMM_MIN]
-    rest = torch.cat([none, *(rows[a:b] for a, b in runs if b - a < GEMM_MIN)])
-    if rest.numel():
-        padded = torch.cat([rest, rest[:1].expand(max(0, GEMM_MIN - rest.numel()))])
-        blocks.append(Rows(slot, j, 0, -1, padded, rest))
+    none, rest, blocks = rows[:0], [], []
+    for begin, end in pairwise([0, *breaks, rows.numel()]):
+        whole = end - (end - begin) % block
+        first = int(rows[begin])
+        starts = range(first, first + whole - begin, block)
+        blocks += [Rows(slot, j, start, start + block, none, none) for start in starts]
+        rest.append(rows[whole:end])
+    gathered = torch.cat(rest)
+    for part in gathered.split(block) if gathered.numel() else ():
+        padded = torch.cat([part, part[:1].expand(block - part.numel())])
+        blocks.append(Rows(slot, j, 0, -1, padded, part))
     return blocks
 
 

@@ -79,10 +79,11 @@ def shrink_kernel(
         for first_k in range(0, num_features, BK):
             ks = (first_k + tl.arange(0, BK)).to(tl.int64)
             k_mask = ks < num_features
-            x = tl.load(x_at[:, None] + ks[None, :] * x_col_stride, mask=row_mask[:, None] & k_mask[None, :], other=0.0)
+            x_mask = row_mask[:, None] & k_mask[None, :]
+            x_tile = tl.load(x_at[:, None] + ks[None, :] * x_col_stride, mask=x_mask, other=0.0)  # [BM, BK]
             a_mask = k_mask[:, None] & (ranks < rank)[None, :]
-            a = tl.load(a_at + ranks[None, :] * num_features + ks[:, None], mask=a_mask, other=0.0)  # [BK, BR]
-            acc = dot(x, a, acc, "ieee")
+            a_tile = tl.load(a_at + ranks[None, :] * num_features + ks[:, None], mask=a_mask, other=0.0)  # [BK, BR]
+            acc = dot(x_tile, a_tile, acc, "ieee")
         h_at = h_ptr + entries[:, None] * h_entry_stride + ranks[None, :]
         tl.store(h_at, acc, mask=row_mask[:, None] & (ranks < rank)[None, :])
 

@@ -22,8 +22,8 @@ from fxlora.kernels.errors import PlanMismatchError, PoolWriteError, RuntimeGone
 PoolKind = Literal["linear", "embedding"]
 
 GEMM_MIN = 16
-"""Fewest rows, and fewest columns, at which the bits of a row of an fp32 CPU GEMM stop depending on its
-shape (measured: MKL on AVX-512, K 64 to 14336, 16 to 2048 rows, 1 to 256 ranks)."""
+"""Fewest rows, and fewest columns, of an fp32 CPU GEMM whose rows all get the same bits wherever they lie (MKL with
+AVX-512: with 4 or 8 columns and odd K they do not)."""
 
 _DIGEST_BITS, _ORDINAL_BITS, _GROUP_BITS = 32, 16, 15
 

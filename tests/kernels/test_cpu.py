@@ -26,16 +26,26 @@ def test_small_batches_go_row_by_row() -> None:
     assert plan_of([-1] * GEMM_MIN) == cpu.HostPlan(4, (), ())
 
 
-def test_long_runs_are_slices_and_the_rest_is_one_padded_gather() -> None:
-    plan = plan_of([1] * 20 + [3] * 5 + [1] * 4 + [-1] * 6 + [1] * 16)
+def test_adjacent_rows_are_sliced_in_blocks_and_the_rest_is_gathered_and_padded() -> None:
+    plan = plan_of([1] * 36 + [3] * 5 + [-1] * 6 + [1] * 16)
     assert plan.single == ()
     found = [(b.slot, b.start, b.stop, b.rows.tolist(), b.padded.tolist()) for b in plan.blocks]
     assert found == [
-        (1, 0, 20, [], []),
-        (1, 35, 51, [], []),
-        (1, 0, -1, [25, 26, 27, 28], [25, 26, 27, 28] + [25] * 12),
-        (3, 0, -1, list(range(20, 25)), [*range(20, 25), *[20] * 11]),
+        (1, 0, 16, [], []),
+        (1, 16, 32, [], []),
+        (1, 47, 63, [], []),
+        (1, 0, -1, [32, 33, 34, 35], [32, 33, 34, 35] + [32] * 12),
+        (3, 0, -1, list(range(36, 41)), [*range(36, 41), *[36] * 11]),
     ]
+
+
+@pytest.mark.parametrize("rows", [17, 64, 65, 300, 600])
+def test_every_gemm_of_a_batch_shape_has_the_same_rows(rows: int) -> None:
+    for order in ("runs", "shuffled", "one"):
+        row_slots = draw_slots(rows, 1, 3, order)
+        plan = cpu.host_plan(ops.segment_rows(row_slots, 3), row_slots)
+        sizes = {b.stop - b.start if b.stop >= 0 else b.padded.numel() for b in plan.blocks}
+        assert sizes == {cpu.block_rows(rows)}
 
 
 @pytest.mark.parametrize("rows", [8, 40])

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fxlora.kernels.ops import INTERPRET
-from tests.kernels.cases import DEVICES, DTYPES, assert_right, make_case
+from tests.kernels.cases import DEVICES, DTYPES, HAS_CUDA, assert_right, make_case
 
 pytestmark = pytest.mark.interpreted
 
@@ -70,7 +70,7 @@ def test_id_outside_the_vocabulary_is_not_served(device: str) -> None:
         assert found[4].isfinite().all()
 
 
-@settings(max_examples=8 if INTERPRET else 40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8 if INTERPRET or HAS_CUDA else 40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     rows=st.integers(0, 40),
     vocabulary=st.integers(1, 70),

@@ -1,8 +1,8 @@
 """vLLM's op matrix (vllm/tests/lora/test_punica_ops.py), re-posed through the fused ops.
 
-There: shrink and expand apart, hidden 2049 and a sweep of widths, adapters drawn below the last, equal lengths, one rank.
-Here: base and adapter in one call (K = width as the shrink, N = width as the expand), all slots and -1, mixed ranks up to
-the matrix's rank, ragged runs, every sampled row within the table of tolerances.
+There: shrink and expand apart, hidden 2049 and a sweep of widths, adapters drawn below the last, equal lengths, one
+rank. Here: base and adapter in one call (K = width as the shrink, N = width as the expand), all slots and -1, mixed
+ranks up to the matrix's rank, ragged runs, every sampled row within the table of tolerances.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ HALF = (torch.float16, torch.bfloat16)
 
 def mixed_ranks(top: int, adapters: int) -> list[int]:
     """Ranks of the slots: the top rank in the last, others below it, one slot empty where there are several."""
-    ranks = [random.choice([rank for rank in RANKS if rank <= top]) for _ in range(adapters)]
-    return [*([0] if adapters > 1 else []), *ranks][:adapters][:-1] + [top]
+    below = random.choices([rank for rank in RANKS if rank <= top], k=max(0, adapters - 2))
+    return [*below, 0, top] if adapters > 1 else [top]
 
 
 def check_sampled_rows(case: Case, samples: int = 24) -> None:
