@@ -16,7 +16,7 @@ from fxlora.passes.pipeline import Job, analyse, rewrite
 from fxlora.passes.plan import AdapterShape
 from fxlora.passes.rows.seeds import BatchDims
 from fxlora.pool import AdapterPool
-from fxlora.signature import META_KEY, Signature, bound_weights, example_arguments, graph_inputs
+from fxlora.signature import META_KEY, Signature, bound_weights, example_arguments, graph_inputs, refuse_lifted
 
 _log = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ def apply(
     refuse_applied(gm)
     signature = Signature.of(gm)
     call = example_arguments(example_inputs)
+    refuse_lifted(gm)
     flat = None if call is None else signature.flatten(*call)
     kept = gm.meta.get(META_KEY, {})
     bound = bound_weights(gm, flat)

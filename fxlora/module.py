@@ -63,6 +63,9 @@ class LoraModule(nn.Module):
         self._request_dims = job.seeds[job.primary]
         self._seeded = [(inp.name, position[inp.node], job.seeds[inp.node]) for inp in job.inputs if inp.node in job.seeds]
         self._fixed = [(inp.name, position[inp.node], dict(job.sizing.fixed.get(inp.node, {}))) for inp in job.inputs]
+        self._guards = job.sizing.guards
+        self._symbols = [(s, position[inp.node], d) for inp in job.inputs for d, s in enumerate(inp.symbols) if s is not None]
+        self._allowed: set[tuple[int, ...]] = set()
         self._row_maps = {use.site: "; ".join(dict.fromkeys(" -> ".join(u.rows.chain()) for u in job.plan.uses if u.site is use.site)) for use in job.plan.uses}
 
     @property
@@ -120,6 +123,20 @@ class LoraModule(nn.Module):
                         f"input {name!r} has shape {shape}; the graph is valid only for size {size} at dim {d}, which "
                         f"tracing fixed: capture it with dynamic sizes, or for this shape"
                     )
+
+        if self._guards:
+            self._check_guards(flat)
+
+    def _check_guards(self, flat: list[Any]) -> None:
+        """Sizes for which the model's own code would take another branch than it took at tracing are refused."""
+        sizes = tuple(flat[position].shape[d] for _, position, d in self._symbols)
+        if sizes in self._allowed:
+            return
+        values = {symbol: size for (symbol, _, _), size in zip(self._symbols, sizes, strict=True)}
+        for guard in self._guards:
+            if guard.subs(values) == False:  # noqa: E712  a sympy truth value
+                raise CallError(f"the model takes another branch at these sizes: it was traced where {guard} holds, with {values}")
+        self._allowed.add(sizes)
 
     def check(self, *args: Any, **kwargs: Any) -> list[OutputCheck]:
         """Run the base graph and the rewritten one with no adapter on the same inputs, and compare every output."""

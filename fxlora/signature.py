@@ -85,12 +85,20 @@ class Signature:
             raise CallError(f"{len(args)} positional arguments; the graph was traced with {self.names}")
         bound = dict(zip(self.names, args, strict=False))
         for name, value in kwargs.items():
+            name = self._traced_name(name)
             if name in bound:
                 raise CallError(f"argument {name!r} is given twice")
             if name not in self.names and value is not None:
                 raise CallError(f"argument {name!r} is not in the graph, which was traced with {self.names}")
             bound[name] = value
         return bound
+
+    def _traced_name(self, name: str) -> str:
+        """make_fx numbers its inputs (`ids_1`): the caller's own name means the one input that carries it."""
+        if name in self.names or self._dynamo or self._pytree is not None:
+            return name
+        matches = [own for own in self.names if re.sub(r"_\d+$", "", own) == name]
+        return matches[0] if len(matches) == 1 else name
 
     def _flatten_pytree(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         spec = self._pytree.in_spec
@@ -155,6 +163,17 @@ def _part(key: Any) -> str:
 
 def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
     return [n for n in gm.graph.nodes if n.op == "placeholder"]
+
+
+def refuse_lifted(gm: fx.GraphModule) -> None:
+    """Raise for the inner graph of an exported program, which takes its weights as inputs and so has no names for them."""
+    lifted = [str(n.target) for n in _placeholders(gm) if re.match(r"[pb]_\w", str(n.target)) and fake_value(n) is not None]
+    plain = type(gm.graph._codegen) is fx.graph.CodeGen
+    if lifted and plain and not list(gm.parameters()):
+        raise GraphError(
+            f"the graph takes its weights as inputs ({lifted[0]!r} and {len(lifted) - 1} more): give the module that holds "
+            f"them, `exported_program.module()`"
+        )
 
 
 def bound_weights(gm: fx.GraphModule, flat: Sequence[Any] | None) -> dict[fx.Node, torch.Tensor]:

@@ -48,9 +48,26 @@ def inline_modules(gm: fx.GraphModule) -> list[str]:
         if node.op != "call_module":
             continue
         module = gm.get_submodule(str(node.target))
-        if not _inline(gm, node, module) and node.users:
+        if not (_inline_batch_norm(gm, node, module) or _inline(gm, node, module)) and node.users:
             opaque.append(str(node.target))
     return opaque
+
+
+def _inline_batch_norm(gm: fx.GraphModule, node: fx.Node, module: torch.nn.Module) -> bool:
+    """Batch norm in eval mode as its functional: its forward checks the input's dims, which cannot be traced."""
+    known = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
+    if type(module) not in known or module.training or module.running_mean is None or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    with gm.graph.inserting_before(node):
+
+        def get(name: str) -> fx.Node | None:
+            return None if getattr(module, name) is None else gm.graph.get_attr(f"{node.target}.{name}")
+
+        args = (node.args[0], get("running_mean"), get("running_var"), get("weight"), get("bias"), False, 0.0, module.eps)
+        made = gm.graph.call_function(torch.nn.functional.batch_norm, args)
+    node.replace_all_uses_with(made)
+    gm.graph.erase_node(node)
+    return True
 
 
 def _inline(gm: fx.GraphModule, node: fx.Node, module: torch.nn.Module) -> bool:
@@ -72,6 +89,10 @@ def _inline(gm: fx.GraphModule, node: fx.Node, module: torch.nn.Module) -> bool:
             values[placeholder] = placeholder.args[0]
         else:
             return False
+    returned = next(n.args[0] for n in inner.nodes if n.op == "output")
+    picks = all(u.op == "call_function" and u.target is operator.getitem for u in node.users)
+    if not isinstance(returned, fx.Node) and not (picks and isinstance(returned, list | tuple | dict)):
+        return False
     with gm.graph.inserting_before(node):
         for n in inner.nodes:
             if n.op == "output":
@@ -85,8 +106,6 @@ def _inline(gm: fx.GraphModule, node: fx.Node, module: torch.nn.Module) -> bool:
                 values[n].target = f"{node.target}.{n.target}"
     if not isinstance(result, fx.Node):
         for user in list(node.users):
-            if user.op != "call_function" or user.target is not operator.getitem or not isinstance(result, list | tuple | dict):
-                return False
             user.replace_all_uses_with(result[user.args[1]])  # type: ignore[index, arg-type]
             gm.graph.erase_node(user)
     else:

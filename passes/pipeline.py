@@ -99,7 +99,7 @@ def find_linear_sites(job: Job) -> None:
 
 
 def prove_rows(job: Job) -> None:
-    job.prover = Prover(job.gm, job.sizing, job.seeds, job.primary).run()
+    job.prover = Prover(job.gm, job.sizing, job.seeds, job.primary, job.bound).run()
 
 
 def make_plan(job: Job) -> None:

@@ -13,10 +13,9 @@ import torch
 from torch import fx
 
 from fxlora.passes.graph import argument, op_name, operand
-from fxlora.passes.weights import CASTS, TRANSPOSES, Weights
+from fxlora.passes.weights import CASTS, PASS_ON, Weights
 
 _INDEXED = {"getitem", "index", "index_select"}
-_PASSES_ON = TRANSPOSES | CASTS | {"view", "reshape", "expand", "unsqueeze", "squeeze", "getitem", "index", "index_select", "slice", "select", "narrow", "chunk", "split", "unbind", "flatten", "gather"}
 _NO_READ = {"size", "shape", "dtype", "device", "dim", "ndim", "numel", "is_floating_point", "requires_grad", "sym_size", "element_size", "new_zeros", "new_empty", "new_ones", "new_full", "zeros_like", "empty_like", "ones_like", "_assert_tensor_metadata"}
 _GROUPED = {"_grouped_mm", "grouped_mm", "grouped_mm_fallback"}
 
@@ -48,6 +47,18 @@ class Read:
     addend: fx.Node | None = None
     x_order: tuple[int, ...] | None = None
     out_order: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """An operand that is a whole weight: leading broadcast dims, and whether it is the weight's transpose."""
+
+    lead: int
+    transposed: bool
+
+
+def _no_nodes(node: fx.Node) -> Any:
+    raise ValueError(f"a view whose sizes are computed by {node.name}")
 
 
 @dataclass(frozen=True)
@@ -84,23 +95,22 @@ class Reader:
         return tensor.dim() if tensor is not None else 0
 
     def _read(self, node: fx.Node, name: str, other: fx.Node, root: fx.Node, chain: list[str]) -> Read | Refusal | None:
-        whole = all(op in TRANSPOSES | CASTS for op in chain)
         if name in _INDEXED and other is operand(node) and self._gathers(node):
-            if self._dim(root) == 2 and whole and not self._swapped(other, root):
+            if self._dim(root) == 2 and self._orientation(other, root) == Orientation(0, False):
                 return self._lookup(node, root, other)
             return Refusal(root, "expert weights (3-D), gathered per row" if self._dim(root) > 2 else "a gather of a transposed or sliced weight")
-        if name in _PASSES_ON and other is operand(node):
+        if name in PASS_ON and other is operand(node):
             return None
         if self._dim(root) != 2:
             if name in _GROUPED or name in ("bmm", "matmul", "baddbmm", "einsum"):
                 return Refusal(root, f"expert weights ({self._dim(root)}-D), read by {name}")
             return Refusal(root, f"a {self._dim(root)}-D weight, read by {name.lstrip('?')}")
+        seen = self._orientation(other, root)
+        if seen is None:
+            return Refusal(root, f"{name.lstrip('?')} reads a part or a reshape of the weight ({' of '.join(chain)})")
         if name == "embedding":
-            return self._embedding(node, root, other, whole)
-        if not whole:
-            reads = "a reshaped or expanded" if any(op in ("view", "reshape", "expand", "unsqueeze", "flatten") for op in chain) else "a part of the"
-            return Refusal(root, f"{name.lstrip('?')} reads {reads} weight")
-        return self._linear(node, name, root, other)
+            return self._embedding(node, root, other, seen)
+        return self._linear(node, name, root, other, seen)
 
     def _gathers(self, node: fx.Node) -> bool:
         key = argument(node, 2, "index") if op_name(node) == "index_select" else argument(node, 1, "indices")
@@ -119,35 +129,61 @@ class Reader:
             return Refusal(root, f"{op_name(node)} reads a part of the weight")
         return Read("embedding", root, other, False, False, keys[0])
 
-    def _embedding(self, node: fx.Node, root: fx.Node, other: fx.Node, whole: bool) -> Read | Refusal:
+    def _embedding(self, node: fx.Node, root: fx.Node, other: fx.Node, seen: Orientation) -> Read | Refusal:
         first, second = operand(node), argument(node, 1, "weight", "indices")
         ids = second if first is other else first
         if argument(node, 3, "max_norm") is not None and not isinstance(node.target, torch._ops.OpOverload):
             return Refusal(root, "an embedding with max_norm rewrites its weight at every call")
-        if not whole or self._swapped(other, root):
+        if seen != Orientation(0, False):
             return Refusal(root, "an embedding over a transposed or sliced weight")
         return Read("embedding", root, other, False, False, ids)
 
-    def _swapped(self, other: Any, root: fx.Node) -> bool:
-        """Is the operand the transpose of the (2-D) weight?"""
-        swapped = False
-        while other is not root:
-            name = op_name(other)
-            if name in TRANSPOSES:
-                order = argument(other, 1, "dims") if name == "permute" else None
-                dims = list(order) if isinstance(order, tuple | list) else list(other.args[1:]) if name == "permute" else [1, 0]
-                a, b = (argument(other, 1, "dim0", default=0), argument(other, 2, "dim1", default=1)) if name == "transpose" else (0, 1)
-                swapped ^= [d % 2 for d in dims] == [1, 0] and a % 2 != b % 2
-            other = operand(other)
-        return swapped
+    def _orientation(self, other: fx.Node, root: fx.Node) -> Orientation | None:
+        """How the operand sees the (2-D) weight, told by running its views on a stand-in; None for a part or a reshape of it."""
+        tensor = self.weights.tensor_of(root)
+        assert tensor is not None
+        path = []
+        node: Any = other
+        while node is not root:
+            path.append(node)
+            node = operand(node)
+        view = stand_in = torch.empty_strided(tuple(tensor.shape), (2 * tensor.shape[1] + 3, 1), device="meta")
+        for node in reversed(path):
+            if op_name(node) not in CASTS:
+                view = self._viewed(node, view)
+        if not isinstance(view, torch.Tensor) or view.untyped_storage()._cdata != stand_in.untyped_storage()._cdata:
+            return None
+        lead = view.dim() - 2
+        if lead < 0 or view.storage_offset() or any(view.shape[d] != 1 and view.stride(d) != 0 for d in range(lead)):
+            return None
+        shape, strides = tuple(view.shape[lead:]), view.stride()[lead:]
+        own_shape, own_strides = tuple(stand_in.shape), stand_in.stride()
+        if shape == own_shape and all(a == b for a, b, n in zip(strides, own_strides, shape, strict=True) if n > 1):
+            return Orientation(lead, False)
+        if shape == own_shape[::-1] and all(a == b for a, b, n in zip(strides, own_strides[::-1], shape, strict=True) if n > 1):
+            return Orientation(lead, True)
+        return None
 
-    def _linear(self, node: fx.Node, name: str, root: fx.Node, other: fx.Node) -> Read | Refusal:
-        swapped = self._swapped(other, root)
+    @staticmethod
+    def _viewed(node: fx.Node, view: Any) -> Any:
+        try:
+            args = fx.map_arg(node.args[1:], _no_nodes)
+            kwargs = fx.map_arg(dict(node.kwargs), _no_nodes)
+            if node.op == "call_method":
+                return getattr(view, str(node.target))(*args, **kwargs)
+            return node.target(view, *args, **kwargs)  # type: ignore[operator]
+        except Exception:  # noqa: BLE001  a view that cannot be followed is no whole weight
+            return None
+
+    def _linear(self, node: fx.Node, name: str, root: fx.Node, other: fx.Node, seen: Orientation) -> Read | Refusal:
+        swapped = seen.transposed
         if name == "linear":
             if argument(node, 1, "weight") is not other or operand(node) is other:
                 return Refusal(root, "linear over a weight as its input")
             return Read("linear", root, other, False, swapped, operand(node), argument(node, 2, "bias"))
-        if name in ("mm", "matmul"):
+        if name in ("mm", "matmul", "bmm"):
+            if seen.lead and (name != "bmm" or argument(node, 1, "mat2") is not other):
+                return Refusal(root, f"{name} of a weight with leading dims")
             return self._product(node, name, root, other, operand(node), argument(node, 1, "other", "mat2", "tensor"), swapped)
         if name == "addmm":
             if argument(node, 3, "beta", default=1) != 1 or argument(node, 4, "alpha", default=1) != 1:
@@ -158,7 +194,7 @@ class Reader:
                 return read
             plain = read.out_order is None and self.ndim(added) == 1
             return Read(**{**vars(read), "bias": added if plain else None, "addend": None if plain else added})
-        if name == "einsum":
+        if name == "einsum" and not seen.lead:
             return self._einsum(node, root, other, swapped)
         return Refusal(root, f"read by {name.lstrip('?')}, which is no linear")
 

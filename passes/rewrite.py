@@ -12,10 +12,12 @@ import torch
 from torch import fx
 
 import fxlora.kernels.ops  # noqa: F401  registers torch.ops.fxlora
+from fxlora.passes.graph import op_name
 from fxlora.passes.plan import Plan, PlannedUse
 from fxlora.passes.reads import Read, Reader
 from fxlora.passes.rows.labels import RowMap
 from fxlora.passes.sites import Role, Site
+from fxlora.passes.weights import TRANSPOSES
 
 
 class MapEmitter:
@@ -91,7 +93,7 @@ def _rewrite_use(graph: fx.Graph, use: PlannedUse, reader: Reader, row_inputs: t
             out = call(torch.ops.fxlora.lora_embedding.default, read.x, read.operand, row_slots, None, segments, handle)
         else:
             x = read.x if read.x_order is None else call(torch.permute, read.x, read.x_order)
-            weight = _as_NK(read, call)
+            weight = _as_NK(read, reader.ndim(read.operand), call)
             if site.role is Role.LOGITS:
                 out = call(torch.ops.fxlora.lora_logits.default, x, weight, read.bias, row_slots, None, segments, handle)
             else:
@@ -106,10 +108,12 @@ def _rewrite_use(graph: fx.Graph, use: PlannedUse, reader: Reader, row_inputs: t
     graph.erase_node(node)
 
 
-def _as_NK(read: Read, call: Callable[..., fx.Node]) -> fx.Node:
-    """The weight operand as [N, K]: the source of a transpose that is there anyway, else a transposed view."""
-    if not read.operand_is_KN:
-        return read.operand
-    if read.operand is not read.root and len(read.operand.args) and read.operand.args[0] is read.root and read.stored_KN is False:
+def _as_NK(read: Read, ndim: int, call: Callable[..., fx.Node]) -> fx.Node:
+    """The weight operand as [N, K]: the weight itself where the call only transposed it, else a view of the operand."""
+    weight = read.operand
+    direct = weight is not read.root and len(weight.all_input_nodes) == 1 and weight.all_input_nodes[0] is read.root
+    if read.operand_is_KN and direct and not read.stored_KN and op_name(weight) in TRANSPOSES:
         return read.root
-    return call(torch.transpose, read.operand, 0, 1)
+    for _ in range(ndim - 2):
+        weight = call(torch.select, weight, 0, 0)
+    return call(torch.transpose, weight, 0, 1) if read.operand_is_KN else weight

@@ -13,6 +13,11 @@ from fxlora.passes.errors import PeftModelError
 # Reading a weight through these still reads the whole weight, in one of two orientations.
 TRANSPOSES = {"t", "T", "mT", "transpose", "permute"}
 CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "double", "detach", "contiguous", "clone", "alias", "data", "lift_fresh_copy"}
+# Calls that hand a weight (or a part or another view of it) on to the call that reads it.
+PASS_ON = TRANSPOSES | CASTS | {
+    "getitem", "index", "index_select", "select", "slice", "narrow", "chunk", "split", "view", "reshape", "expand", "unsqueeze", "squeeze",
+    "unbind", "flatten", "gather",
+}
 _PEFT_PARTS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "base_layer"}
 
 
@@ -91,7 +96,7 @@ class Weights:
             if node.op not in ("call_function", "call_method"):
                 break
             name = op_name(node)
-            if name not in TRANSPOSES | CASTS | {"getitem", "index", "index_select", "select", "slice", "narrow", "chunk", "split", "view", "reshape", "expand", "unsqueeze", "squeeze", "unbind", "flatten", "gather"}:
+            if name not in PASS_ON:
                 break
             chain.append(name)
             node = operand(node)

@@ -71,11 +71,21 @@ class MapTable:
     _known: dict[Any, RowMap] = field(default_factory=dict)
 
     def intern(self, ids: Sequence[torch.Tensor], parents: Sequence[RowMap], origin: fx.Node | None, build: Any, text: str) -> RowMap:
-        key = tuple((tuple(i.shape), tuple(i.flatten().tolist())) for i in ids)
+        key = _key(ids)
         known = self._known.get(key)
         if known is None or self.order[known.origin] > self.order[origin]:
             self._known[key] = RowMap(build, tuple(parents), origin, tuple(ids), text)
         return self._known[key]
+
+
+    def find(self, ids: Sequence[torch.Tensor], before: fx.Node) -> RowMap | None:
+        """The known map equal to ``ids`` that can be computed before a node."""
+        known = self._known.get(_key(ids))
+        return known if known is not None and self.order[known.origin] < self.order[before] else None
+
+
+def _key(ids: Sequence[torch.Tensor]) -> Any:
+    return tuple((tuple(i.shape), tuple(i.flatten().tolist())) for i in ids)
 
 
 def shift(rows: Rows, by: int) -> Rows:

@@ -145,7 +145,17 @@ def reshape(p: Prover, node: fx.Node, x: fx.Node, rows: Rows) -> Rows:
         parent = emit(torch.broadcast_to, parent, tuple(p.size(emit, x, d) for d in kept))
         return emit(torch.reshape, parent, tuple(p.size(emit, node, d) for d in dims))
 
-    return derive(p, node, rows, ids, dims, build, f"reshape{tuple(p.shape(node, 0)[d] for d in dims)}")
+    made = derive(p, node, rows, ids, dims, build, f"reshape{tuple(p.shape(node, 0)[d] for d in dims)}")
+    return drop_constant(p, node, made)
+
+
+def drop_constant(p: Prover, node: fx.Node, rows: Label) -> Label:
+    """The label without the dims along which all elements belong to one request (a split that undoes an expansion)."""
+    for j in reversed(range(len(rows.dims))):
+        if all(i.shape[j] > 1 and bool((i == i.narrow(j, 0, 1)).all()) for i in rows.map.ids):
+            rest = rows.dims[:j] + rows.dims[j + 1 :]
+            rows = derive(p, node, rows, [i.select(j, 0) for i in rows.map.ids], rest, _select(j), f"select(dim={j})")
+    return rows
 
 
 def index_items(p: Prover, node: fx.Node) -> list[Any]:
@@ -188,8 +198,8 @@ def is_whole(item: Any) -> bool:
 
 def layout(p: Prover, items: Sequence[Any]) -> tuple[dict[int, int], int, int]:
     """Where dims go: source dim of each slice -> out dim; first out dim of the broadcast index tensors; how many they have."""
-    tensors = [i for i, item in enumerate(items) if p.is_tensor(item)]
-    width = max((p.ndim(items[i]) for i in tensors), default=0)
+    tensors = [i for i, item in enumerate(items) if is_index(p, item)]
+    width = max((1 if isinstance(items[i], list) else p.ndim(items[i]) for i in tensors), default=0)
     kept = [i for i, item in enumerate(items) if not _is_int(p, item)]
     places = [kept.index(i) for i in tensors]
     adjacent = not places or places == list(range(places[0], places[0] + len(places)))
@@ -210,14 +220,24 @@ def layout(p: Prover, items: Sequence[Any]) -> tuple[dict[int, int], int, int]:
     return where, start, width
 
 
+def is_index(p: Prover, item: Any) -> bool:
+    """True for an index tensor, or a list of numbers that stands for one."""
+    return p.is_tensor(item) or (isinstance(item, list) and all(type(i) is int for i in item))
+
+
+def is_mask(p: Prover, item: Any) -> bool:
+    """True for what selects elements by data, so that how many is not known."""
+    return isinstance(item, bool) or (isinstance(item, list) and not is_index(p, item)) or (p.is_tensor(item) and p.dtype(item) == torch.bool)
+
+
 def _is_int(p: Prover, item: Any) -> bool:
     return (isinstance(item, int) and not isinstance(item, bool)) or (isinstance(item, fx.Node) and not p.is_tensor(item))
 
 
 def index(p: Prover, node: fx.Node, x: fx.Node, items: Sequence[Any]) -> Rows:
     """Rows after indexing: the same indexing of the map along row dims; elsewhere the rows of the index join in."""
-    if any(isinstance(i, bool | list) for i in items) or any(p.is_tensor(i) and p.dtype(i) == torch.bool for i in items):
-        return Mixed("indexing by a mask or list") if any(p.rows(n) for n in node.all_input_nodes) else None
+    if any(is_mask(p, i) for i in items):
+        return Mixed("indexing by a mask") if any(p.rows(n) for n in node.all_input_nodes) else None
     rows = p.rows(x)
     where, start, width = layout(p, items)
     by_source = [item for item in items if item is not None]
@@ -258,6 +278,8 @@ def _index_map(p: Prover, node: fx.Node, rows: Label, items: Sequence[Any], wher
 def _concrete(p: Prover, item: Any, size: int, w: int) -> Any:
     if isinstance(item, slice):
         return slice(*(p.number(bound, w) for bound in (item.start, item.stop, item.step)))
+    if isinstance(item, list):
+        return torch.tensor(item)
     if p.is_tensor(item):
         return p.integers.index_values(item, size, w).long()
     return p.number(item, w)

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxlora.passes.graph import describe, op_name, operand
+from fxlora.passes.graph import attribute, describe, op_name, operand
 from fxlora.passes.rows.integers import Integers
 from fxlora.passes.rows.labels import Label, MapTable, Mixed, RowMap, Rows
 from fxlora.passes.rows.rules import rows_of
 from fxlora.passes.rows.worlds import Sizing, TensorFacts, UnknownShapeError
-from fxlora.passes.rows.writes import VIEWS, apply_write, is_write
+from fxlora.passes.rows.writes import FUNCTIONAL, VIEWS, apply_write, is_write, written
 
 _EXPECTED = (UnknownShapeError, IndexError, RuntimeError, TypeError, KeyError, ValueError, AttributeError)
 
@@ -25,6 +25,7 @@ class Prover:
         sizing: The worlds of the proof.
         seeds: Input node to its request dims: ``(0,)``, or ``(0, 1)`` where adapters are chosen per token.
         primary: The seeded input whose request dims give ``adapter_slots`` its shape.
+        bound: Tensors behind placeholders that are weights or buffers.
 
     Attributes:
         labels: Rows of every node (a tuple for ops with several results); absent means None.
@@ -32,13 +33,13 @@ class Prover:
         reasons: Where each ``Mixed`` first arose.
     """
 
-    def __init__(self, gm: fx.GraphModule, sizing: Sizing, seeds: Mapping[fx.Node, tuple[int, ...]], primary: fx.Node) -> None:
+    def __init__(self, gm: fx.GraphModule, sizing: Sizing, seeds: Mapping[fx.Node, tuple[int, ...]], primary: fx.Node, bound: Mapping[fx.Node, torch.Tensor] | None = None) -> None:
         self.graph = gm.graph
         self.worlds = sizing.worlds
         self.frozen = sizing.frozen
         self.count = len(sizing.worlds)
         self.packed = any(len(dims) > 1 for dims in seeds.values())
-        self.integers = Integers(gm, self.worlds, {})
+        self.integers = Integers(gm, self.worlds, constant_integers(gm, bound or {}))
         order: dict[fx.Node | None, int] = {None: -1, **{n: i for i, n in enumerate(gm.graph.nodes)}}
         self.table = MapTable(order)
         self.labels: dict[fx.Node, Any] = {}
@@ -73,17 +74,27 @@ class Prover:
             if not any(self.labels.get(n) is not None for n in node.all_input_nodes):
                 continue
             try:
-                rows = apply_write(self, node) if is_write(node) else rows_of(self, node)
+                rows = self._rows_after(node)
             except _EXPECTED as error:
                 rows = Mixed(f"{op_name(node).lstrip('?')} could not be followed ({type(error).__name__}: {error})")
             if isinstance(rows, Mixed) and not any(r is rows for n in node.all_input_nodes for r in _parts(self.labels.get(n))):
                 rows = Mixed(f"{rows.reason}, at {describe(node)}")
-            if rows is not None:
-                self.labels[node] = self._checked(node, rows)
+            if rows is not None and (checked := self._checked(node, rows)) is not None:
+                self.labels[node] = checked
         return self
+
+    def _rows_after(self, node: fx.Node) -> Any:
+        if is_write(node):
+            return apply_write(self, node)
+        if op_name(node) in FUNCTIONAL:
+            return written(self, node, operand(node))
+        return rows_of(self, node)
 
     def _checked(self, node: fx.Node, rows: Any) -> Any:
         """Labels whose sizes do not fit their node are no labels: a guard against a wrong rule."""
+        if isinstance(rows, Mixed) and self.packed and self.is_tensor(node) and not self.dtype(node).is_floating_point:
+            self.assume(node, "masks and positions computed over a packed row keep its sequences apart")
+            return None
         if not isinstance(rows, Label):
             return rows
         for w in range(self.count):
@@ -146,6 +157,18 @@ class Prover:
             if any(bool((f != f[:, :1]).any()) for f in firsts) or firsts[0][:, 0].tolist() != firsts[1][:, 0].tolist():
                 return False
         return True
+
+
+def constant_integers(gm: fx.GraphModule, bound: Mapping[fx.Node, torch.Tensor]) -> dict[fx.Node, torch.Tensor]:
+    """Integer buffers that the graph reads and never writes: index tables, whose values are part of the model."""
+    written_to = {operand(n) for n in gm.graph.nodes if is_write(n)}
+    found = {}
+    for node in gm.graph.nodes:
+        if node not in written_to and (node.op == "get_attr" or node in bound):
+            value = bound[node] if node in bound else attribute(gm, str(node.target))
+            if isinstance(value, torch.Tensor) and value.device.type != "meta" and value.numel() < 2**20 and not value.is_floating_point() and not value.is_complex():
+                found[node] = value.detach().cpu()
+    return found
 
 
 def _parts(rows: Any) -> Sequence[Any]:

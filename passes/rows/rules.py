@@ -84,7 +84,7 @@ def rows_of(p: Prover, node: fx.Node) -> Any:
     incoming = [r for n in node.all_input_nodes for r in _flat(p.labels.get(n))]
     if not any(r is not None for r in incoming):
         return None
-    if name in _SCALARS:
+    if name in _SCALARS and not p.is_tensor(node):
         return Mixed(f"{name} turns rows into a number that all requests see")
     found = RULES.get(name)
     if found is not None:

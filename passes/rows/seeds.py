@@ -50,7 +50,7 @@ def _named(tensors: Sequence[GraphInput], batch_dims: BatchDims) -> dict[fx.Node
         return {}
     named: dict[fx.Node, tuple[int, ...]] = {}
     for name, given in batch_dims.items():
-        matches = [inp for inp in tensors if inp.name == name or inp.name.split(".")[0] == name]
+        matches = [inp for inp in tensors if name in (inp.name, inp.name.split(".")[0], re.sub(r"_\d+$", "", inp.name))]
         if not matches:
             raise BatchDimsError(f"batch_dims names the input {name!r}; the graph's tensor inputs are {[inp.name for inp in tensors]}")
         named |= {inp.node: _as_dims(given, inp) for inp in matches}
@@ -89,8 +89,3 @@ def _same_dim(inp: GraphInput, primary: GraphInput, d: int) -> bool:
 def _is_position_like(inp: GraphInput) -> bool:
     return len(inp.sizes) == 1 and not inp.dtype.is_floating_point and inp.dtype is not None  # type: ignore[union-attr]
 
-
-def display_name(target: Any) -> str:
-    """The caller's name behind a placeholder target: ``L_kwargs_input_ids_ -> input_ids``."""
-    match = re.fullmatch(r"[lL]_(?:args|kwargs|self|flat_args)?_*(.*?)_*", str(target))
-    return match.group(1) if match and match.group(1) else str(target)

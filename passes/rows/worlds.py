@@ -7,7 +7,8 @@ A graph that runs at no other sizes is *frozen*: proven, and callable, at its tr
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +23,11 @@ from fxlora.passes.graph import fake_value, operand
 log = logging.getLogger(__name__)
 
 WORLDS = 3
+# Where the request dim cannot vary it may be small: random indices are then drawn this often.
+_FIXED_WORLDS = 16
 # Sizes of the request dim and of the other free dims. Large request sizes make two unrelated maps unlikely to agree.
 _BATCH_SIZES = (29, 31, 37)
+_SMALL_BATCH_SIZES = (5, 7, 11, 13)
 _OTHER_SIZES = ((7, 11, 13, 17, 19, 23, 5, 43), (11, 5, 17, 13, 23, 7, 19, 41), (13, 17, 7, 19, 5, 11, 43, 23))
 
 
@@ -110,11 +114,13 @@ class World:
 
 @dataclass(frozen=True)
 class Sizing:
-    """The worlds of one proof, whether it holds only at the traced shapes, and the input sizes that must not change."""
+    """The worlds of one proof, whether it holds only at the traced shapes, the input sizes that must not change, and what
+    the model's own branches demand of the others (sympy expressions over the inputs' symbols)."""
 
     worlds: tuple[World, ...]
     frozen: bool
     fixed: Mapping[fx.Node, Mapping[int, int]] = field(default_factory=dict)
+    guards: tuple[Any, ...] = ()
 
 
 def shape_env_of(gm: fx.GraphModule) -> Any:
@@ -137,9 +143,13 @@ def size_worlds(gm: fx.GraphModule, inputs: Sequence[GraphInput], batch: Mapping
     """Choose the worlds for a graph whose request dims are ``batch`` (per seeded input)."""
     env = shape_env_of(gm)
     if env is not None and has_all_values(gm):
-        sets = [_symbol_sizes(env, inputs, batch, world) for world in range(WORLDS)]
-        if all(s is not None for s in sets):
-            return Sizing(tuple(World(symbols=s, generator=_generator(i)) for i, s in enumerate(sets)), False, fixed_sizes(inputs))
+        for sizes, count in ((_BATCH_SIZES, WORLDS), (_SMALL_BATCH_SIZES, _FIXED_WORLDS)):
+            sets = [_symbol_sizes(env, inputs, batch, world, sizes[world % len(sizes)]) for world in range(count)]
+            if all(s is not None for s in sets):
+                if all(inp.symbols[dims[0]] is None for inp in inputs if (dims := batch.get(inp.node))):
+                    sets = [sets[i % WORLDS] for i in range(_FIXED_WORLDS)]
+                worlds = tuple(World(symbols=s, generator=_generator(i)) for i, s in enumerate(sets))
+                return Sizing(worlds, False, fixed_sizes(inputs), model_guards(env))
         log.info("no sizes but the traced ones satisfy the graph's guards: proven for these alone")
     elif env is None:
         for dims in ("all", "rows", "batch"):
@@ -150,6 +160,17 @@ def size_worlds(gm: fx.GraphModule, inputs: Sequence[GraphInput], batch: Mapping
     if frozen is None:
         raise RowsNotProvenError("the graph does not run on shapes alone (a size or a choice depends on data), so no row can be proven")
     return Sizing(frozen, True, {inp.node: dict(enumerate(inp.sizes)) for inp in inputs})
+
+
+def model_guards(env: Any) -> tuple[Any, ...]:
+    """Conditions on sizes that decided a branch in the model's own code. Those that torch's internals asked for do not count:
+    they chose how to run an op, not what it computes."""
+    guards = []
+    for guard in env.guards:
+        asked_by = str(getattr(getattr(guard, "sloc", None), "framework_loc", ""))
+        if "_dynamo" in asked_by and not isinstance(guard.expr, sympy.Eq):
+            guards.append(guard.expr)
+    return tuple(guards)
 
 
 def fixed_sizes(inputs: Sequence[GraphInput]) -> dict[fx.Node, dict[int, int]]:
@@ -167,7 +188,7 @@ def _generator(world: int) -> torch.Generator:
     return torch.Generator().manual_seed(1000 + world)
 
 
-def _symbol_sizes(env: Any, inputs: Sequence[GraphInput], batch: Mapping[fx.Node, tuple[int, ...]], world: int) -> dict[Any, int] | None:
+def _symbol_sizes(env: Any, inputs: Sequence[GraphInput], batch: Mapping[fx.Node, tuple[int, ...]], world: int, batch_size: int) -> dict[Any, int] | None:
     """Numbers for all symbols that satisfy ranges and guards, or None."""
     replacements = dict(env.replacements)
     batch_symbols = [inp.symbols[dims[0]] for inp in inputs if (dims := batch.get(inp.node)) and inp.symbols[dims[0]] is not None]
@@ -175,11 +196,11 @@ def _symbol_sizes(env: Any, inputs: Sequence[GraphInput], batch: Mapping[fx.Node
     packed = any(len(dims) > 1 for dims in batch.values())
     row_symbols = [inp.symbols[dims[1]] for inp in inputs if len(dims := batch.get(inp.node, ())) > 1 and inp.symbols[dims[1]] is not None]
     for attempt in range(3):
-        chosen: dict[Any, int] = {s: _BATCH_SIZES[world] for s in batch_symbols}
+        chosen: dict[Any, int] = {s: batch_size for s in batch_symbols}
         if packed:
-            chosen |= {s: 3 + world for s in batch_symbols} | {s: _BATCH_SIZES[world] for s in row_symbols}
+            chosen |= {s: 3 + world for s in batch_symbols} | {s: batch_size for s in row_symbols}
         hints = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
-        others = iter(_OTHER_SIZES[world] * 50)
+        others = iter(_OTHER_SIZES[world % WORLDS] * 50)
         for i, symbol in enumerate(s for s in free if s not in chosen):
             hint = int(hints[symbol]) if symbol in hints else 2
             size = next(others) if attempt == 0 else hint + (i + 1) * (world + 1) if attempt == 1 else hint
@@ -218,7 +239,7 @@ def _guards_hold(env: Any, symbols: Mapping[Any, int]) -> bool:
 def _refaked(gm: fx.GraphModule, inputs: Sequence[GraphInput], batch: Mapping[fx.Node, tuple[int, ...]], bound: Mapping[fx.Node, torch.Tensor], free: str) -> tuple[World, ...] | None:
     """Run the graph on fake tensors at sizes of our own; ``free`` says which input dims vary: all, rows (the first two), batch or none."""
     worlds = []
-    for index in range(WORLDS):
+    for index in range(_FIXED_WORLDS if free == "none" else WORLDS):
         if free == "none" and worlds:
             worlds.append(World(values=worlds[0].values, generator=_generator(index)))
             continue
@@ -297,8 +318,21 @@ def _run_fake(gm: fx.GraphModule, inputs: Sequence[GraphInput], shapes: Mapping[
                 device = inp.value.device if isinstance(inp.value, torch.Tensor) else getattr(fake_value(node), "device", "cpu")
                 arguments.append(torch.empty(shapes[node], dtype=inp.dtype, device=device))
         recorder = _Recorder(gm)
-        recorder.run(*arguments, enable_io_processing=False)
+        with _quiet():
+            recorder.run(*arguments, enable_io_processing=False)
     return recorder.values
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Sizes that a graph rejects are an answer here, not an error to log."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def is_size_of(node: fx.Node) -> bool:

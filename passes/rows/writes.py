@@ -26,6 +26,7 @@ VIEWS = {
 }
 _ALONG = {"index_copy_", "index_add_", "index_fill_", "scatter_", "scatter_add_", "scatter_reduce_", "index_reduce_"}
 _INDEXED_VIEWS = {"getitem", "slice", "select", "narrow"}
+FUNCTIONAL = {name.rstrip("_") for name in _ALONG} | {"index_put"}
 _FREE = -1  # an element no request has written
 
 
@@ -57,9 +58,11 @@ def apply_write(p: Prover, node: fx.Node) -> Rows:
 def written(p: Prover, node: fx.Node, target: fx.Node) -> Rows:
     """Rows of the target of a write, after it."""
     name = op_name(node)
+    if not name.endswith("_") and name != "setitem":
+        name += "_"
     if name == "setitem":
         return store(p, node, target, _items(p, target, argument(node, 1)), argument(node, 2))
-    if name in ("index_put_", "_unsafe_index_put_", "index_put"):
+    if name in ("index_put_", "_unsafe_index_put_"):
         indices = [slice(None) if i is None else i for i in argument(node, 1, "indices")]
         return store(p, node, target, _items(p, target, tuple(indices)), argument(node, 2, "values"))
     if name in _ALONG:
@@ -81,9 +84,13 @@ def _items(p: Prover, target: fx.Node, key: Any) -> list[Any]:
 
 def _along(p: Prover, node: fx.Node, target: fx.Node) -> Rows:
     """index_copy_, scatter_ and their kin: where neither side tells requests apart along the written dim, rows join."""
-    name = op_name(node)
+    name = op_name(node).rstrip("_")
     dim = argument(node, 1, "dim") % max(p.ndim(target), 1)
     index, source = argument(node, 2, "index"), argument(node, 3, "source", "src", "value", "tensor")
+    if name.startswith("index_") and p.is_tensor(source) and any(isinstance(p.rows(n), Label) for n in (target, source)):
+        items: list[Any] = [slice(None)] * p.ndim(target)
+        items[dim] = index
+        return store(p, node, target, items, source)
     rows = [p.rows(target)]
     for n in (index, source):
         if not p.is_tensor(n):
@@ -100,8 +107,8 @@ def _along(p: Prover, node: fx.Node, target: fx.Node) -> Rows:
 def store(p: Prover, node: fx.Node, target: fx.Node, items: Sequence[Any], value: Any, value_rows: Rows = None) -> Rows:
     """Rows of ``target`` after ``target[items] = value``; ``value_rows`` overrides the value's rows."""
     by_source = [item for item in items if item is not None]
-    if any(isinstance(i, bool | list) for i in items) or any(p.is_tensor(i) and p.dtype(i) == torch.bool for i in by_source):
-        return Mixed("a write through a mask or list")
+    if any(moves.is_mask(p, i) for i in items):
+        return Mixed("a write through a mask")
     where, start, width = moves.layout(p, items)
     out = len(where) + width + sum(item is None for item in items)
     own = p.rows(target)
@@ -111,17 +118,24 @@ def store(p: Prover, node: fx.Node, target: fx.Node, items: Sequence[Any], value
     for d, item in enumerate(by_source):
         if p.is_tensor(item):
             rows = p.rows(item)
-            parts.append(shift(rows, start + width - p.ndim(item)))
-            del d
+            parts.append(None if own is not None and d in own.dims or _tells_rows(parts[0], start, width) else shift(rows, start + width - p.ndim(item)))
     new = join(parts, out, p.count, op_name(node))
     if isinstance(own, Mixed) or isinstance(new, Mixed):
         return own if isinstance(own, Mixed) else new
     if own is None and new is None:
         return None
-    return _store_ids(p, target, by_source, where, out, own, new)
+    made = _store_ids(p, node, target, by_source, where, out, own, new)
+    if own is not None and any(moves.is_index(p, i) for i in by_source):
+        return join([made, own], p.ndim(target), p.count, op_name(node))  # positions may repeat, or leave rows as they were
+    return made
 
 
-def _store_ids(p: Prover, target: fx.Node, items: Sequence[Any], where: dict[int, int], out: int, own: Label | None, new: Label | None) -> Rows:
+def _tells_rows(rows: Rows, start: int, width: int) -> bool:
+    """Do the value's rows run along the index? Then the index only says where they go, and the map follows it."""
+    return isinstance(rows, Label) and any(start <= d < start + width for d in rows.dims)
+
+
+def _store_ids(p: Prover, node: fx.Node, target: fx.Node, items: Sequence[Any], where: dict[int, int], out: int, own: Label | None, new: Label | None) -> Rows:
     """Write the value's ids into the target's, element by element, over the dims that matter; then find the map that fits."""
     ndim = p.ndim(target)
     idle = {
@@ -143,6 +157,12 @@ def _store_ids(p: Prover, target: fx.Node, items: Sequence[Any], where: dict[int
                 return Mixed("a write whose value does not align")
             ids[concrete] = value.expand(region.shape)
         results.append(ids)
+    dims = [d for d in range(ndim) if d not in idle]
+    if all(bool((ids != _FREE).all()) for ids in results):
+        squeezed = [ids.reshape([ids.shape[d] for d in dims]) for ids in results]
+        found = p.table.find(squeezed, node)
+        if found is not None:
+            return Label(found, tuple(dims))
     return match(p, results, [label for label in (own, new) if label is not None])
 
 
