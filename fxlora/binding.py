@@ -161,6 +161,8 @@ class _Index:
             path = f"{module}.weight"
             if path in self._by_path and not key.nesting:
                 return path, module, False
+            if module in self._by_path and not key.nesting:
+                return module, module, False  # a weight that no module holds under `weight` goes by its own path
         return None
 
     def skips_at(self, modules: Sequence[str]) -> list[str]:

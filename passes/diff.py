@@ -1,4 +1,5 @@
 """A graph as text, and two graphs as a diff: what dumps and golden tests print."""
+
 from __future__ import annotations
 
 import difflib

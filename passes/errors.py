@@ -1,4 +1,5 @@
 """Errors of the graph side: one class per refusal, each message says what was found, expected and what exists."""
+
 from __future__ import annotations
 
 from fxlora.kernels.errors import FxloraError

@@ -2,6 +2,7 @@
 
 The first stage of the flow: everything after it speaks of canonical op names, never of node targets.
 """
+
 from __future__ import annotations
 
 import operator
@@ -13,18 +14,72 @@ from torch import fx
 
 # Spellings of one op in python operators, methods and aten, mapped to one name.
 _SAME_OP = {
-    "truediv": "div", "true_divide": "div", "divide": "div", "floordiv": "floor_divide", "multiply": "mul", "subtract": "sub",
-    "iadd": "add_", "isub": "sub_", "imul": "mul_", "itruediv": "div_", "ifloordiv": "floor_divide_", "iand": "logical_and_",
-    "ior": "logical_or_", "ipow": "pow_", "imatmul": "matmul_", "and_": "bitwise_and", "or_": "bitwise_or",
-    "invert": "bitwise_not", "inv": "bitwise_not", "mod": "remainder", "swapaxes": "transpose", "swapdims": "transpose",
-    "numpy_T": "T", "matrix_H": "mT", "adjoint": "mT", "_unsafe_view": "view", "movedim": "moveaxis", "concat": "cat",
-    "concatenate": "cat", "tile": "repeat", "_softmax": "softmax", "_log_softmax": "log_softmax", "special_softmax": "softmax",
-    "view_copy": "view", "_reshape_alias": "reshape", "unsafe_chunk": "chunk", "unsafe_split": "split", "absolute": "abs",
-    "clip": "clamp", "broadcast_to": "expand", "mm_": "mm", "__matmul__": "matmul", "row_stack": "vstack", "__getitem__": "getitem",
-    "_to_copy": "to", "convert_element_type": "to", "arctan2": "atan2", "greater": "gt", "less": "lt", "greater_equal": "ge",
-    "less_equal": "le", "not_equal": "ne", "negative": "neg", "fix": "trunc", "_unsafe_index": "index", "split_with_sizes": "split",
-    "slice_copy": "slice", "select_copy": "select", "expand_copy": "expand", "permute_copy": "permute", "squeeze_copy": "squeeze",
-    "unsqueeze_copy": "unsqueeze", "transpose_copy": "transpose", "t_copy": "t", "alias_copy": "alias", "unbind_copy": "unbind",
+    "truediv": "div",
+    "true_divide": "div",
+    "divide": "div",
+    "floordiv": "floor_divide",
+    "multiply": "mul",
+    "subtract": "sub",
+    "iadd": "add_",
+    "isub": "sub_",
+    "imul": "mul_",
+    "itruediv": "div_",
+    "ifloordiv": "floor_divide_",
+    "iand": "logical_and_",
+    "ior": "logical_or_",
+    "ipow": "pow_",
+    "imatmul": "matmul_",
+    "and_": "bitwise_and",
+    "or_": "bitwise_or",
+    "invert": "bitwise_not",
+    "inv": "bitwise_not",
+    "mod": "remainder",
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
+    "numpy_T": "T",
+    "matrix_H": "mT",
+    "adjoint": "mT",
+    "_unsafe_view": "view",
+    "movedim": "moveaxis",
+    "concat": "cat",
+    "concatenate": "cat",
+    "tile": "repeat",
+    "_softmax": "softmax",
+    "_log_softmax": "log_softmax",
+    "special_softmax": "softmax",
+    "view_copy": "view",
+    "_reshape_alias": "reshape",
+    "unsafe_chunk": "chunk",
+    "unsafe_split": "split",
+    "absolute": "abs",
+    "clip": "clamp",
+    "broadcast_to": "expand",
+    "mm_": "mm",
+    "__matmul__": "matmul",
+    "row_stack": "vstack",
+    "__getitem__": "getitem",
+    "_to_copy": "to",
+    "convert_element_type": "to",
+    "arctan2": "atan2",
+    "greater": "gt",
+    "less": "lt",
+    "greater_equal": "ge",
+    "less_equal": "le",
+    "not_equal": "ne",
+    "negative": "neg",
+    "fix": "trunc",
+    "_unsafe_index": "index",
+    "split_with_sizes": "split",
+    "slice_copy": "slice",
+    "select_copy": "select",
+    "expand_copy": "expand",
+    "permute_copy": "permute",
+    "squeeze_copy": "squeeze",
+    "unsqueeze_copy": "unsqueeze",
+    "transpose_copy": "transpose",
+    "t_copy": "t",
+    "alias_copy": "alias",
+    "unbind_copy": "unbind",
 }
 _TRUSTED_NAMESPACES = {"aten", "prims", "fxlora"}
 # Ops outside torch whose meaning is known: PyTorch fallbacks registered by transformers.
@@ -130,7 +185,9 @@ def module_path(node: fx.Node) -> str:
 
 def source_line(node: fx.Node) -> str:
     """The line of model code behind a node (``file:line: code``), or an empty string."""
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or node.stack_trace or "").splitlines() if line.strip()]
+    lines = [
+        line.strip() for line in (node.meta.get("stack_trace") or node.stack_trace or "").splitlines() if line.strip()
+    ]
     for i in range(len(lines) - 1, -1, -1):
         if lines[i].startswith("File "):
             code = lines[i + 1] if i + 1 < len(lines) else ""

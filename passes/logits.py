@@ -3,6 +3,7 @@
 A linear is the logits site when its weight is also the embedding's (tied), when it is the model's output embedding, or when the
 graph's first output is reached from it by row-preserving elementwise ops alone (soft-capping, scaling, slicing). Never by name.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -12,14 +13,29 @@ import torch
 from torch import fx
 
 from fxlora.passes.graph import op_name, operand, output_leaves
-from fxlora.passes.rows.rules import is_pointwise
+from fxlora.passes.rows.families import is_pointwise
 from fxlora.passes.sites import Role, Site
 from fxlora.passes.weights import Weights, tensor_key
 
-_KEEPS_ROWS = {"getitem", "slice", "narrow", "view", "reshape", "contiguous", "squeeze", "unsqueeze", "to", "flatten", "index_select", "index"}
+_KEEPS_ROWS = {
+    "getitem",
+    "slice",
+    "narrow",
+    "view",
+    "reshape",
+    "contiguous",
+    "squeeze",
+    "unsqueeze",
+    "to",
+    "flatten",
+    "index_select",
+    "index",
+}
 
 
-def mark_logits(gm: fx.GraphModule, sites: Sequence[Site], weights: Weights, output_embedding: torch.Tensor | None) -> list[Site]:
+def mark_logits(
+    gm: fx.GraphModule, sites: Sequence[Site], weights: Weights, output_embedding: torch.Tensor | None
+) -> list[Site]:
     """The same sites, with the role of logits sites set."""
     embedded = {tensor_key(site.weight) for site in sites if site.role is Role.EMBEDDING}
     last = _last_linear(gm, sites)

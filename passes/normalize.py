@@ -2,6 +2,7 @@
 
 Only the reading of weights is made uniform; the ops keep the spelling of the form they came in.
 """
+
 from __future__ import annotations
 
 import operator
@@ -56,14 +57,29 @@ def inline_modules(gm: fx.GraphModule) -> list[str]:
 def _inline_batch_norm(gm: fx.GraphModule, node: fx.Node, module: torch.nn.Module) -> bool:
     """Batch norm in eval mode as its functional: its forward checks the input's dims, which cannot be traced."""
     known = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
-    if type(module) not in known or module.training or module.running_mean is None or module._forward_hooks or module._forward_pre_hooks:
+    if (
+        type(module) not in known
+        or module.training
+        or module.running_mean is None
+        or module._forward_hooks
+        or module._forward_pre_hooks
+    ):
         return False
     with gm.graph.inserting_before(node):
 
         def get(name: str) -> fx.Node | None:
             return None if getattr(module, name) is None else gm.graph.get_attr(f"{node.target}.{name}")
 
-        args = (node.args[0], get("running_mean"), get("running_var"), get("weight"), get("bias"), False, 0.0, module.eps)
+        args = (
+            node.args[0],
+            get("running_mean"),
+            get("running_var"),
+            get("weight"),
+            get("bias"),
+            False,
+            0.0,
+            module.eps,
+        )
         made = gm.graph.call_function(torch.nn.functional.batch_norm, args)
     node.replace_all_uses_with(made)
     gm.graph.erase_node(node)
@@ -75,7 +91,7 @@ def _inline(gm: fx.GraphModule, node: fx.Node, module: torch.nn.Module) -> bool:
         return False
     try:
         inner = module.graph if isinstance(module, fx.GraphModule) else _InliningTracer().trace(module)
-    except Exception:  # noqa: BLE001  tracing runs the module's own code, which may raise anything
+    except Exception:
         return False
     placeholders = [n for n in inner.nodes if n.op == "placeholder"]
     values: dict[fx.Node, Any] = {}

@@ -2,6 +2,7 @@
 
 ``analyse`` decides (it ends with a Plan), ``rewrite`` edits; adapter memory is allocated between the two, from the plan alone.
 """
+
 from __future__ import annotations
 
 import logging
@@ -14,10 +15,10 @@ import torch
 from torch import fx
 
 from fxlora.passes.diff import graph_diff, graph_text
+from fxlora.passes.errors import VerifyError
 from fxlora.passes.graph import output_leaves
 from fxlora.passes.logits import mark_logits
 from fxlora.passes.normalize import count_weight_nodes, inline_modules, refuse_applied, unify_weights
-from fxlora.passes.errors import VerifyError
 from fxlora.passes.plan import AdapterShape, Plan, Targets, plan_graph
 from fxlora.passes.reads import Reader
 from fxlora.passes.rewrite import rewrite_sites
@@ -95,7 +96,11 @@ def find_linear_sites(job: Job) -> None:
     world: World = job.sizing.worlds[0]
     job.sites, job.skipped = find_sites(job.gm, job.weights, world, [job.gm, *job.models])
     job.sites = mark_logits(job.gm, job.sites, job.weights, job.output_embedding)
-    job.reader = Reader(job.weights, lambda n: len(world.shape(n)), lambda n: isinstance(n, fx.Node) and isinstance(world.facts(n), TensorFacts))
+    job.reader = Reader(
+        job.weights,
+        lambda n: len(world.shape(n)),
+        lambda n: isinstance(n, fx.Node) and isinstance(world.facts(n), TensorFacts),
+    )
 
 
 def prove_rows(job: Job) -> None:
@@ -141,6 +146,10 @@ def _run(job: Job, name: str, step: Callable[[Job], Any]) -> None:
         job.gm.graph.lint()
         job.gm.recompile()
     seconds = time.perf_counter() - start
-    report = PassReport(name, seconds, count, len(job.gm.graph.nodes), graph_diff(before, graph_text(job.gm)) if debug else "")
+    report = PassReport(
+        name, seconds, count, len(job.gm.graph.nodes), graph_diff(before, graph_text(job.gm)) if debug else ""
+    )
     job.reports.append(report)
-    log.debug("%s: %.1f ms, %d -> %d nodes\n%s", name, 1000 * seconds, report.nodes_before, report.nodes_after, report.diff)
+    log.debug(
+        "%s: %.1f ms, %d -> %d nodes\n%s", name, 1000 * seconds, report.nodes_before, report.nodes_after, report.diff
+    )

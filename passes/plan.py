@@ -1,10 +1,11 @@
 """The plan: what each site becomes, and why the others stay as they are. Every decision is made here; rewriting only edits."""
+
 from __future__ import annotations
 
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
 from torch import fx
@@ -60,7 +61,16 @@ class Plan:
     mixed_outputs: tuple[str, ...] = field(default=())
 
 
-def plan_graph(prover: Prover, sites: Sequence[Site], skipped: Sequence[Skipped], weights: Weights, reader: Reader, targets: Targets, shape: AdapterShape, outputs: Iterable[tuple[str, fx.Node]]) -> Plan:
+def plan_graph(
+    prover: Prover,
+    sites: Sequence[Site],
+    skipped: Sequence[Skipped],
+    weights: Weights,
+    reader: Reader,
+    targets: Targets,
+    shape: AdapterShape,
+    outputs: Iterable[tuple[str, fx.Node]],
+) -> Plan:
     """Decide for every site whether it is rewritten.
 
     Raises:
@@ -86,8 +96,11 @@ def plan_graph(prover: Prover, sites: Sequence[Site], skipped: Sequence[Skipped]
         uses += planned
     wanted.check(sites, skipped)
     order = {node: i for i, node in enumerate(prover.graph.nodes)}
+    uses = [replace(use, rows=prover.table.canonical(use.rows)) for use in uses]
     uses.sort(key=lambda use: order[use.node])
-    mixed = tuple(f"output {path}: {rows.reason}" for path, node in outputs if isinstance(rows := prover.rows(node), Mixed))
+    mixed = tuple(
+        f"output {path}: {rows.reason}" for path, node in outputs if isinstance(rows := prover.rows(node), Mixed)
+    )
     assumed = tuple(dict.fromkeys(prover.assumed.values()))
     return Plan(tuple(chosen), tuple(uses), tuple(left), shape, digest_of(chosen, shape), assumed, mixed)
 
@@ -145,14 +158,20 @@ class _Targets:
                 continue
             for item in skipped:
                 if _Targets(name if self.pattern is not None else [name]).match((item.name, *item.aliases)):
-                    raise TargetError(f"targets names {name!r}, which means {item.name!r}, but that is no site: {item.reason}")
+                    raise TargetError(
+                        f"targets names {name!r}, which means {item.name!r}, but that is no site: {item.reason}"
+                    )
             known = sorted({site.name for site in sites})
             near = get_close_matches(str(name), known + [k.rpartition(".")[2] for k in known], n=3)
-            raise TargetError(f"targets names {name!r}, which matches no weight of the graph; nearest: {near or known[:5]}")
+            raise TargetError(
+                f"targets names {name!r}, which matches no weight of the graph; nearest: {near or known[:5]}"
+            )
 
 
 def digest_of(sites: Sequence[Site], shape: AdapterShape) -> int:
     """32 bits that change whenever sites, their shapes and dtypes, or the adapter memory change."""
-    facts = [(s.parameter, s.role.value, s.in_features, s.out_features, str(s.dtype), str(s.device.type)) for s in sites]
+    facts = [
+        (s.parameter, s.role.value, s.in_features, s.out_features, str(s.dtype), str(s.device.type)) for s in sites
+    ]
     text = repr((facts, shape.max_adapters, shape.max_rank, shape.pool_rows))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")

@@ -3,6 +3,7 @@
 ``F.linear``, ``x @ w.T``, matmul, mm, addmm, Conv1D's ``addmm(b, x, w)``, einsum and ``w @ x`` are all a linear; ``F.embedding``,
 ``w[ids]`` and index_select are all an embedding. What reads a weight in another way is refused with its reason.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -16,7 +17,27 @@ from fxlora.passes.graph import argument, op_name, operand
 from fxlora.passes.weights import CASTS, PASS_ON, Weights
 
 _INDEXED = {"getitem", "index", "index_select"}
-_NO_READ = {"size", "shape", "dtype", "device", "dim", "ndim", "numel", "is_floating_point", "requires_grad", "sym_size", "element_size", "new_zeros", "new_empty", "new_ones", "new_full", "zeros_like", "empty_like", "ones_like", "_assert_tensor_metadata"}
+_NO_READ = {
+    "size",
+    "shape",
+    "dtype",
+    "device",
+    "dim",
+    "ndim",
+    "numel",
+    "is_floating_point",
+    "requires_grad",
+    "sym_size",
+    "element_size",
+    "new_zeros",
+    "new_empty",
+    "new_ones",
+    "new_full",
+    "zeros_like",
+    "empty_like",
+    "ones_like",
+    "_assert_tensor_metadata",
+}
 _GROUPED = {"_grouped_mm", "grouped_mm", "grouped_mm_fallback"}
 
 
@@ -98,7 +119,12 @@ class Reader:
         if name in _INDEXED and other is operand(node) and self._gathers(node):
             if self._dim(root) == 2 and self._orientation(other, root) == Orientation(0, False):
                 return self._lookup(node, root, other)
-            return Refusal(root, "expert weights (3-D), gathered per row" if self._dim(root) > 2 else "a gather of a transposed or sliced weight")
+            return Refusal(
+                root,
+                "expert weights (3-D), gathered per row"
+                if self._dim(root) > 2
+                else "a gather of a transposed or sliced weight",
+            )
         if name in PASS_ON and other is operand(node):
             return None
         if self._dim(root) != 2:
@@ -160,7 +186,9 @@ class Reader:
         own_shape, own_strides = tuple(stand_in.shape), stand_in.stride()
         if shape == own_shape and all(a == b for a, b, n in zip(strides, own_strides, shape, strict=True) if n > 1):
             return Orientation(lead, False)
-        if shape == own_shape[::-1] and all(a == b for a, b, n in zip(strides, own_strides[::-1], shape, strict=True) if n > 1):
+        if shape == own_shape[::-1] and all(
+            a == b for a, b, n in zip(strides, own_strides[::-1], shape, strict=True) if n > 1
+        ):
             return Orientation(lead, True)
         return None
 
@@ -172,7 +200,7 @@ class Reader:
             if node.op == "call_method":
                 return getattr(view, str(node.target))(*args, **kwargs)
             return node.target(view, *args, **kwargs)  # type: ignore[operator]
-        except Exception:  # noqa: BLE001  a view that cannot be followed is no whole weight
+        except Exception:
             return None
 
     def _linear(self, node: fx.Node, name: str, root: fx.Node, other: fx.Node, seen: Orientation) -> Read | Refusal:
@@ -184,7 +212,9 @@ class Reader:
         if name in ("mm", "matmul", "bmm"):
             if seen.lead and (name != "bmm" or argument(node, 1, "mat2") is not other):
                 return Refusal(root, f"{name} of a weight with leading dims")
-            return self._product(node, name, root, other, operand(node), argument(node, 1, "other", "mat2", "tensor"), swapped)
+            return self._product(
+                node, name, root, other, operand(node), argument(node, 1, "other", "mat2", "tensor"), swapped
+            )
         if name == "addmm":
             if argument(node, 3, "beta", default=1) != 1 or argument(node, 4, "alpha", default=1) != 1:
                 return Refusal(root, "addmm with alpha or beta")
@@ -198,7 +228,9 @@ class Reader:
             return self._einsum(node, root, other, swapped)
         return Refusal(root, f"read by {name.lstrip('?')}, which is no linear")
 
-    def _product(self, node: fx.Node, name: str, root: fx.Node, other: fx.Node, left: fx.Node, right: fx.Node, swapped: bool) -> Read | Refusal:
+    def _product(
+        self, node: fx.Node, name: str, root: fx.Node, other: fx.Node, left: fx.Node, right: fx.Node, swapped: bool
+    ) -> Read | Refusal:
         if left is other and right is other:
             return Refusal(root, f"{name} of the weight with itself")
         if right is other:

@@ -2,6 +2,7 @@
 
 Only edits. Arguments are read off the node when it is rewritten, since its input may itself have been rewritten before.
 """
+
 from __future__ import annotations
 
 import operator
@@ -68,7 +69,9 @@ class MapEmitter:
         return self.place.get(node) or (self.order[node], 0)
 
 
-def rewrite_sites(gm: fx.GraphModule, plan: Plan, reader: Reader, seed: RowMap, slots: fx.Node, handles: Mapping[Site, int]) -> int:
+def rewrite_sites(
+    gm: fx.GraphModule, plan: Plan, reader: Reader, seed: RowMap, slots: fx.Node, handles: Mapping[Site, int]
+) -> int:
     """Replace every planned call; returns how many were replaced."""
     emitter = MapEmitter(gm.graph, seed, slots, plan.shape.max_adapters)
     row_inputs = {use.node: emitter.row_inputs(use.rows) for use in plan.uses}
@@ -77,7 +80,9 @@ def rewrite_sites(gm: fx.GraphModule, plan: Plan, reader: Reader, seed: RowMap, 
     return len(plan.uses)
 
 
-def _rewrite_use(graph: fx.Graph, use: PlannedUse, reader: Reader, row_inputs: tuple[fx.Node, fx.Node], handle: int) -> None:
+def _rewrite_use(
+    graph: fx.Graph, use: PlannedUse, reader: Reader, row_inputs: tuple[fx.Node, fx.Node], handle: int
+) -> None:
     node, site = use.node, use.site
     kind = "embedding" if site.role is Role.EMBEDDING else "linear"
     read = next(r for r in reader.reads(node) if isinstance(r, Read) and r.kind == kind)
@@ -95,9 +100,13 @@ def _rewrite_use(graph: fx.Graph, use: PlannedUse, reader: Reader, row_inputs: t
             x = read.x if read.x_order is None else call(torch.permute, read.x, read.x_order)
             weight = _as_NK(read, reader.ndim(read.operand), call)
             if site.role is Role.LOGITS:
-                out = call(torch.ops.fxlora.lora_logits.default, x, weight, read.bias, row_slots, None, segments, handle)
+                out = call(
+                    torch.ops.fxlora.lora_logits.default, x, weight, read.bias, row_slots, None, segments, handle
+                )
             else:
-                group = call(torch.ops.fxlora.lora_linear.default, x, [weight], [read.bias], row_slots, None, segments, handle)
+                group = call(
+                    torch.ops.fxlora.lora_linear.default, x, [weight], [read.bias], row_slots, None, segments, handle
+                )
                 out = call(operator.getitem, group, 0)
             if read.out_order is not None:
                 out = call(torch.permute, out, read.out_order)

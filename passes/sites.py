@@ -1,4 +1,5 @@
 """Sites: where a graph reads a base weight in one role. One weight and role is one site, however many names and uses it has."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -69,9 +70,15 @@ def module_name(parameter: str) -> str:
     return parent if last == "weight" and parent else parameter
 
 
-def find_sites(gm: fx.GraphModule, weights: Weights, world: World, modules: Sequence[torch.nn.Module] = ()) -> tuple[list[Site], list[Skipped]]:
+def find_sites(
+    gm: fx.GraphModule, weights: Weights, world: World, modules: Sequence[torch.nn.Module] = ()
+) -> tuple[list[Site], list[Skipped]]:
     """All sites of a graph, in graph order, and every weight of two or more dims that is none, with its reason."""
-    reader = Reader(weights, lambda n: len(world.shape(n)), lambda n: isinstance(n, fx.Node) and isinstance(world.facts(n), TensorFacts))
+    reader = Reader(
+        weights,
+        lambda n: len(world.shape(n)),
+        lambda n: isinstance(n, fx.Node) and isinstance(world.facts(n), TensorFacts),
+    )
     uses: dict[Any, list[tuple[fx.Node, Read]]] = {}
     refused: dict[Any, str] = {}
     tensors: dict[Any, torch.Tensor] = {}
@@ -109,7 +116,9 @@ def _site(weights: Weights, world: World, tensor: torch.Tensor, kind: str, found
     )  # fmt: skip
 
 
-def _skipped(weights: Weights, sites: Sequence[Site], refused: dict[Any, str], modules: Sequence[torch.nn.Module]) -> list[Skipped]:
+def _skipped(
+    weights: Weights, sites: Sequence[Site], refused: dict[Any, str], modules: Sequence[torch.nn.Module]
+) -> list[Skipped]:
     served = {tensor_key(site.weight) for site in sites}
     skipped, seen = [], set()
     for path, tensor in weights.names.items():
@@ -135,5 +144,7 @@ def _missing_modules(modules: Sequence[torch.nn.Module]) -> list[Skipped]:
                 if child is None:
                     missing.setdefault(full, "the module is None in this model")
                 elif weighty and isinstance(child, torch.nn.Identity):
-                    missing.setdefault(full, "an identity stands here: the layer lives on another pipeline stage, or has no weights")
+                    missing.setdefault(
+                        full, "an identity stands here: the layer lives on another pipeline stage, or has no weights"
+                    )
     return [Skipped(name, reason) for name, reason in missing.items()]

@@ -1,4 +1,5 @@
 """Which tensor stands behind a node, and every name it has. Identity is the tensor's memory, never a name."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
@@ -7,24 +8,62 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxlora.passes.graph import attribute, op_name, operand
 from fxlora.passes.errors import PeftModelError
+from fxlora.passes.graph import attribute, op_name, operand
 
 # Reading a weight through these still reads the whole weight, in one of two orientations.
 TRANSPOSES = {"t", "T", "mT", "transpose", "permute"}
-CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "double", "detach", "contiguous", "clone", "alias", "data", "lift_fresh_copy"}
-# Calls that hand a weight (or a part or another view of it) on to the call that reads it.
-PASS_ON = TRANSPOSES | CASTS | {
-    "getitem", "index", "index_select", "select", "slice", "narrow", "chunk", "split", "view", "reshape", "expand", "unsqueeze", "squeeze",
-    "unbind", "flatten", "gather",
+CASTS = {
+    "to",
+    "type",
+    "type_as",
+    "float",
+    "half",
+    "bfloat16",
+    "double",
+    "detach",
+    "contiguous",
+    "clone",
+    "alias",
+    "data",
+    "lift_fresh_copy",
 }
+# Calls that hand a weight (or a part or another view of it) on to the call that reads it.
+PASS_ON = (
+    TRANSPOSES
+    | CASTS
+    | {
+        "getitem",
+        "index",
+        "index_select",
+        "select",
+        "slice",
+        "narrow",
+        "chunk",
+        "split",
+        "view",
+        "reshape",
+        "expand",
+        "unsqueeze",
+        "squeeze",
+        "unbind",
+        "flatten",
+        "gather",
+    }
+)
 _PEFT_PARTS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "base_layer"}
 
 
 def tensor_key(tensor: torch.Tensor) -> Any:
     """One key per weight: two Parameter objects over the same memory are one weight."""
     if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type != "meta" and tensor.numel():
-        return (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        return (
+            tensor.untyped_storage().data_ptr(),
+            tensor.storage_offset(),
+            tuple(tensor.shape),
+            tensor.stride(),
+            tensor.dtype,
+        )
     return id(tensor)
 
 
@@ -37,7 +76,12 @@ class Weights:
         models: Modules whose parameter paths are names too (the module the graph was traced from).
     """
 
-    def __init__(self, gm: fx.GraphModule, bound: Mapping[fx.Node, torch.Tensor] | None = None, models: Iterable[torch.nn.Module] = ()) -> None:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        bound: Mapping[fx.Node, torch.Tensor] | None = None,
+        models: Iterable[torch.nn.Module] = (),
+    ) -> None:
         self.names: dict[str, torch.Tensor] = {}
         self._paths: dict[Any, list[str]] = {}
         self._behind: dict[fx.Node, torch.Tensor] = dict(bound or {})

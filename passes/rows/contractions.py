@@ -3,6 +3,7 @@
 A summed dim that tells requests apart mixes them, and batch dims of both operands must agree. Only where adapters are chosen per
 token (packed batches) may the keys of an attention tell tokens apart: isolation is then the mask's job, and reported as assumed.
 """
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
@@ -87,12 +88,23 @@ def parse_einsum(p: Prover, node: fx.Node) -> tuple[list[str], str, list[fx.Node
             terms[i] = term.replace("...", spare[8 - count :] if count else "")
     if not arrow:
         letters = "".join(terms)
-        result = spare[8 - width :] * bool(width) + "".join(sorted(c for c in set(letters) if letters.count(c) == 1 and c.islower()))
+        result = spare[8 - width :] * bool(width) + "".join(
+            sorted(c for c in set(letters) if letters.count(c) == 1 and c.islower())
+        )
     result = result.replace("...", spare[8 - width :] if width else "")
     return terms, result, operands
 
 
-def _contract(p: Prover, node: fx.Node, left: Rows, right: Rows, summed_l: set[int], summed_r: set[int], place_l: dict[int, int], place_r: dict[int, int]) -> Rows:
+def _contract(
+    p: Prover,
+    node: fx.Node,
+    left: Rows,
+    right: Rows,
+    summed_l: set[int],
+    summed_r: set[int],
+    place_l: dict[int, int],
+    place_r: dict[int, int],
+) -> Rows:
     if left is None and right is None:
         return None
     name = op_name(node)
@@ -105,7 +117,11 @@ def _contract(p: Prover, node: fx.Node, left: Rows, right: Rows, summed_l: set[i
         return Mixed(f"{name} reorders row dims")
     if not both or not p.packed:
         return join([placed_l, placed_r], p.ndim(node), p.count, name)  # type: ignore[list-item]
-    joined = join([placed_l, placed_r], p.ndim(node), p.count, name) if placed_r is not None and not mixes[1] else Mixed("keys")  # type: ignore[list-item]
+    joined = (
+        join([placed_l, placed_r], p.ndim(node), p.count, name)
+        if placed_r is not None and not mixes[1]
+        else Mixed("keys")
+    )  # type: ignore[list-item]
     if isinstance(joined, Label):
         return joined
     if not p.same_requests(left, right):  # type: ignore[arg-type]
@@ -149,7 +165,11 @@ def attention(p: Prover, node: fx.Node) -> Rows:
                 return Mixed("attention over keys of other sequences")
             p.assume(node, "tokens of one packed sequence attend to each other as the mask allows")
     if p.packed:
-        return query_rows if query_rows is not None or parts[1:] == [None, None] else Mixed("attention of shared queries over packed keys")
+        return (
+            query_rows
+            if query_rows is not None or parts[1:] == [None, None]
+            else Mixed("attention of shared queries over packed keys")
+        )
     rows = join(parts, ndim, p.count, "attention")
     if p.is_tensor(mask):
         mask_rows = p.rows(mask)

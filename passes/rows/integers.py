@@ -3,6 +3,7 @@
 Integer nodes on the way to an index are run for real, at each world's sizes. What only data decides (routing, sorted scores,
 indices the caller passes) is drawn at random: distinct and covering, so that two maps are equal by luck with probability near 0.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -16,7 +17,33 @@ from fxlora.passes.rows.worlds import TensorFacts, UnknownShapeError, World
 
 _UNINITIALISED = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 _RANKINGS = {"topk", "sort", "argsort", "argmax", "argmin", "max", "min", "median", "mode", "kthvalue", "msort"}
-_INDEXING = {"getitem", "index", "index_select", "gather", "take_along_dim", "index_copy", "index_copy_", "index_add", "index_add_", "scatter", "scatter_", "scatter_add", "scatter_add_", "setitem", "index_put", "index_put_", "repeat_interleave", "sort", "topk", "argsort", "embedding", "narrow", "select", "index_fill", "index_fill_"}
+_INDEXING = {
+    "getitem",
+    "index",
+    "index_select",
+    "gather",
+    "take_along_dim",
+    "index_copy",
+    "index_copy_",
+    "index_add",
+    "index_add_",
+    "scatter",
+    "scatter_",
+    "scatter_add",
+    "scatter_add_",
+    "setitem",
+    "index_put",
+    "index_put_",
+    "repeat_interleave",
+    "sort",
+    "topk",
+    "argsort",
+    "embedding",
+    "narrow",
+    "select",
+    "index_fill",
+    "index_fill_",
+}
 _MUTATIONS = {"setitem"}
 
 
@@ -102,12 +129,14 @@ class Integers:
 
         try:
             args = fx.map_arg(node.args, concrete)
-            kwargs = {k: v for k, v in fx.map_arg(dict(node.kwargs), concrete).items() if k not in ("device", "pin_memory")}
+            kwargs = {
+                k: v for k, v in fx.map_arg(dict(node.kwargs), concrete).items() if k not in ("device", "pin_memory")
+            }
             args = tuple("cpu" if isinstance(a, torch.device) else a for a in args)
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
             return node.target(*args, **kwargs)  # type: ignore[operator]
-        except Exception:  # noqa: BLE001  a value that cannot be computed is unknown, which is safe
+        except Exception:
             return None
 
     def _draw_ranking(self, node: fx.Node, name: str, world: World) -> Any:
@@ -144,9 +173,9 @@ class Integers:
         pool = torch.arange(size)
         if count < size - 2:
             pool = pool[1:-1]
-        rounds = [pool[torch.randperm(len(pool), generator=world.generator)] for _ in range(-(-count // max(len(pool), 1)))]
+        rounds = [
+            pool[torch.randperm(len(pool), generator=world.generator)] for _ in range(-(-count // max(len(pool), 1)))
+        ]
         drawn = torch.cat(rounds)[:count].reshape(facts.shape) if rounds else torch.empty(facts.shape, dtype=torch.long)
         values[node] = drawn
         return drawn
-
-

@@ -4,6 +4,7 @@
 a row map over some of its dims. ``Mixed``: requests are mixed, or nothing is proven. A ``RowMap`` is an int tensor *expression*
 (built lazily, so unused maps cost no graph node) together with its value in every world; equal in all worlds is equal.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -70,18 +71,23 @@ class MapTable:
     order: dict[fx.Node | None, int]
     _known: dict[Any, RowMap] = field(default_factory=dict)
 
-    def intern(self, ids: Sequence[torch.Tensor], parents: Sequence[RowMap], origin: fx.Node | None, build: Any, text: str) -> RowMap:
+    def intern(
+        self, ids: Sequence[torch.Tensor], parents: Sequence[RowMap], origin: fx.Node | None, build: Any, text: str
+    ) -> RowMap:
         key = _key(ids)
         known = self._known.get(key)
         if known is None or self.order[known.origin] > self.order[origin]:
             self._known[key] = RowMap(build, tuple(parents), origin, tuple(ids), text)
         return self._known[key]
 
-
     def find(self, ids: Sequence[torch.Tensor], before: fx.Node) -> RowMap | None:
         """The known map equal to ``ids`` that can be computed before a node."""
         known = self._known.get(_key(ids))
         return known if known is not None and self.order[known.origin] < self.order[before] else None
+
+    def canonical(self, row_map: RowMap) -> RowMap:
+        """The map equal to this one that can be computed first."""
+        return self._known[_key(row_map.ids)]
 
 
 def _key(ids: Sequence[torch.Tensor]) -> Any:
@@ -122,6 +128,10 @@ def join(rows: Sequence[Rows], ndim: int, worlds: int, where: str) -> Rows:
                 return Mixed(f"{where} combines rows of different requests")
     sizes = broadcast_ids(best, ndim, 0).shape
     return min(
-        (label for label in labels if all(sizes[d] == n for d, n in zip(label.dims, label.map.ids[0].shape, strict=True))),
+        (
+            label
+            for label in labels
+            if all(sizes[d] == n for d, n in zip(label.dims, label.map.ids[0].shape, strict=True))
+        ),
         key=lambda label: label.map.ids[0].numel(),
     )

@@ -1,4 +1,5 @@
 """Walks a graph once and labels every tensor with its rows; the entry to row provenance."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,14 @@ class Prover:
         reasons: Where each ``Mixed`` first arose.
     """
 
-    def __init__(self, gm: fx.GraphModule, sizing: Sizing, seeds: Mapping[fx.Node, tuple[int, ...]], primary: fx.Node, bound: Mapping[fx.Node, torch.Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        sizing: Sizing,
+        seeds: Mapping[fx.Node, tuple[int, ...]],
+        primary: fx.Node,
+        bound: Mapping[fx.Node, torch.Tensor] | None = None,
+    ) -> None:
         self.graph = gm.graph
         self.worlds = sizing.worlds
         self.frozen = sizing.frozen
@@ -57,7 +65,9 @@ class Prover:
             self._row_length.append(sizes[1] if len(sizes) > 1 else 1)
         seed = self.table.intern(ids, (), None, None, "adapter_slots")
         for node, dims in seeds.items():
-            fits = all([self.shape(node, w)[d] for d in dims] == list(ids[w].shape[: len(dims)]) for w in range(self.count))
+            fits = all(
+                [self.shape(node, w)[d] for d in dims] == list(ids[w].shape[: len(dims)]) for w in range(self.count)
+            )
             if len(dims) == len(seeds[primary]) and fits:
                 self.labels[node] = Label(seed, dims)
             else:
@@ -77,7 +87,9 @@ class Prover:
                 rows = self._rows_after(node)
             except _EXPECTED as error:
                 rows = Mixed(f"{op_name(node).lstrip('?')} could not be followed ({type(error).__name__}: {error})")
-            if isinstance(rows, Mixed) and not any(r is rows for n in node.all_input_nodes for r in _parts(self.labels.get(n))):
+            if isinstance(rows, Mixed) and not any(
+                r is rows for n in node.all_input_nodes for r in _parts(self.labels.get(n))
+            ):
                 rows = Mixed(f"{rows.reason}, at {describe(node)}")
             if rows is not None and (checked := self._checked(node, rows)) is not None:
                 self.labels[node] = checked
@@ -166,7 +178,13 @@ def constant_integers(gm: fx.GraphModule, bound: Mapping[fx.Node, torch.Tensor])
     for node in gm.graph.nodes:
         if node not in written_to and (node.op == "get_attr" or node in bound):
             value = bound[node] if node in bound else attribute(gm, str(node.target))
-            if isinstance(value, torch.Tensor) and value.device.type != "meta" and value.numel() < 2**20 and not value.is_floating_point() and not value.is_complex():
+            if (
+                isinstance(value, torch.Tensor)
+                and value.device.type != "meta"
+                and value.numel() < 2**20
+                and not value.is_floating_point()
+                and not value.is_complex()
+            ):
                 found[node] = value.detach().cpu()
     return found
 

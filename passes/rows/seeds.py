@@ -1,9 +1,9 @@
 """Which input dims tell requests apart: the seeds of row provenance, bound by the caller's signature."""
+
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import fx
 
@@ -52,16 +52,24 @@ def _named(tensors: Sequence[GraphInput], batch_dims: BatchDims) -> dict[fx.Node
     for name, given in batch_dims.items():
         matches = [inp for inp in tensors if name in (inp.name, inp.name.split(".")[0], re.sub(r"_\d+$", "", inp.name))]
         if not matches:
-            raise BatchDimsError(f"batch_dims names the input {name!r}; the graph's tensor inputs are {[inp.name for inp in tensors]}")
+            raise BatchDimsError(
+                f"batch_dims names the input {name!r}; the graph's tensor inputs are {[inp.name for inp in tensors]}"
+            )
         named |= {inp.node: _as_dims(given, inp) for inp in matches}
     if len({len(dims) for dims in named.values()}) > 1:
-        raise BatchDimsError(f"batch_dims mixes inputs with one and with two request dims: {dict(batch_dims)}; give all one kind")
+        raise BatchDimsError(
+            f"batch_dims mixes inputs with one and with two request dims: {dict(batch_dims)}; give all one kind"
+        )
     return named
 
 
 def _as_dims(given: int | tuple[int, ...], inp: GraphInput) -> tuple[int, ...]:
     dims = (given,) if isinstance(given, int) else tuple(given)
-    if not 1 <= len(dims) <= 2 or any(not isinstance(d, int) or not 0 <= d < len(inp.sizes) for d in dims) or list(dims) != sorted(set(dims)):
+    if (
+        not 1 <= len(dims) <= 2
+        or any(not isinstance(d, int) or not 0 <= d < len(inp.sizes) for d in dims)
+        or list(dims) != sorted(set(dims))
+    ):
         raise BatchDimsError(
             f"batch_dims {given!r} for input {inp.name!r} of {len(inp.sizes)} dims; expected one dim, or two ascending ones "
             "(requests, tokens), each below its number of dims"
@@ -83,9 +91,8 @@ def _same_dim(inp: GraphInput, primary: GraphInput, d: int) -> bool:
     if (mine is None) != (theirs is None) or inp.sizes[d] != primary.sizes[d]:
         return False
     # Two dims of one traced size that tracing never had to compare: a batch of rows, but not a bare list of positions.
-    return len(inp.sizes) > 1 or mine is None and not _is_position_like(inp)
+    return len(inp.sizes) > 1 or (mine is None and not _is_position_like(inp))
 
 
 def _is_position_like(inp: GraphInput) -> bool:
     return len(inp.sizes) == 1 and not inp.dtype.is_floating_point and inp.dtype is not None  # type: ignore[union-attr]
-

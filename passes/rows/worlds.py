@@ -4,6 +4,7 @@ A proof holds in several *worlds*. A world fixes each free dim to a number (all 
 every node there, by evaluating recorded symbolic shapes or, where a graph records none, by running it on fake tensors.
 A graph that runs at no other sizes is *frozen*: proven, and callable, at its traced shapes alone.
 """
+
 from __future__ import annotations
 
 import logging
@@ -139,7 +140,12 @@ def has_all_values(gm: fx.GraphModule) -> bool:
     return all("val" in n.meta or "example_value" in n.meta or not n.users for n in gm.graph.nodes if n.op in calls)
 
 
-def size_worlds(gm: fx.GraphModule, inputs: Sequence[GraphInput], batch: Mapping[fx.Node, tuple[int, ...]], bound: Mapping[fx.Node, torch.Tensor]) -> Sizing:
+def size_worlds(
+    gm: fx.GraphModule,
+    inputs: Sequence[GraphInput],
+    batch: Mapping[fx.Node, tuple[int, ...]],
+    bound: Mapping[fx.Node, torch.Tensor],
+) -> Sizing:
     """Choose the worlds for a graph whose request dims are ``batch`` (per seeded input)."""
     env = shape_env_of(gm)
     if env is not None and has_all_values(gm):
@@ -158,7 +164,9 @@ def size_worlds(gm: fx.GraphModule, inputs: Sequence[GraphInput], batch: Mapping
                 return Sizing(sized, False, _held_sizes(inputs, batch, dims))
     frozen = _refaked(gm, inputs, batch, bound, "none")
     if frozen is None:
-        raise RowsNotProvenError("the graph does not run on shapes alone (a size or a choice depends on data), so no row can be proven")
+        raise RowsNotProvenError(
+            "the graph does not run on shapes alone (a size or a choice depends on data), so no row can be proven"
+        )
     return Sizing(frozen, True, {inp.node: dict(enumerate(inp.sizes)) for inp in inputs})
 
 
@@ -178,7 +186,9 @@ def fixed_sizes(inputs: Sequence[GraphInput]) -> dict[fx.Node, dict[int, int]]:
     return {inp.node: {d: n for d, n in enumerate(inp.sizes) if inp.symbols[d] is None} for inp in inputs}
 
 
-def _held_sizes(inputs: Sequence[GraphInput], batch: Mapping[fx.Node, tuple[int, ...]], free: str) -> dict[fx.Node, dict[int, int]]:
+def _held_sizes(
+    inputs: Sequence[GraphInput], batch: Mapping[fx.Node, tuple[int, ...]], free: str
+) -> dict[fx.Node, dict[int, int]]:
     shapes = _input_shapes(inputs, batch, free, 0)
     assert shapes is not None
     return {inp.node: {d: n for d, n in enumerate(inp.sizes) if shapes[inp.node][d] == n} for inp in inputs}
@@ -188,17 +198,25 @@ def _generator(world: int) -> torch.Generator:
     return torch.Generator().manual_seed(1000 + world)
 
 
-def _symbol_sizes(env: Any, inputs: Sequence[GraphInput], batch: Mapping[fx.Node, tuple[int, ...]], world: int, batch_size: int) -> dict[Any, int] | None:
+def _symbol_sizes(
+    env: Any, inputs: Sequence[GraphInput], batch: Mapping[fx.Node, tuple[int, ...]], world: int, batch_size: int
+) -> dict[Any, int] | None:
     """Numbers for all symbols that satisfy ranges and guards, or None."""
     replacements = dict(env.replacements)
-    batch_symbols = [inp.symbols[dims[0]] for inp in inputs if (dims := batch.get(inp.node)) and inp.symbols[dims[0]] is not None]
+    batch_symbols = [
+        inp.symbols[dims[0]] for inp in inputs if (dims := batch.get(inp.node)) and inp.symbols[dims[0]] is not None
+    ]
     free = [s for s in env.var_to_range if s not in replacements]
     packed = any(len(dims) > 1 for dims in batch.values())
-    row_symbols = [inp.symbols[dims[1]] for inp in inputs if len(dims := batch.get(inp.node, ())) > 1 and inp.symbols[dims[1]] is not None]
+    row_symbols = [
+        inp.symbols[dims[1]]
+        for inp in inputs
+        if len(dims := batch.get(inp.node, ())) > 1 and inp.symbols[dims[1]] is not None
+    ]
     for attempt in range(3):
-        chosen: dict[Any, int] = {s: batch_size for s in batch_symbols}
+        chosen: dict[Any, int] = dict.fromkeys(batch_symbols, batch_size)
         if packed:
-            chosen |= {s: 3 + world for s in batch_symbols} | {s: batch_size for s in row_symbols}
+            chosen |= dict.fromkeys(batch_symbols, 3 + world) | dict.fromkeys(row_symbols, batch_size)
         hints = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
         others = iter(_OTHER_SIZES[world % WORLDS] * 50)
         for i, symbol in enumerate(s for s in free if s not in chosen):
@@ -236,7 +254,13 @@ def _guards_hold(env: Any, symbols: Mapping[Any, int]) -> bool:
     return True
 
 
-def _refaked(gm: fx.GraphModule, inputs: Sequence[GraphInput], batch: Mapping[fx.Node, tuple[int, ...]], bound: Mapping[fx.Node, torch.Tensor], free: str) -> tuple[World, ...] | None:
+def _refaked(
+    gm: fx.GraphModule,
+    inputs: Sequence[GraphInput],
+    batch: Mapping[fx.Node, tuple[int, ...]],
+    bound: Mapping[fx.Node, torch.Tensor],
+    free: str,
+) -> tuple[World, ...] | None:
     """Run the graph on fake tensors at sizes of our own; ``free`` says which input dims vary: all, rows (the first two), batch or none."""
     worlds = []
     for index in range(_FIXED_WORLDS if free == "none" else WORLDS):
@@ -248,14 +272,16 @@ def _refaked(gm: fx.GraphModule, inputs: Sequence[GraphInput], batch: Mapping[fx
             return None
         try:
             values = _run_fake(gm, inputs, shapes, bound)
-        except Exception as error:  # noqa: BLE001  any op may reject sizes the graph was not made for
+        except Exception as error:
             log.debug("the graph does not run with %s dims free: %s", free, error)
             return None
         worlds.append(World(values=values, generator=_generator(index)))
     return tuple(worlds)
 
 
-def _input_shapes(inputs: Sequence[GraphInput], batch: Mapping[fx.Node, tuple[int, ...]], free: str, world: int) -> dict[fx.Node, tuple[int, ...]] | None:
+def _input_shapes(
+    inputs: Sequence[GraphInput], batch: Mapping[fx.Node, tuple[int, ...]], free: str, world: int
+) -> dict[fx.Node, tuple[int, ...]] | None:
     if free == "none":
         return {inp.node: inp.sizes for inp in inputs}
     sizes: dict[Any, int] = {}
@@ -300,7 +326,12 @@ def _fixed(value: Any) -> Any:
     return value
 
 
-def _run_fake(gm: fx.GraphModule, inputs: Sequence[GraphInput], shapes: Mapping[fx.Node, tuple[int, ...]], bound: Mapping[fx.Node, torch.Tensor]) -> dict[fx.Node, Any]:
+def _run_fake(
+    gm: fx.GraphModule,
+    inputs: Sequence[GraphInput],
+    shapes: Mapping[fx.Node, tuple[int, ...]],
+    bound: Mapping[fx.Node, torch.Tensor],
+) -> dict[fx.Node, Any]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     by_node = {inp.node: inp for inp in inputs}
     arguments = []
@@ -315,7 +346,11 @@ def _run_fake(gm: fx.GraphModule, inputs: Sequence[GraphInput], shapes: Mapping[
             elif inp.dtype is None:
                 arguments.append(inp.value)
             else:
-                device = inp.value.device if isinstance(inp.value, torch.Tensor) else getattr(fake_value(node), "device", "cpu")
+                device = (
+                    inp.value.device
+                    if isinstance(inp.value, torch.Tensor)
+                    else getattr(fake_value(node), "device", "cpu")
+                )
                 arguments.append(torch.empty(shapes[node], dtype=inp.dtype, device=device))
         recorder = _Recorder(gm)
         with _quiet():

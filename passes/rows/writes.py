@@ -1,4 +1,5 @@
 """Rows under in-place ops: what a write does to its target, to the tensor it is a view of, and to other views of it."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -9,9 +10,9 @@ import torch
 from torch import fx
 
 from fxlora.passes.graph import argument, op_name, operand
-from fxlora.passes.rows import moves
+from fxlora.passes.rows import indexing, moves
+from fxlora.passes.rows.families import is_pointwise
 from fxlora.passes.rows.labels import Label, Mixed, Rows, broadcast_ids, join, shift
-from fxlora.passes.rows.rules import is_pointwise
 from fxlora.passes.rows.worlds import UnknownShapeError
 
 if TYPE_CHECKING:
@@ -19,10 +20,54 @@ if TYPE_CHECKING:
 
 # Ops whose result may share memory with their operand.
 VIEWS = {
-    "view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "ravel", "squeeze", "unsqueeze", "expand", "expand_as", "transpose",
-    "permute", "t", "T", "mT", "H", "moveaxis", "slice", "select", "narrow", "getitem", "chunk", "split", "unbind", "tensor_split", "unfold",
-    "diagonal", "as_strided", "detach", "alias", "data", "contiguous", "to", "float", "type", "half", "bfloat16", "view_as_real",
-    "view_as_complex", "real", "type_as", "double", "cpu", "cuda", "swapaxes", "lift_fresh", "requires_grad_",
+    "view",
+    "reshape",
+    "flatten",
+    "unflatten",
+    "view_as",
+    "reshape_as",
+    "ravel",
+    "squeeze",
+    "unsqueeze",
+    "expand",
+    "expand_as",
+    "transpose",
+    "permute",
+    "t",
+    "T",
+    "mT",
+    "H",
+    "moveaxis",
+    "slice",
+    "select",
+    "narrow",
+    "getitem",
+    "chunk",
+    "split",
+    "unbind",
+    "tensor_split",
+    "unfold",
+    "diagonal",
+    "as_strided",
+    "detach",
+    "alias",
+    "data",
+    "contiguous",
+    "to",
+    "float",
+    "type",
+    "half",
+    "bfloat16",
+    "view_as_real",
+    "view_as_complex",
+    "real",
+    "type_as",
+    "double",
+    "cpu",
+    "cuda",
+    "swapaxes",
+    "lift_fresh",
+    "requires_grad_",
 }
 _ALONG = {"index_copy_", "index_add_", "index_fill_", "scatter_", "scatter_add_", "scatter_reduce_", "index_reduce_"}
 _INDEXED_VIEWS = {"getitem", "slice", "select", "narrow"}
@@ -37,7 +82,11 @@ def is_write(node: fx.Node) -> bool:
     name = op_name(node)
     if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
         return True
-    return name == "setitem" or "out" in node.kwargs or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
+    return (
+        name == "setitem"
+        or "out" in node.kwargs
+        or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
+    )
 
 
 def apply_write(p: Prover, node: fx.Node) -> Rows:
@@ -48,7 +97,11 @@ def apply_write(p: Prover, node: fx.Node) -> Rows:
         return rows
     target = operand(node)
     if not p.is_tensor(target):
-        return Mixed(f"{op_name(node)} writes into something that is no tensor") if any(p.rows(n) for n in node.all_input_nodes) else None
+        return (
+            Mixed(f"{op_name(node)} writes into something that is no tensor")
+            if any(p.rows(n) for n in node.all_input_nodes)
+            else None
+        )
     if not any(p.rows(n) is not None for n in node.all_input_nodes):
         return None
     _spread(p, target, written(p, node, target))
@@ -79,7 +132,7 @@ def written(p: Prover, node: fx.Node, target: fx.Node) -> Rows:
 
 
 def _items(p: Prover, target: fx.Node, key: Any) -> list[Any]:
-    return moves.expand_items(list(key) if isinstance(key, tuple | list) else [key], p.ndim(target))
+    return indexing.expand_items(list(key) if isinstance(key, tuple | list) else [key], p.ndim(target))
 
 
 def _along(p: Prover, node: fx.Node, target: fx.Node) -> Rows:
@@ -87,7 +140,11 @@ def _along(p: Prover, node: fx.Node, target: fx.Node) -> Rows:
     name = op_name(node).rstrip("_")
     dim = argument(node, 1, "dim") % max(p.ndim(target), 1)
     index, source = argument(node, 2, "index"), argument(node, 3, "source", "src", "value", "tensor")
-    if name.startswith("index_") and p.is_tensor(source) and any(isinstance(p.rows(n), Label) for n in (target, source)):
+    if (
+        name.startswith("index_")
+        and p.is_tensor(source)
+        and any(isinstance(p.rows(n), Label) for n in (target, source))
+    ):
         items: list[Any] = [slice(None)] * p.ndim(target)
         items[dim] = index
         return store(p, node, target, items, source)
@@ -107,9 +164,9 @@ def _along(p: Prover, node: fx.Node, target: fx.Node) -> Rows:
 def store(p: Prover, node: fx.Node, target: fx.Node, items: Sequence[Any], value: Any, value_rows: Rows = None) -> Rows:
     """Rows of ``target`` after ``target[items] = value``; ``value_rows`` overrides the value's rows."""
     by_source = [item for item in items if item is not None]
-    if any(moves.is_mask(p, i) for i in items):
+    if any(indexing.is_mask(p, i) for i in items):
         return Mixed("a write through a mask")
-    where, start, width = moves.layout(p, items)
+    where, start, width = indexing.layout(p, items)
     out = len(where) + width + sum(item is None for item in items)
     own = p.rows(target)
     parts: list[Rows] = [value_rows if value_rows is not None else p.rows(value)]
@@ -118,15 +175,21 @@ def store(p: Prover, node: fx.Node, target: fx.Node, items: Sequence[Any], value
     for d, item in enumerate(by_source):
         if p.is_tensor(item):
             rows = p.rows(item)
-            parts.append(None if own is not None and d in own.dims or _tells_rows(parts[0], start, width) else shift(rows, start + width - p.ndim(item)))
+            parts.append(
+                None
+                if (own is not None and d in own.dims) or _tells_rows(parts[0], start, width)
+                else shift(rows, start + width - p.ndim(item))
+            )
     new = join(parts, out, p.count, op_name(node))
     if isinstance(own, Mixed) or isinstance(new, Mixed):
         return own if isinstance(own, Mixed) else new
     if own is None and new is None:
         return None
     made = _store_ids(p, node, target, by_source, where, out, own, new)
-    if own is not None and any(moves.is_index(p, i) for i in by_source):
-        return join([made, own], p.ndim(target), p.count, op_name(node))  # positions may repeat, or leave rows as they were
+    if own is not None and any(indexing.is_index(p, i) for i in by_source):
+        return join(
+            [made, own], p.ndim(target), p.count, op_name(node)
+        )  # positions may repeat, or leave rows as they were
     return made
 
 
@@ -135,27 +198,42 @@ def _tells_rows(rows: Rows, start: int, width: int) -> bool:
     return isinstance(rows, Label) and any(start <= d < start + width for d in rows.dims)
 
 
-def _store_ids(p: Prover, node: fx.Node, target: fx.Node, items: Sequence[Any], where: dict[int, int], out: int, own: Label | None, new: Label | None) -> Rows:
+def _store_ids(
+    p: Prover,
+    node: fx.Node,
+    target: fx.Node,
+    items: Sequence[Any],
+    where: dict[int, int],
+    out: int,
+    own: Label | None,
+    new: Label | None,
+) -> Rows:
     """Write the value's ids into the target's, element by element, over the dims that matter; then find the map that fits."""
     ndim = p.ndim(target)
     idle = {
         d
         for d, item in enumerate(items)
-        if moves.is_whole(item) and not (own and d in own.dims) and not (new and where[d] in new.dims)
+        if indexing.is_whole(item) and not (own and d in own.dims) and not (new and where[d] in new.dims)
     }
     results = []
     for w in range(p.count):
         shape = [1 if d in idle else n for d, n in enumerate(p.shape(target, w))]
         if torch.Size(shape).numel() > 2**22:
             return Mixed("a write too large to follow")
-        ids = torch.full(shape, _FREE, dtype=torch.long) if own is None else broadcast_ids(own, ndim, w).long().expand(shape).clone()
+        ids = (
+            torch.full(shape, _FREE, dtype=torch.long)
+            if own is None
+            else broadcast_ids(own, ndim, w).long().expand(shape).clone()
+        )
         value = torch.tensor(_FREE) if new is None else broadcast_ids(new, out, w).long()
         if new is not None:
-            concrete = tuple(slice(None) if d in idle else moves._concrete(p, item, shape[d], w) for d, item in enumerate(items))
-            region = ids[concrete]
+            at = tuple(
+                slice(None) if d in idle else indexing.concrete(p, item, shape[d], w) for d, item in enumerate(items)
+            )
+            region = ids[at]
             if region.dim() != value.dim():
                 return Mixed("a write whose value does not align")
-            ids[concrete] = value.expand(region.shape)
+            ids[at] = value.expand(region.shape)
         results.append(ids)
     dims = [d for d in range(ndim) if d not in idle]
     if all(bool((ids != _FREE).all()) for ids in results):
@@ -209,6 +287,6 @@ def _lift(p: Prover, target: fx.Node, root: fx.Node, rows: Rows) -> Rows:
     if source is not root or op_name(target) not in _INDEXED_VIEWS or isinstance(rows, Mixed):
         return Mixed("memory written in place through a view")
     try:
-        return store(p, target, root, moves.index_items(p, target), target, value_rows=rows)
+        return store(p, target, root, indexing.index_items(p, target), target, value_rows=rows)
     except UnknownShapeError:
         return Mixed("memory written in place through a view")

@@ -1,0 +1,102 @@
+"""Families of ops by what they do to rows. An op that stands in none of these, and has no rule of its own, mixes rows."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+if TYPE_CHECKING:
+    from fxlora.passes.rows.propagate import Prover
+
+Rule = Callable[["Prover", fx.Node], Any]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register the row rule of some ops."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Values that say nothing of any request, whatever they are computed from.
+NO_DATA = _words(
+    """
+    size shape sym_size sym_stride sym_numel numel dim ndim ndimension stride dtype device layout requires_grad
+    is_floating_point is_complex is_contiguous element_size nelement get_device itemsize empty_like zeros_like
+    ones_like full_like rand_like randn_like new_empty new_zeros new_ones new_full new_empty_strided
+    storage_offset is_cuda result_type isinstance hasattr len _assert_tensor_metadata _assert_async
+    _log_api_usage_once _check _check_is_size sym_constrain_range sym_constrain_range_for_size data_ptr
+    _assert_scalar
+    """
+)
+# Ops that turn a tensor into a Python number (some also convert a tensor: then they are pointwise).
+SCALARS = _words(
+    """
+    item tolist _local_scalar_dense bool int is_nonzero equal allclose __bool__ __int__ numpy
+    """
+)
+# Elementwise ops that carry no pointwise tag, or are spelled by a torch function of another name.
+_POINTWISE = _words(
+    """
+    to float double half bfloat16 bool long int type type_as contiguous clone detach alias data dropout
+    native_dropout alpha_dropout feature_dropout floor_divide lift_fresh_copy lift_fresh silu gelu relu relu6
+    elu selu celu leaky_relu mish softplus hardswish hardsigmoid hardtanh sigmoid tanh logsigmoid softsign
+    tanhshrink threshold softshrink hardshrink prelu rrelu masked_fill where clamp clamp_min clamp_max lerp
+    addcmul addcdiv pow rsub neg abs nan_to_num square isnan isinf isfinite cpu cuda positive real bernoulli
+    maximum minimum fill logical_and logical_or bitwise_and bitwise_or log_sigmoid_forward pos exp2
+    """
+)
+# Ops that combine or move elements along one dim or a few, and the dim they take by default (None: it must be given).
+ALONG_DIM: dict[str, int | None] = {
+    **dict.fromkeys(
+        _words("softmax log_softmax softmin cumsum cumprod cummax cummin logcumsumexp flip roll rot90 _safe_softmax")
+    ),
+    "diff": -1,
+    "glu": -1,
+    "normalize": 1,
+}
+REDUCTIONS = _words(
+    """
+    sum mean amax amin max min any all prod var std logsumexp norm argmax argmin median nanmean nansum nanmedian
+    mode var_mean std_mean aminmax count_nonzero vector_norm linalg_vector_norm kthvalue
+    """
+)
+# Ops over [batch, channel, ...] that treat each sample for itself.
+PER_SAMPLE = _words(
+    """
+    conv1d conv2d conv3d convolution _convolution conv_transpose1d conv_transpose2d conv_transpose3d group_norm
+    native_group_norm max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
+    adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d adaptive_max_pool2d interpolate
+    upsample_nearest2d upsample_bilinear2d upsample_bicubic2d upsample_nearest1d upsample_linear1d pixel_shuffle
+    pixel_unshuffle instance_norm max_pool2d_with_indices local_response_norm
+    """
+)
+
+
+@functools.cache
+def _tagged() -> frozenset[str]:
+    found = set()
+    for op in dir(torch.ops.aten):
+        packet = getattr(torch.ops.aten, op)
+        if isinstance(packet, torch._ops.OpOverloadPacket) and any(
+            torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads()
+        ):
+            found.add(op)
+    return frozenset(found)
+
+
+def is_pointwise(name: str) -> bool:
+    """True for ops whose output element depends on the operands' elements at the same (broadcast) place alone."""
+    return name in _POINTWISE or name in _tagged()
