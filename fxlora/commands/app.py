@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -31,12 +30,6 @@ class Benchmark(StrEnum):
     """The benchmarks `fxlora bench` can run."""
 
     cpu = "cpu"
-
-
-@app.callback()
-def before() -> None:
-    """Let idle OpenMP threads sleep: on small machines their spinning costs more than the work."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @app.command()

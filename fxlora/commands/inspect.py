@@ -65,22 +65,29 @@ def _groups(rows: Iterable[tuple[str, ...]], *, fold: bool) -> list[list[tuple[s
 
 
 def _table(title: str, *columns: str) -> Table:
-    """Return a table whose first column keeps its names whole as long as the terminal allows."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for position, column in enumerate(columns):
-        table.add_column(column, overflow="fold", min_width=36 if position == 0 else None)
+    """Return a table whose last column counts how many lines each of its lines stands for."""
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
+    for column in columns:
+        table.add_column(column, overflow="fold", min_width=min(len(column), 12))
+    table.add_column("count", justify="right", min_width=5)
     return table
 
 
 def _fill(table: Table, rows: Iterable[tuple[str, ...]], *, fold: bool) -> Table:
-    """Add rows; the second cell of each, other names, goes below the first. The last column counts what was folded."""
+    """Add rows; the second cell of each, a remark on its name, goes below the first."""
     for group in _groups(rows, fold=fold):
-        name, others = (fold_names(row[cell] for row in group) for cell in (0, 1))
+        name, remark = (fold_names(row[cell] for row in group) for cell in (0, 1))
         first = Text(name)
-        if others:
-            first.append(f"\nalso {others}", style="dim")
+        if remark:
+            first.append(f"\n{remark}", style="dim")
         table.add_row(first, *(Text(cell) for cell in group[0][2:]), str(len(group)))
     return table
+
+
+def _also(aliases: Sequence[str]) -> str:
+    return "also " + ", ".join(alias.removesuffix(".weight") for alias in aliases) if aliases else ""
 
 
 def _sites(lora: fxlora.LoraModule, *, fold: bool) -> list[Table | Text]:
@@ -88,11 +95,11 @@ def _sites(lora: fxlora.LoraModule, *, fold: bool) -> list[Table | Text]:
     letters: dict[str, str] = {}
     for site in lora.sites:
         letters.setdefault(lora.row_map(site), chr(ord("A") + len(letters)))
-    table = _table(f"{len(lora.sites)} sites", "site", "role", "out x in", "uses", "rows", "sites")
+    table = _table(f"{len(lora.sites)} sites", "site", "role", "out x in", "uses", "rows")
     rows = (
         (
             site.name,
-            ", ".join(alias.removesuffix(".weight") for alias in site.aliases),
+            _also(site.aliases),
             site.role.value,
             f"{site.out_features} x {site.in_features}",
             str(len(site.uses)),
@@ -105,8 +112,8 @@ def _sites(lora: fxlora.LoraModule, *, fold: bool) -> list[Table | Text]:
 
 
 def _skipped(skipped: Sequence[Skipped], *, fold: bool) -> Table:
-    table = _table(f"{len(skipped)} weights that are no site", "weight", "reason", "weights")
-    return _fill(table, ((skip.name, ", ".join(skip.aliases), skip.reason) for skip in skipped), fold=fold)
+    table = _table(f"{len(skipped)} weights that are no site", "weight", "reason")
+    return _fill(table, ((skip.name, _also(skip.aliases), skip.reason) for skip in skipped), fold=fold)
 
 
 def _report(
@@ -135,10 +142,10 @@ def _report(
 
 def _unbound(unbound: Sequence[Unbound], *, fold: bool) -> Table:
     rows = (
-        (tensor.key.removeprefix("base_model.model."), "", tensor.nearest or "none", tensor.reason)
+        (tensor.key.removeprefix("base_model.model."), f"nearest {tensor.nearest or 'none'}", tensor.reason)
         for tensor in unbound
     )
-    return _fill(_table("", "tensor", "nearest site", "reason", "tensors"), rows, fold=fold)
+    return _fill(_table("", "tensor", "reason"), rows, fold=fold)
 
 
 def _bound(name: str, bound: BoundAdapter, *, fold: bool) -> Table:
@@ -147,4 +154,4 @@ def _bound(name: str, bound: BoundAdapter, *, fold: bool) -> Table:
     rows = (
         (site.name, "", site.role.value, str(entry.rank), f"{entry.scaling:g}") for site, entry in bound.entries.items()
     )
-    return _fill(_table(title, "site", "role", "rank", "scaling", "sites"), rows, fold=fold)
+    return _fill(_table(title, "site", "role", "rank", "scaling"), rows, fold=fold)

@@ -20,7 +20,7 @@ def show(console: Console, served: Served) -> None:
 def _losses(served: Served) -> Table:
     columns = list(next(iter(served.losses.values())))
     table = Table(
-        title="Loss on held-out text, in nats per token (lower is better), by adapter",
+        title="Held-out loss (nats per token, lower is better)",
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,

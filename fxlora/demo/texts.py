@@ -88,20 +88,17 @@ def _ascii(text: str) -> str:
 
 
 def _without(texts: Iterable[str], held_out: str) -> str:
-    """Join the paragraphs of `texts`, each once, leaving out those that share a shingle with `held_out`."""
+    """Join the paragraphs of `texts`, each once, leaving out those that `held_out` holds in whole or in part."""
     squeezed = " ".join(held_out.split())
     forbidden = {squeezed[at : at + SHINGLE] for at in range(len(squeezed) - SHINGLE + 1)}
-    seen: set[str] = set()
-    kept: list[str] = []
+    kept: dict[str, str] = {}
     for text in texts:
         for paragraph in text.split("\n\n"):
             words = " ".join(paragraph.split())
-            if not words or words in seen:
-                continue
-            seen.add(words)
-            if not any(words[at : at + SHINGLE] in forbidden for at in range(max(len(words) - SHINGLE + 1, 0))):
-                kept.append(paragraph)
-    return "\n\n".join(kept)
+            parts = (words[at : at + SHINGLE] for at in range(len(words) - SHINGLE + 1))
+            if words and words not in kept and words not in squeezed and forbidden.isdisjoint(parts):
+                kept[words] = paragraph
+    return "\n\n".join(kept.values())
 
 
 def _excerpts(text: str) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
+import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
@@ -52,6 +54,18 @@ def test_without_the_extra_main_says_what_to_install(
         fxlora.cli.main()
     assert stopped.value.code == 2
     assert "typer, rich, tqdm; pip install 'fxlora[cli]'" in capsys.readouterr().err
+
+
+def test_main_starts_again_with_sleeping_threads_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr("os.execv", lambda path, arguments: started.append(arguments))
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    fxlora.cli.let_idle_threads_sleep()
+    assert not started
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    fxlora.cli.let_idle_threads_sleep()
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+    assert started == [[sys.executable, *sys.orig_argv[1:]]]
 
 
 def test_demo_without_peft_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
