@@ -57,7 +57,9 @@ def apply(
     if isinstance(gm, torch.export.ExportedProgram):
         gm = gm.module()  # type: ignore[assignment]
     if not isinstance(gm, fx.GraphModule):
-        raise GraphError(f"apply takes a torch.fx.GraphModule, not a {type(gm).__name__}; `fxlora.capture(model, ...)` makes one")
+        raise GraphError(
+            f"apply takes a torch.fx.GraphModule, not a {type(gm).__name__}; `fxlora.capture(model, ...)` makes one"
+        )
     refuse_applied(gm)
     signature = Signature.of(gm)
     call = example_arguments(example_inputs)
@@ -77,7 +79,9 @@ def apply(
         shape=AdapterShape(max_adapters, max_rank, pool_rows),
     )
     head = kept.get("output_embedding")
-    job.output_embedding = None if head is None else dict(job.models[0].named_parameters(remove_duplicate=False)).get(head)
+    job.output_embedding = (
+        None if head is None else dict(job.models[0].named_parameters(remove_duplicate=False)).get(head)
+    )
     plan = analyse(job)
     pool = AdapterPool(
         plan.sites, digest=plan.digest, max_adapters=max_adapters, max_rank=max_rank, pool_rows=pool_rows

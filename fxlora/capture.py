@@ -47,14 +47,15 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 gm = tracer(model, args, kwargs)
-        except Exception as error:  # noqa: BLE001  tracers raise many types; all are reported
+        except Exception as error:
             failures.append(f"{tracer.__name__.strip('_')}: {type(error).__name__}: {error}")
             _log.debug("%s could not capture the model", tracer.__name__, exc_info=True)
             continue
         _remember(gm, model, args, kwargs)
         return gm
     raise CaptureError(
-        "no whole graph of the model could be captured, and nothing can be proven across a graph break.\n" + "\n".join(failures)
+        "no whole graph of the model could be captured, and nothing can be proven across a graph break.\n"
+        + "\n".join(failures)
     )
 
 
@@ -95,6 +96,11 @@ def _remember(gm: fx.GraphModule, model: nn.Module, args: tuple[Any, ...], kwarg
             found = None
         weight = getattr(found, "weight", None)
         if isinstance(weight, torch.Tensor):
-            head = next((n for n, p in model.named_parameters(remove_duplicate=False) if tensor_key(p) == tensor_key(weight)), None)
-    kept = None if hasattr(gm.graph._codegen, "dynamo_bytecode_flatten") else model  # export drops names; dynamo keeps all
+            head = next(
+                (n for n, p in model.named_parameters(remove_duplicate=False) if tensor_key(p) == tensor_key(weight)),
+                None,
+            )
+    kept = (
+        None if hasattr(gm.graph._codegen, "dynamo_bytecode_flatten") else model
+    )  # export drops names; dynamo keeps all
     gm.meta[META_KEY] = {"constants": constant_leaves(bound), "output_embedding": head, "model": kept}

@@ -43,6 +43,9 @@ class LoraModule(nn.Module):
         assumed: Where isolation of requests is taken on trust. mixed_outputs: outputs that combine requests.
     """
 
+    base: fx.GraphModule
+    graph_module: fx.GraphModule
+
     def __init__(
         self, base: fx.GraphModule, graph_module: fx.GraphModule, signature: Signature, job: Job, pool: AdapterPool
     ) -> None:
@@ -61,12 +64,19 @@ class LoraModule(nn.Module):
         position = {node: i for i, node in enumerate(placeholders)}
         self._primary = position[job.primary]
         self._request_dims = job.seeds[job.primary]
-        self._seeded = [(inp.name, position[inp.node], job.seeds[inp.node]) for inp in job.inputs if inp.node in job.seeds]
+        self._seeded = [
+            (inp.name, position[inp.node], job.seeds[inp.node]) for inp in job.inputs if inp.node in job.seeds
+        ]
         self._fixed = [(inp.name, position[inp.node], dict(job.sizing.fixed.get(inp.node, {}))) for inp in job.inputs]
         self._guards = job.sizing.guards
-        self._symbols = [(s, position[inp.node], d) for inp in job.inputs for d, s in enumerate(inp.symbols) if s is not None]
+        self._symbols = [
+            (s, position[inp.node], d) for inp in job.inputs for d, s in enumerate(inp.symbols) if s is not None
+        ]
         self._allowed: set[tuple[int, ...]] = set()
-        self._row_maps = {use.site: "; ".join(dict.fromkeys(" -> ".join(u.rows.chain()) for u in job.plan.uses if u.site is use.site)) for use in job.plan.uses}
+        self._row_maps = {
+            use.site: "; ".join(dict.fromkeys(" -> ".join(u.rows.chain()) for u in job.plan.uses if u.site is use.site))
+            for use in job.plan.uses
+        }
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
@@ -135,7 +145,9 @@ class LoraModule(nn.Module):
         values = {symbol: size for (symbol, _, _), size in zip(self._symbols, sizes, strict=True)}
         for guard in self._guards:
             if guard.subs(values) == False:  # noqa: E712  a sympy truth value
-                raise CallError(f"the model takes another branch at these sizes: it was traced where {guard} holds, with {values}")
+                raise CallError(
+                    f"the model takes another branch at these sizes: it was traced where {guard} holds, with {values}"
+                )
         self._allowed.add(sizes)
 
     def check(self, *args: Any, **kwargs: Any) -> list[OutputCheck]:
@@ -150,7 +162,11 @@ class LoraModule(nn.Module):
                 continue
             error = (want.double() - have.double()).abs().max().item() if want.numel() else 0.0
             scale = want.double().abs().max().item() if want.numel() else 0.0
-            rows.append(OutputCheck(pytree.keystr(path), want.dtype, error, error / scale if scale else error, torch.equal(want, have)))
+            rows.append(
+                OutputCheck(
+                    pytree.keystr(path), want.dtype, error, error / scale if scale else error, torch.equal(want, have)
+                )
+            )
         return rows
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -37,14 +37,16 @@ class Signature:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
-        codegen = self.gm.graph._codegen
+        codegen: Any = self.gm.graph._codegen
         self._dynamo = hasattr(codegen, "dynamo_bytecode_flatten")
-        self._pytree = getattr(codegen, "pytree_info", None)
+        self._bytecode_flatten: Any = getattr(codegen, "dynamo_bytecode_flatten", None)
+        self._bytecode_unflatten: Any = getattr(codegen, "dynamo_bytecode_unflatten", None)
+        self._pytree: Any = getattr(codegen, "pytree_info", None)
 
     @classmethod
     def of(cls, gm: fx.GraphModule) -> Signature:
         """Read the signature off a graph module."""
-        codegen = gm.graph._codegen
+        codegen: Any = gm.graph._codegen
         info = getattr(codegen, "pytree_info", None)
         constants = gm.meta.get(META_KEY, {}).get("constants", {})
         if info is not None:
@@ -56,10 +58,9 @@ class Signature:
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """The values of the graph's placeholders, in order. Raises CallError for arguments it was not traced with."""
         if self._dynamo:
-            bound = self._bound(args, kwargs)
-            self._check_constants(bound)
+            called = self._dynamo_arguments(args, kwargs)
             with self._lock:
-                return list(self.gm._dynamo_bytecode_flatten(*[bound.get(name) for name in self.names]))
+                return list(self._bytecode_flatten(*called))
         if self._pytree is not None:
             return self._flatten_pytree(args, kwargs)
         bound = self._bound(args, kwargs)
@@ -73,9 +74,9 @@ class Signature:
     def unflatten(self, outputs: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What the caller gets, from what the flat graph returned."""
         if self._dynamo:
-            bound = self._bound(args, kwargs)
+            called = self._dynamo_arguments(args, kwargs)
             with self._lock:
-                return self.gm._dynamo_bytecode_unflatten(tuple(outputs), tuple(bound.get(name) for name in self.names))
+                return self._bytecode_unflatten(tuple(outputs), called)
         if self._pytree is not None and self._pytree.out_spec is not None:
             return pytree.tree_unflatten(outputs, self._pytree.out_spec)
         return outputs
@@ -84,8 +85,8 @@ class Signature:
         if len(args) > len(self.names):
             raise CallError(f"{len(args)} positional arguments; the graph was traced with {self.names}")
         bound = dict(zip(self.names, args, strict=False))
-        for name, value in kwargs.items():
-            name = self._traced_name(name)
+        for given, value in kwargs.items():
+            name = self._traced_name(given)
             if name in bound:
                 raise CallError(f"argument {name!r} is given twice")
             if name not in self.names and value is not None:
@@ -119,15 +120,22 @@ class Signature:
             raise CallError(f"the arguments have the structure {given}; the graph was traced with {spec}")
         return leaves
 
-    def _check_constants(self, bound: Mapping[str, Any]) -> None:
-        """Dynamo's graphs read only the tensors: another flag than at tracing would be ignored in silence."""
+    def _dynamo_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Arguments in traced order. What tracing fixed may be left out, not changed: that would be ignored in silence."""
+        bound = self._bound(args, kwargs)
+        given = constant_leaves(bound)
         for path, traced in self.constants.items():
-            given = constant_leaves(bound).get(path)
-            if given != traced and not (given is None and traced is None):
-                raise CallError(f"argument {path} is {given!r}; the graph was traced with {traced!r}: capture it again")
-        for path, given in constant_leaves(bound).items():
-            if self.constants and path not in self.constants and given is not None:
-                raise CallError(f"argument {path} is {given!r}; the graph was traced without it: capture it again")
+            if path not in bound and "." not in path:
+                bound[path] = traced
+            elif given.get(path) != traced:
+                raise CallError(f"argument {path} is {given.get(path)!r}; the graph was traced with {traced!r}")
+        extra = {path: value for path, value in given.items() if path not in self.constants}
+        if extra and META_KEY in self.gm.meta:
+            raise CallError(f"arguments {extra} are plain values; the graph was traced with other ones there")
+        missing = [name for name in self.names if name not in bound]
+        if missing:
+            raise CallError(f"arguments {missing} are missing; the graph was traced with {self.names}")
+        return tuple(bound[name] for name in self.names)
 
 
 def constant_leaves(bound: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,7 +144,7 @@ def constant_leaves(bound: Mapping[str, Any]) -> dict[str, Any]:
     return {
         ".".join(_part(key) for key in path): leaf
         for path, leaf in leaves
-        if isinstance(leaf, _CONSTANTS) and not (leaf is None)
+        if isinstance(leaf, _CONSTANTS) and leaf is not None
     }
 
 
@@ -166,13 +174,17 @@ def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
 
 
 def refuse_lifted(gm: fx.GraphModule) -> None:
-    """Raise for the inner graph of an exported program, which takes its weights as inputs and so has no names for them."""
-    lifted = [str(n.target) for n in _placeholders(gm) if re.match(r"[pb]_\w", str(n.target)) and fake_value(n) is not None]
+    """Raise for the inner graph of an exported program, which takes its weights as inputs and so has no names for
+    them.
+    """
+    lifted = [
+        str(n.target) for n in _placeholders(gm) if re.match(r"[pb]_\w", str(n.target)) and fake_value(n) is not None
+    ]
     plain = type(gm.graph._codegen) is fx.graph.CodeGen
     if lifted and plain and not list(gm.parameters()):
         raise GraphError(
-            f"the graph takes its weights as inputs ({lifted[0]!r} and {len(lifted) - 1} more): give the module that holds "
-            f"them, `exported_program.module()`"
+            f"the graph takes its weights as inputs ({lifted[0]!r} and {len(lifted) - 1} more): give the module that "
+            f"holds them, `exported_program.module()`"
         )
 
 
@@ -247,7 +259,7 @@ def _leaf_names(signature: Signature, gm: fx.GraphModule) -> list[str] | None:
     try:
         dummy = pytree.tree_unflatten([object() for _ in range(info.in_spec.num_leaves)], info.in_spec)
         leaves, _ = pytree.tree_flatten_with_path(dummy)
-    except Exception:  # noqa: BLE001  a container that cannot hold placeholders keeps the graph's own names
+    except Exception:
         return None
     if len(leaves) != count:
         return None
@@ -287,4 +299,6 @@ def example_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, A
         return tuple(example_inputs), {}
     if isinstance(example_inputs, torch.Tensor):
         return (example_inputs,), {}
-    raise GraphError(f"example_inputs is a {type(example_inputs).__name__}; expected a tensor, a tuple of them or a dict")
+    raise GraphError(
+        f"example_inputs is a {type(example_inputs).__name__}; expected a tensor, a tuple of them or a dict"
+    )

@@ -12,7 +12,9 @@ from fxlora.passes.graph import op_name
 
 
 def graph_text(gm: fx.GraphModule) -> str:
-    """One line a node: name, op, arguments; handles of adapter memory print as ``<pool>``, since they differ run by run."""
+    """One line a node: name, op, arguments; handles of adapter memory print as ``<pool>``, since they differ run by
+    run.
+    """
     return "\n".join(_line(node) for node in gm.graph.nodes) + "\n"
 
 

@@ -114,7 +114,9 @@ def op_name(node: fx.Node) -> str:
 
 
 def argument(node: fx.Node, position: int, *names: str, default: Any = None) -> Any:
-    """The argument at ``position`` or under one of ``names`` (torch accepts ``input``/``self``, ``dim``/``axis`` alike)."""
+    """The argument at ``position`` or under one of ``names`` (torch accepts ``input``/``self``, ``dim``/``axis``
+    alike).
+    """
     if position < len(node.args):
         return node.args[position]
     for name in names:
@@ -149,6 +151,7 @@ def fake_value(node: fx.Node) -> Any:
 
 
 def is_tensor_node(value: Any) -> bool:
+    """True for a node that tracing recorded a tensor for."""
     return isinstance(value, fx.Node) and isinstance(fake_value(value), torch.Tensor)
 
 

@@ -1,13 +1,16 @@
 """The logits pass: finds lm_head by structure and rewrites it to its own op.
 
-A linear is the logits site when its weight is also the embedding's (tied), when it is the model's output embedding, or when the
-graph's first output is reached from it by row-preserving elementwise ops alone (soft-capping, scaling, slicing). Never by name.
+A linear is the logits site when its weight is also the embedding's (tied), when it is the model's output embedding,
+or when the
+graph's first output is reached from it by row-preserving elementwise ops alone (soft-capping, scaling, slicing).
+Never by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -48,7 +51,7 @@ def mark_logits(
     return marked
 
 
-def _naming(site: Site, weights: Weights) -> dict[str, object]:
+def _naming(site: Site, weights: Weights) -> dict[str, Any]:
     """A tied weight's logits site goes by the name under which the model calls it last, its embedding by the first."""
     paths = weights.paths_of(site.weight)
     return {"parameter": paths[-1], "aliases": paths[:-1], "name": paths[-1].removesuffix(".weight")}

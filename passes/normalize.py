@@ -28,8 +28,8 @@ def refuse_applied(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         if op_name(node).startswith("fxlora::"):
             raise AlreadyAppliedError(
-                f"the graph already holds fxlora ops (first: node {node.name}); expected the graph module as it was traced. "
-                "Apply once, and load further adapters with `lora.load_adapter`."
+                f"the graph already holds fxlora ops (first: node {node.name}); expected the graph module as it was "
+                "traced. Apply once, and load further adapters with `lora.load_adapter`."
             )
 
 
@@ -70,7 +70,7 @@ def _inline_batch_norm(gm: fx.GraphModule, node: fx.Node, module: torch.nn.Modul
         def get(name: str) -> fx.Node | None:
             return None if getattr(module, name) is None else gm.graph.get_attr(f"{node.target}.{name}")
 
-        args = (
+        args: tuple[Any, ...] = (
             node.args[0],
             get("running_mean"),
             get("running_var"),
@@ -111,15 +111,13 @@ def _inline(gm: fx.GraphModule, node: fx.Node, module: torch.nn.Module) -> bool:
         return False
     with gm.graph.inserting_before(node):
         for n in inner.nodes:
-            if n.op == "output":
-                result = fx.map_arg(n.args[0], lambda a: values[a])
-                break
-            if n.op == "placeholder":
+            if n.op in ("placeholder", "output"):
                 continue
             values[n] = gm.graph.node_copy(n, lambda a: values[a])
             values[n].meta = {**node.meta, **{k: v for k, v in n.meta.items() if k in ("val", "example_value")}}
             if n.op in ("get_attr", "call_module"):
                 values[n].target = f"{node.target}.{n.target}"
+    result: Any = fx.map_arg(returned, lambda a: values[a])
     if not isinstance(result, fx.Node):
         for user in list(node.users):
             user.replace_all_uses_with(result[user.args[1]])  # type: ignore[index, arg-type]

@@ -1,6 +1,7 @@
 """The one ordered list of passes, and the runner that lints, recompiles, diffs, times and post-checks each.
 
-``analyse`` decides (it ends with a Plan), ``rewrite`` edits; adapter memory is allocated between the two, from the plan alone.
+``analyse`` decides (it ends with a Plan), ``rewrite`` edits; adapter memory is allocated between the two, from the
+plan alone.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class Job:
 
 
 def normalize(job: Job) -> None:
+    """Leaf modules inlined, one node per weight; then every name of every weight is known."""
     refuse_applied(job.gm)
     opaque = inline_modules(job.gm)
     unify_weights(job.gm)
@@ -88,11 +90,13 @@ def normalize(job: Job) -> None:
 
 
 def size_graph(job: Job) -> None:
+    """Choose the request dims of the inputs, and the sizes of the proof."""
     job.seeds, job.primary = choose_seeds(job.inputs, job.batch_dims)
     job.sizing = size_worlds(job.gm, job.inputs, job.seeds, job.bound)
 
 
 def find_linear_sites(job: Job) -> None:
+    """Find the sites and their roles, the logits site among them."""
     world: World = job.sizing.worlds[0]
     job.sites, job.skipped = find_sites(job.gm, job.weights, world, [job.gm, *job.models])
     job.sites = mark_logits(job.gm, job.sites, job.weights, job.output_embedding)
@@ -104,10 +108,12 @@ def find_linear_sites(job: Job) -> None:
 
 
 def prove_rows(job: Job) -> None:
+    """Label every tensor with the requests its rows belong to."""
     job.prover = Prover(job.gm, job.sizing, job.seeds, job.primary, job.bound).run()
 
 
 def make_plan(job: Job) -> None:
+    """Decide for every site whether it is rewritten, and with which row map."""
     outputs = output_leaves(job.gm.graph)
     job.plan = plan_graph(job.prover, job.sites, job.skipped, job.weights, job.reader, job.targets, job.shape, outputs)
 

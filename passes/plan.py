@@ -1,4 +1,6 @@
-"""The plan: what each site becomes, and why the others stay as they are. Every decision is made here; rewriting only edits."""
+"""The plan: what each site becomes, and why the others stay as they are. Every decision is made here; rewriting only
+edits.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ Targets = None | str | Sequence[str]
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """How much adapter memory each site gets: slots, the largest rank, and rank rows in all (None: enough for every slot)."""
+    """How much adapter memory each site gets: slots, the largest rank, and rank rows in all (None: enough for every
+    slot).
+    """
 
     max_adapters: int
     max_rank: int

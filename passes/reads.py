@@ -1,13 +1,14 @@
 """How a call reads a weight: every spelling of a linear or an embedding seen as one form.
 
-``F.linear``, ``x @ w.T``, matmul, mm, addmm, Conv1D's ``addmm(b, x, w)``, einsum and ``w @ x`` are all a linear; ``F.embedding``,
+``F.linear``, ``x @ w.T``, matmul, mm, addmm, Conv1D's ``addmm(b, x, w)``, einsum and ``w @ x`` are all a linear;
+``F.embedding``,
 ``w[ids]`` and index_select are all an embedding. What reads a weight in another way is refused with its reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -97,7 +98,9 @@ class Reader:
         self.weights, self.ndim, self.is_tensor = weights, ndim, is_tensor
 
     def reads(self, node: fx.Node) -> list[Read | Refusal]:
-        """All reads of weights by one call. Ops that only hand a weight on (transposes, casts, slices) read nothing themselves."""
+        """All reads of weights by one call. Ops that only hand a weight on (transposes, casts, slices) read nothing
+        themselves.
+        """
         name = op_name(node)
         if not node.op.startswith("call") or name in _NO_READ:
             return []
@@ -165,7 +168,9 @@ class Reader:
         return Read("embedding", root, other, False, False, ids)
 
     def _orientation(self, other: fx.Node, root: fx.Node) -> Orientation | None:
-        """How the operand sees the (2-D) weight, told by running its views on a stand-in; None for a part or a reshape of it."""
+        """How the operand sees the (2-D) weight, told by running its views on a stand-in; None for a part or a
+        reshape of it.
+        """
         tensor = self.weights.tensor_of(root)
         assert tensor is not None
         path = []
@@ -223,7 +228,7 @@ class Reader:
             if isinstance(read, Refusal):
                 return read
             plain = read.out_order is None and self.ndim(added) == 1
-            return Read(**{**vars(read), "bias": added if plain else None, "addend": None if plain else added})
+            return replace(read, bias=added if plain else None, addend=None if plain else added)
         if name == "einsum" and not seen.lead:
             return self._einsum(node, root, other, swapped)
         return Refusal(root, f"read by {name.lstrip('?')}, which is no linear")

@@ -1,4 +1,6 @@
-"""Sites: where a graph reads a base weight in one role. One weight and role is one site, however many names and uses it has."""
+"""Sites: where a graph reads a base weight in one role. One weight and role is one site, however many names and uses
+it has.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ class Site:
     """A base weight in one role.
 
     Attributes:
-        name: Canonical module path, ``model.layers.0.mlp.gate`` (the parameter's path where it is not called ``weight``).
+        name: Canonical module path, ``model.layers.0.mlp.gate`` (the parameter's path where it is not called
+        ``weight``).
         parameter: Canonical parameter path.
         aliases: All other parameter paths of the same tensor.
         role: See :class:`Role`.
@@ -111,9 +114,18 @@ def _site(weights: Weights, world: World, tensor: torch.Tensor, kind: str, found
     embedding = kind == "embedding"
     k, n = (rows, columns) if embedding or read.stored_KN else (columns, rows)
     return Site(
-        name=module_name(paths[0]), parameter=paths[0], aliases=paths[1:], role=Role(kind), weight=tensor, in_features=k, out_features=n,
-        dtype=facts.dtype, device=tensor.device, uses=tuple(node for node, _ in found), stored_KN=read.stored_KN,
-    )  # fmt: skip
+        name=module_name(paths[0]),
+        parameter=paths[0],
+        aliases=paths[1:],
+        role=Role(kind),
+        weight=tensor,
+        in_features=k,
+        out_features=n,
+        dtype=facts.dtype,
+        device=tensor.device,
+        uses=tuple(node for node, _ in found),
+        stored_KN=read.stored_KN,
+    )
 
 
 def _skipped(

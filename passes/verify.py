@@ -1,4 +1,6 @@
-"""After the rewrite, structural checks: signature kept, every use replaced, no op left unfed, nothing reads what was replaced."""
+"""After the rewrite, structural checks: signature kept, every use replaced, no op left unfed, nothing reads what was
+replaced.
+"""
 
 from __future__ import annotations
 

@@ -104,9 +104,10 @@ class Weights:
         wrapped = [path for path in names if _PEFT_PARTS & set(path.split("."))]
         if wrapped:
             raise PeftModelError(
-                f"the model already holds PEFT's LoRA layers ({len(wrapped)} parameters such as {wrapped[0]!r}); expected the bare base "
-                "model. Take PEFT's wrappers off first, `model = peft_model.unload()` (its weights stay as they were), save the adapter "
-                "with `peft_model.save_pretrained(folder)` before that, and load that folder with `lora.load_adapter(name, folder)`."
+                f"the model already holds PEFT's LoRA layers ({len(wrapped)} parameters such as {wrapped[0]!r}); "
+                "expected the bare base model. Save the adapter with `peft_model.save_pretrained(folder)`, take the "
+                "wrappers off with `model = peft_model.unload()` (its weights stay as they were), and load the folder "
+                "with `lora.load_adapter(name, folder)`."
             )
 
     def bind(self, node: fx.Node, gm: fx.GraphModule) -> None:

@@ -1,12 +1,14 @@
 """Rows under matmul, einsum and attention.
 
-A summed dim that tells requests apart mixes them, and batch dims of both operands must agree. Only where adapters are chosen per
-token (packed batches) may the keys of an attention tell tokens apart: isolation is then the mask's job, and reported as assumed.
+A summed dim that tells requests apart mixes them, and batch dims of both operands must agree. Only where adapters are
+chosen per
+token (packed batches) may the keys of an attention tell tokens apart: isolation is then the mask's job, and reported
+as assumed.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
@@ -62,18 +64,19 @@ def einsum(p: Prover, node: fx.Node) -> Rows:
             moved = sorted((result.index(term[d]), j) for j, d in enumerate(r.dims))
             if [j for _, j in moved] != sorted(j for _, j in moved):
                 return Mixed("einsum reorders row dims")
-            r = Label(r.map, tuple(d for d, _ in moved))
-        out.append(r)
+            out.append(Label(r.map, tuple(d for d, _ in moved)))
+        else:
+            out.append(r)
     return join(out, p.ndim(node), p.count, "einsum")
 
 
 def parse_einsum(p: Prover, node: fx.Node) -> tuple[list[str], str, list[fx.Node]] | None:
-    """Terms, result and operands of an einsum; an ellipsis becomes capital letters. None where it is given otherwise."""
+    """Terms, result and operands of an einsum; an ellipsis becomes capital letters. None where it is given in lists."""
     equation = operand(node) if not isinstance(operand(node), fx.Node) else None
     if not isinstance(equation, str):
         return None
     given = node.args[1:]
-    operands = list(given[0]) if len(given) == 1 and isinstance(given[0], list | tuple) else list(given)
+    operands: list[Any] = list(given[0]) if len(given) == 1 and isinstance(given[0], list | tuple) else list(given)
     equation = equation.replace(" ", "")
     left, arrow, result = equation.partition("->")
     terms = left.split(",")
@@ -112,30 +115,25 @@ def _contract(
     both = isinstance(left, Label) and isinstance(right, Label)
     if mixes[0] or (mixes[1] and not (p.packed and both)):
         return Mixed(f"{name} sums over the request dim")
-    placed_l, placed_r = _place(left, place_l), _place(right, place_r)
-    if placed_l == "order" or placed_r == "order":
-        return Mixed(f"{name} reorders row dims")
-    if not both or not p.packed:
-        return join([placed_l, placed_r], p.ndim(node), p.count, name)  # type: ignore[list-item]
-    joined = (
-        join([placed_l, placed_r], p.ndim(node), p.count, name)
-        if placed_r is not None and not mixes[1]
-        else Mixed("keys")
-    )  # type: ignore[list-item]
-    if isinstance(joined, Label):
+    placed_l, placed_r = _place(left, place_l, name), _place(right, place_r, name)
+    joined = join([placed_l, placed_r], p.ndim(node), p.count, name)
+    if not (isinstance(left, Label) and isinstance(right, Label) and p.packed):
         return joined
-    if not p.same_requests(left, right):  # type: ignore[arg-type]
+    if isinstance(joined, Label) and not mixes[1]:
+        return joined
+    if not p.same_requests(left, right):
         return Mixed(f"{name} combines rows of different sequences")
     p.assume(node, "tokens of one packed sequence attend to each other as the mask allows")
-    return placed_l  # type: ignore[return-value]
+    return placed_l
 
 
-def _place(rows: Rows, place: dict[int, int]) -> Rows | str:
+def _place(rows: Rows, place: dict[int, int], name: str) -> Rows:
+    """Rows with their dims where the result has them; summed dims fall away."""
     if not isinstance(rows, Label):
         return rows
     moved = [(place[d], j) for j, d in enumerate(rows.dims) if d in place]
-    if [j for _, j in sorted(moved)] != [j for _, j in moved]:
-        return "order"
+    if moved != sorted(moved):
+        return Mixed(f"{name} reorders row dims")
     if len(moved) != len(rows.dims):
         return None
     return Label(rows.map, tuple(d for d, _ in moved))

@@ -1,4 +1,6 @@
-"""Families of ops by what they do to rows. An op that stands in none of these, and has no rule of its own, mixes rows."""
+"""Families of ops by what they do to rows. An op that stands in none of these, and has no rule of its own, mixes
+rows.
+"""
 
 from __future__ import annotations
 

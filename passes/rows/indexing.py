@@ -1,4 +1,6 @@
-"""Rows under indexing: getitem, slice, select, index_select and their kin, mirrored on the row map along its own dims."""
+"""Rows under indexing: getitem, slice, select, index_select and their kin, mirrored on the row map along its own
+dims.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
 
 
 def index_items(p: Prover, node: fx.Node) -> list[Any]:
-    """The indexing of getitem, index, slice, select, narrow, index_select as a list with one item per source dim (and None)."""
+    """The indexing of getitem, index, slice, select, narrow, index_select as a list with one item per source dim (and
+    None).
+    """
     name, x = op_name(node), operand(node)
     ndim = p.ndim(x)
     whole: list[Any] = [slice(None)] * ndim
@@ -64,7 +68,9 @@ def is_whole(item: Any) -> bool:
 
 
 def layout(p: Prover, items: Sequence[Any]) -> tuple[dict[int, int], int, int]:
-    """Where dims go: source dim of each slice -> out dim; first out dim of the broadcast index tensors; how many they have."""
+    """Where dims go: source dim of each slice -> out dim; first out dim of the broadcast index tensors; how many they
+    have.
+    """
     tensors = [i for i, item in enumerate(items) if is_index(p, item)]
     width = max((1 if isinstance(items[i], list) else p.ndim(items[i]) for i in tensors), default=0)
     kept = [i for i, item in enumerate(items) if not _is_int(p, item)]
@@ -151,6 +157,7 @@ def _index_map(
 
 
 def concrete(p: Prover, item: Any, size: int, w: int) -> Any:
+    """One index item of a dim of ``size`` as numbers of one world."""
     if isinstance(item, slice):
         return slice(*(p.number(bound, w) for bound in (item.start, item.stop, item.step)))
     if isinstance(item, list):

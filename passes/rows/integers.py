@@ -1,7 +1,9 @@
 """Values of the integer tensors that index rows, by random interpretation.
 
-Integer nodes on the way to an index are run for real, at each world's sizes. What only data decides (routing, sorted scores,
-indices the caller passes) is drawn at random: distinct and covering, so that two maps are equal by luck with probability near 0.
+Integer nodes on the way to an index are run for real, at each world's sizes. What only data decides (routing, sorted
+scores,
+indices the caller passes) is drawn at random: distinct and covering, so that two maps are equal by luck with
+probability near 0.
 """
 
 from __future__ import annotations

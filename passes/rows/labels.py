@@ -1,7 +1,9 @@
 """The lattice of row provenance: what one abstract value says about a tensor.
 
-``None``: the tensor holds nothing of any request (weights, positions). ``Label``: each element belongs to one request, told by
-a row map over some of its dims. ``Mixed``: requests are mixed, or nothing is proven. A ``RowMap`` is an int tensor *expression*
+``None``: the tensor holds nothing of any request (weights, positions). ``Label``: each element belongs to one
+request, told by
+a row map over some of its dims. ``Mixed``: requests are mixed, or nothing is proven. A ``RowMap`` is an int tensor
+*expression*
 (built lazily, so unused maps cost no graph node) together with its value in every world; equal in all worlds is equal.
 """
 
@@ -84,6 +86,10 @@ class MapTable:
         """The known map equal to ``ids`` that can be computed before a node."""
         known = self._known.get(_key(ids))
         return known if known is not None and self.order[known.origin] < self.order[before] else None
+
+    def before(self, node: fx.Node) -> list[RowMap]:
+        """All maps that can be computed before a node, the seed first."""
+        return [m for m in self._known.values() if self.order[m.origin] < self.order[node]]
 
     def canonical(self, row_map: RowMap) -> RowMap:
         """The map equal to this one that can be computed first."""

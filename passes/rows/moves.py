@@ -1,4 +1,6 @@
-"""Rows under ops that move elements: views, reshapes, indexing, concatenation. Each mirrors the op on the row map itself."""
+"""Rows under ops that move elements: views, reshapes, indexing, concatenation. Each mirrors the op on the row map
+itself.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +108,9 @@ def _moved(ndim: int, source: Any, target: Any) -> list[int]:
 
 
 def factor(source: Sequence[int], target: Sequence[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Smallest groups of source and target dims that hold the same elements: ``[6, 4] -> [2, 3, 4]`` is (0)(0,1), (1)(2)."""
+    """Smallest groups of source and target dims that hold the same elements: ``[6, 4] -> [2, 3, 4]`` is (0)(0,1),
+    (1)(2).
+    """
     groups: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     if 0 in (*source, *target):
         raise UnknownShapeError("a view of an empty tensor")
@@ -137,7 +141,9 @@ def factor(source: Sequence[int], target: Sequence[int]) -> list[tuple[tuple[int
 
 
 def reshape(p: Prover, node: fx.Node, x: fx.Node, rows: Rows) -> Rows:
-    """Rows after a view: a group of dims that holds a row dim expands the map over its other dims, then reshapes it alike."""
+    """Rows after a view: a group of dims that holds a row dim expands the map over its other dims, then reshapes it
+    alike.
+    """
     if not isinstance(rows, Label):
         return rows
     groupings = [factor(p.shape(x, w), p.shape(node, w)) for w in range(p.count)]
@@ -215,7 +221,7 @@ def _spread(p: Prover, x: fx.Node, rows: Rows, dims: tuple[int, ...]) -> Label |
 
 
 def expand_over(p: Prover, x: fx.Node, rows: Label, dims: Sequence[int], order: Sequence[int] | None = None) -> Label:
-    """The same rows with a map that runs over all of ``dims`` of ``x`` (of ``x`` permuted by ``order``, where given)."""
+    """The same rows with a map that runs over all of ``dims`` of ``x`` (of ``x`` permuted by ``order``, if given)."""
     ids = []
     source = list(range(p.ndim(x))) if order is None else list(order)
     for w in range(p.count):

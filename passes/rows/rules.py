@@ -124,7 +124,9 @@ def along_dim(p: Prover, node: fx.Node) -> Rows:
 
 
 def per_sample(p: Prover, node: fx.Node) -> Rows:
-    """Ops over [batch, channel, ...]: each sample for itself, where the input has a batch dim and only it tells requests."""
+    """Ops over [batch, channel, ...]: each sample for itself, where the input has a batch dim and only it tells
+    requests.
+    """
     x, name = operand(node), op_name(node)
     rows = [p.rows(n) for n in node.all_input_nodes if n is not x]
     own = p.rows(x)

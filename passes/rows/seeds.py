@@ -18,8 +18,10 @@ def choose_seeds(inputs: Sequence[GraphInput], batch_dims: BatchDims) -> tuple[d
 
     Args:
         inputs: The graph's inputs, in the caller's order.
-        batch_dims: None or 0: dim 0 of every input that shares the first input's batch dim. ``(0, 1)``: adapters are chosen per
-            token. A mapping names inputs: ``{"input_ids": 0}``, ``{"input_ids": (0, 1)}``; other inputs follow where they share
+        batch_dims: None or 0: dim 0 of every input that shares the first input's batch dim. ``(0, 1)``: adapters are
+        chosen per
+            token. A mapping names inputs: ``{"input_ids": 0}``, ``{"input_ids": (0, 1)}``; other inputs follow where
+            they share
             the dim.
 
     Raises:
@@ -32,10 +34,13 @@ def choose_seeds(inputs: Sequence[GraphInput], batch_dims: BatchDims) -> tuple[d
         primary = next(inp for inp in tensors if inp.node in named)
     elif tensors:
         primary = tensors[0]
-        named = {primary.node: _as_dims(batch_dims if batch_dims is not None else 0, primary)}
+        named = {
+            primary.node: _as_dims(0 if batch_dims is None or isinstance(batch_dims, Mapping) else batch_dims, primary)
+        }
     else:
         raise AmbiguousRequestsError(
-            f"the graph has no tensor input with a dim to tell requests by; its inputs are {[inp.name for inp in inputs]}"
+            "the graph has no tensor input with a dim to tell requests by; its inputs are "
+            f"{[inp.name for inp in inputs]}"
         )
     dims = named[primary.node]
     seeds = dict(named)
@@ -71,8 +76,8 @@ def _as_dims(given: int | tuple[int, ...], inp: GraphInput) -> tuple[int, ...]:
         or list(dims) != sorted(set(dims))
     ):
         raise BatchDimsError(
-            f"batch_dims {given!r} for input {inp.name!r} of {len(inp.sizes)} dims; expected one dim, or two ascending ones "
-            "(requests, tokens), each below its number of dims"
+            f"batch_dims {given!r} for input {inp.name!r} of {len(inp.sizes)} dims; expected one dim, or two ascending "
+            "ones (requests, tokens), each below its number of dims"
         )
     return dims
 

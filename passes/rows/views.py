@@ -82,7 +82,7 @@ def ranking(p: Prover, node: fx.Node) -> Any:
     order = Mixed(f"positions that a {name} over several requests chose")
     if name == "argsort":
         return order
-    values = [p.integers.values[w].get(node) for w in range(p.count)]
+    values: list[Any] = [p.integers.values[w].get(node) for w in range(p.count)]
     if p.ndim(x) != 1 or not all(isinstance(v, tuple) and isinstance(v[1], torch.Tensor) for v in values):
         return (Mixed(f"{name} over the request dim"), order)
     ids = [rows.map.ids[w][values[w][1]] for w in range(p.count)]

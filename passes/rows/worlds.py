@@ -1,6 +1,7 @@
 """The sizes at which rows are proven: every free dim gets sizes of its own, never the caller's.
 
-A proof holds in several *worlds*. A world fixes each free dim to a number (all distinct, all >= 2) and knows the shape of
+A proof holds in several *worlds*. A world fixes each free dim to a number (all distinct, all >= 2) and knows the
+shape of
 every node there, by evaluating recorded symbolic shapes or, where a graph records none, by running it on fake tensors.
 A graph that runs at no other sizes is *frozen*: proven, and callable, at its traced shapes alone.
 """
@@ -115,8 +116,14 @@ class World:
 
 @dataclass(frozen=True)
 class Sizing:
-    """The worlds of one proof, whether it holds only at the traced shapes, the input sizes that must not change, and what
-    the model's own branches demand of the others (sympy expressions over the inputs' symbols)."""
+    """The worlds of one proof, and for which calls it holds.
+
+    Attributes:
+        worlds: See above.
+        frozen: It holds at the traced shapes alone.
+        fixed: Per input the sizes that must not change, by dim.
+        guards: What the model's own branches demand of the other sizes: sympy expressions over the inputs' symbols.
+    """
 
     worlds: tuple[World, ...]
     frozen: bool
@@ -171,8 +178,10 @@ def size_worlds(
 
 
 def model_guards(env: Any) -> tuple[Any, ...]:
-    """Conditions on sizes that decided a branch in the model's own code. Those that torch's internals asked for do not count:
-    they chose how to run an op, not what it computes."""
+    """Conditions on sizes that decided a branch in the model's own code.
+
+    Those that torch's internals asked for do not count: they chose how to run an op, not what it computes.
+    """
     guards = []
     for guard in env.guards:
         asked_by = str(getattr(getattr(guard, "sloc", None), "framework_loc", ""))
@@ -214,7 +223,7 @@ def _symbol_sizes(
         if len(dims := batch.get(inp.node, ())) > 1 and inp.symbols[dims[1]] is not None
     ]
     for attempt in range(3):
-        chosen: dict[Any, int] = dict.fromkeys(batch_symbols, batch_size)
+        chosen: dict[Any, Any] = dict.fromkeys(batch_symbols, batch_size)
         if packed:
             chosen |= dict.fromkeys(batch_symbols, 3 + world) | dict.fromkeys(row_symbols, batch_size)
         hints = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
@@ -234,7 +243,7 @@ def _symbol_sizes(
     return None
 
 
-def _substitute(expression: Any, chosen: Mapping[Any, int], replacements: Mapping[Any, Any]) -> int | None:
+def _substitute(expression: Any, chosen: Mapping[Any, int], replacements: Mapping[Any, Any]) -> Any:
     for _ in range(4):
         expression = expression.xreplace(chosen).xreplace(replacements)
     expression = expression.xreplace(chosen)
@@ -248,9 +257,8 @@ def _in_range(bounds: Any, value: Any) -> bool:
 def _guards_hold(env: Any, symbols: Mapping[Any, int]) -> bool:
     for guard in env.guards:
         truth = guard.expr.xreplace(symbols)
-        if truth.is_number or truth in (True, False):
-            if not bool(truth):
-                return False
+        if truth in (True, False) and not bool(truth):
+            return False
     return True
 
 
@@ -261,7 +269,9 @@ def _refaked(
     bound: Mapping[fx.Node, torch.Tensor],
     free: str,
 ) -> tuple[World, ...] | None:
-    """Run the graph on fake tensors at sizes of our own; ``free`` says which input dims vary: all, rows (the first two), batch or none."""
+    """Run the graph on fake tensors at sizes of our own; ``free`` says which input dims vary: all, rows (the first
+    two), batch or none.
+    """
     worlds = []
     for index in range(_FIXED_WORLDS if free == "none" else WORLDS):
         if free == "none" and worlds:
@@ -334,7 +344,7 @@ def _run_fake(
 ) -> dict[fx.Node, Any]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     by_node = {inp.node: inp for inp in inputs}
-    arguments = []
+    arguments: list[Any] = []
     with mode, torch.no_grad():
         for node in gm.graph.nodes:
             if node.op != "placeholder":

@@ -169,15 +169,13 @@ def store(p: Prover, node: fx.Node, target: fx.Node, items: Sequence[Any], value
     where, start, width = indexing.layout(p, items)
     out = len(where) + width + sum(item is None for item in items)
     own = p.rows(target)
-    parts: list[Rows] = [value_rows if value_rows is not None else p.rows(value)]
-    if parts[0] is not None and value_rows is None:
-        parts[0] = shift(parts[0], out - p.ndim(value))
+    parts: list[Rows] = [value_rows if value_rows is not None else shift(p.rows(value), out - p.ndim(value))]
     for d, item in enumerate(by_source):
         if p.is_tensor(item):
             rows = p.rows(item)
             parts.append(
                 None
-                if (own is not None and d in own.dims) or _tells_rows(parts[0], start, width)
+                if (isinstance(own, Label) and d in own.dims) or _tells_rows(parts[0], start, width)
                 else shift(rows, start + width - p.ndim(item))
             )
     new = join(parts, out, p.count, op_name(node))
@@ -208,7 +206,9 @@ def _store_ids(
     own: Label | None,
     new: Label | None,
 ) -> Rows:
-    """Write the value's ids into the target's, element by element, over the dims that matter; then find the map that fits."""
+    """Write the value's ids into the target's, element by element, over the dims that matter; then find the map that
+    fits.
+    """
     ndim = p.ndim(target)
     idle = {
         d
@@ -241,7 +241,8 @@ def _store_ids(
         found = p.table.find(squeezed, node)
         if found is not None:
             return Label(found, tuple(dims))
-    return match(p, results, [label for label in (own, new) if label is not None])
+    known = [Label(row_map, tuple(range(row_map.ids[0].dim()))) for row_map in p.table.before(node)]
+    return match(p, results, [label for label in (own, new) if label is not None] + known)
 
 
 def match(p: Prover, ids: Sequence[torch.Tensor], candidates: Sequence[Label]) -> Rows:
