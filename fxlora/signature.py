@@ -121,7 +121,7 @@ class Signature:
         return leaves
 
     def _dynamo_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Arguments in traced order. What tracing fixed may be left out, not changed: that would be ignored in silence."""
+        """Arguments in traced order. What tracing fixed may be left out, never changed."""
         bound = self._bound(args, kwargs)
         given = constant_leaves(bound)
         for path, traced in self.constants.items():
