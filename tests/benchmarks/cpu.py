@@ -1,4 +1,4 @@
-"""SmolLM2-135M on the CPU: the untouched model, fxlora and PEFT's mixed batch side by side.
+"""SmolLM2-135M on the CPU: the untouched model, its captured graph, fxlora and PEFT's mixed batch side by side.
 
 `python -m tests.benchmarks.cpu [--rounds 20] [--json FILE]`. Eight requests over four adapters (ranks 8 and 16, on
 every linear and on lm_head, B not zero) and rows without one; prefill of 128 tokens and one decode step on a cache of
@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 import fxlora
+from fxlora.commands.app import quieten
 from fxlora.demo.smollm2 import load_smollm2
 
 RANKS = {"one": 8, "two": 16, "three": 8, "four": 16}
@@ -34,22 +36,24 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 LENGTH = 128
 TOLERANCE = 1e-4
 TARGET_RATIO = {"prefill": 1.10, "decode": 1.35}
+UNTOUCHED, GRAPH, FXLORA, PEFT = "untouched", "captured graph", "fxlora", "PEFT"
 Step = Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One regime. Seconds are medians over the rounds; ratios are medians of the ratios within each round."""
+    """One regime. Seconds and ratios by model: medians over the rounds, ratios taken within each round.
+
+    target: what fxlora over the untouched model may be at most. max_error: largest difference between fxlora's logits
+    and PEFT's, over the largest logit.
+    """
 
     regime: str
-    untouched_seconds: float
-    fxlora_seconds: float
-    peft_seconds: float
-    fxlora_over_untouched: float
-    peft_over_untouched: float
+    seconds: dict[str, float]
+    over_untouched: dict[str, float]
     fxlora_over_peft: float
-    target_over_untouched: float
-    max_error_against_peft: float
+    target: float
+    max_error: float
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,7 @@ def time_rounds(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
 
 def check(steps: dict[str, Step]) -> float:
     """Return the largest error against PEFT over the largest logit; exits where it, or a bare row, is wrong."""
-    ours, peft, untouched = steps["fxlora"](), steps["peft"](), steps["untouched"]()
+    ours, peft, untouched = steps[FXLORA](), steps[PEFT](), steps[UNTOUCHED]()
     bare = [row for row, name in enumerate(REQUESTS) if name is None]
     error = ((ours - peft).abs().max() / peft.abs().max()).item()
     bare_error = ((ours[bare] - untouched[bare]).abs().max() / untouched.abs().max()).item()
@@ -171,20 +175,18 @@ def time_regime(regime: str, steps: dict[str, Step], rounds: int) -> Timing:
 
     return Timing(
         regime=regime,
-        untouched_seconds=statistics.median(seconds["untouched"]),
-        fxlora_seconds=statistics.median(seconds["fxlora"]),
-        peft_seconds=statistics.median(seconds["peft"]),
-        fxlora_over_untouched=ratio("fxlora", "untouched"),
-        peft_over_untouched=ratio("peft", "untouched"),
-        fxlora_over_peft=ratio("fxlora", "peft"),
-        target_over_untouched=TARGET_RATIO[regime],
-        max_error_against_peft=error,
+        seconds={name: statistics.median(values) for name, values in seconds.items()},
+        over_untouched={name: ratio(name, UNTOUCHED) for name in steps},
+        fxlora_over_peft=ratio(FXLORA, PEFT),
+        target=TARGET_RATIO[regime],
+        max_error=error,
     )
 
 
 @torch.no_grad()
 def run(rounds: int) -> tuple[list[Timing], Memory]:
     """Build the three models over one set of weights and measure both regimes."""
+    quieten()
     model, _ = load_smollm2()
     names = ["__base__" if name is None else name for name in REQUESTS]
     ids = torch.randint(0, model.config.vocab_size, (len(REQUESTS), LENGTH), generator=torch.Generator().manual_seed(0))
@@ -209,18 +211,20 @@ def run(rounds: int) -> tuple[list[Timing], Memory]:
         time_regime(
             "prefill",
             {
-                "untouched": lambda: model(input_ids=ids).logits,
-                "fxlora": lambda: prefill(input_ids=ids, adapters=list(REQUESTS)).logits,
-                "peft": lambda: peft(input_ids=ids, adapter_names=names).logits,
+                UNTOUCHED: lambda: model(input_ids=ids).logits,
+                GRAPH: lambda: prefill.base(input_ids=ids).logits,
+                FXLORA: lambda: prefill(input_ids=ids, adapters=list(REQUESTS)).logits,
+                PEFT: lambda: peft(input_ids=ids, adapter_names=names).logits,
             },
             rounds,
         ),
         time_regime(
             "decode",
             {
-                "untouched": lambda: model(input_ids=token, past_key_values=cache_of(cache), use_cache=True).logits,
-                "fxlora": lambda: decode(input_ids=token, cache=cache, adapters=list(REQUESTS)),
-                "peft": lambda: (
+                UNTOUCHED: lambda: model(input_ids=token, past_key_values=cache_of(cache), use_cache=True).logits,
+                GRAPH: lambda: decode.base(input_ids=token, cache=cache),
+                FXLORA: lambda: decode(input_ids=token, cache=cache, adapters=list(REQUESTS)),
+                PEFT: lambda: (
                     peft(input_ids=token, past_key_values=cache_of(cache), use_cache=True, adapter_names=names).logits
                 ),
             },
@@ -231,29 +235,35 @@ def run(rounds: int) -> tuple[list[Timing], Memory]:
 
 
 def show(timings: list[Timing], memory: Memory) -> None:
-    """Print both tables."""
-    console = Console()
-    table = Table(title="SmolLM2-135M, fp32, 8 requests over 4 adapters and bare rows (medians)", title_justify="left")
-    for column in ("regime", "untouched", "fxlora", "PEFT", "fxlora / untouched", "PEFT / untouched", "fxlora / PEFT"):
-        table.add_column(column, justify="left" if column == "regime" else "right")
-    for row in timings:
-        table.add_row(
-            row.regime,
-            *(f"{value * 1e3:.1f} ms" for value in (row.untouched_seconds, row.fxlora_seconds, row.peft_seconds)),
-            f"{row.fxlora_over_untouched:.3f} (target {row.target_over_untouched:.2f})",
-            f"{row.peft_over_untouched:.3f}",
-            f"{row.fxlora_over_peft:.3f}",
-        )
+    """Print the table of times, the targets, and the memory."""
+    console = Console(highlight=False)
+    table = Table(
+        title="SmolLM2-135M, fp32: 8 requests over 4 adapters and bare rows",
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("model")
+    for timing in timings:
+        table.add_column(timing.regime, justify="right")
+        table.add_column("x untouched", justify="right")
+    for name in timings[0].seconds:
+        cells = [(f"{row.seconds[name] * 1e3:.1f} ms", f"{row.over_untouched[name]:.3f}") for row in timings]
+        table.add_row(name, *(cell for pair in cells for cell in pair))
     console.print(table)
-    weights, pools = _mib(memory.base_weight_bytes), _mib(memory.adapter_pool_bytes)
-    before, after = _mib(memory.untouched_peak_bytes), _mib(memory.fxlora_peak_bytes)
+    for row in timings:
+        console.print(
+            f"  {row.regime}: target {row.target:.2f} x untouched, fxlora has {row.over_untouched[FXLORA]:.3f}; "
+            f"{row.fxlora_over_peft:.3f} x PEFT; equal to PEFT within {row.max_error:.1e}"
+        )
     console.print(
-        f"weights {weights}, adapter pools {pools}, peak of a prefill {before} untouched, {after} with fxlora"
+        f"  memory: weights {_mib(memory.base_weight_bytes)}, adapter pools {_mib(memory.adapter_pool_bytes)}; prefill "
+        f"peaks at {_mib(memory.untouched_peak_bytes)} untouched, {_mib(memory.fxlora_peak_bytes)} with fxlora"
     )
 
 
 def _mib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**20:.1f} MiB"
+    return f"{size_bytes / 2**20:.0f} MiB"
 
 
 def main() -> None:
