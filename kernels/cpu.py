@@ -2,12 +2,13 @@
 
 Stage: run time, behind `ops.py`. Promises: a row without an adapter keeps the bits of `F.linear` / `F.embedding` on the
 whole input; at a fixed batch shape a row's bits do not depend on the slots of other rows. For that, adapters are never
-merged into one GEMM, and all products of a batch shape have the same row count (MKL picks kernels, and how it splits
-work over threads, by shape; with 16 threads that shows in the bits even between 64 and 100 rows):
-    up to GEMM_MIN rows in the batch: one matrix-vector product per row (also the fastest: 1 us, where a GEMM of
+merged into one GEMM, and all GEMMs of a batch shape have the same row count (MKL picks its kernels, and how it splits
+work over threads, by shape: with 16 threads that shows in the bits even between 64 and 100 rows):
+    up to SINGLE_ROWS rows in the batch: one matrix-vector product per row (also the fastest: 1 us, where a GEMM of
         any size wakes a second thread for 10 to 80 us);
     above: GEMMs over blocks of `block_rows(T)` rows of one slot: adjacent rows in place, in views of the output; the
-        slot's remaining rows gathered, padded to a block and scattered back.
+        slot's remaining rows gathered, padded to a block and scattered back. A shrink is A x^T: there a row's bits
+        do not depend on its place in the block, in x A^T they do (MKL, 3 to 16 threads, K from 576 up).
 Half-precision inputs are computed in fp32 and rounded once more at the end.
 
 Letters: T rows, J slots per row, K in-features, N out-features, R rank, S slots, V vocabulary.
@@ -26,7 +27,13 @@ import torch.nn.functional as F
 
 from fxlora.kernels.checks import check_members, check_rows
 from fxlora.kernels.errors import OpInputError
-from fxlora.kernels.registry import GEMM_MIN, Extent, SitePool, pools_of
+from fxlora.kernels.registry import Extent, SitePool, pools_of
+
+SINGLE_ROWS = 16
+"""Batches of up to this many rows go row by row."""
+
+EXPAND_COLUMNS = 16
+"""Fewest columns at which an expand gives a row the same bits wherever it lies (MKL with AVX-512; at 7 it does not)."""
 
 
 class Rows(NamedTuple):
@@ -41,7 +48,7 @@ class Rows(NamedTuple):
 
 
 class HostPlan(NamedTuple):
-    """Work of one row map. `single` for batches of up to GEMM_MIN rows, else `blocks`; both in order of j."""
+    """Work of one row map. `single` for batches of up to SINGLE_ROWS rows, else `blocks`; both in order of j."""
 
     max_adapters: int
     single: tuple[tuple[int, int, int], ...]  # (row, j, slot)
@@ -60,7 +67,7 @@ Member = tuple[torch.Tensor, Sequence[Extent | None]]
 
 _SHRINK_X = Shrink(
     one=lambda x_K, extent: torch.mv(extent.a, x_K),
-    rows=lambda x_nK, extent: torch.mm(x_nK, extent.window)[:, extent.columns],
+    rows=lambda x_nK, extent: torch.mm(extent.window, x_nK.t())[extent.ranks].t(),
 )
 _SHRINK_IDS = Shrink(
     one=lambda token, extent: extent.a[token],
@@ -86,7 +93,7 @@ def _parse(content: bytes, num_rows: int, width: int) -> HostPlan:
     segments = torch.frombuffer(bytearray(content), dtype=torch.int32)
     order, starts = segments[:entries].long(), segments[entries:].tolist()
     used = [slot for slot in range(max_adapters) if starts[slot + 1] > starts[slot]]
-    if num_rows <= GEMM_MIN:
+    if num_rows <= SINGLE_ROWS:
         found = [
             (e // width, e % width, slot) for slot in used for e in order[starts[slot] : starts[slot + 1]].tolist()
         ]
@@ -241,8 +248,8 @@ def _add_blocks(
 
 
 def _expand_into(y_nN: torch.Tensor, h_nR: torch.Tensor, extent: Extent) -> None:
-    if y_nN.shape[1] >= GEMM_MIN:
+    if y_nN.shape[1] >= EXPAND_COLUMNS:
         y_nN.addmm_(h_nR, extent.b, alpha=extent.scaling)
         return
-    b_RG = F.pad(extent.b, (0, GEMM_MIN - y_nN.shape[1]))
+    b_RG = F.pad(extent.b, (0, EXPAND_COLUMNS - y_nN.shape[1]))
     y_nN.add_(torch.mm(h_nR, b_RG)[:, : y_nN.shape[1]], alpha=extent.scaling)

@@ -21,31 +21,21 @@ from fxlora.kernels.errors import PlanMismatchError, PoolWriteError, RuntimeGone
 
 PoolKind = Literal["linear", "embedding"]
 
-GEMM_MIN = 16
-"""Fewest rows, and fewest columns, of an fp32 CPU GEMM whose rows all get the same bits wherever they lie (MKL with
-AVX-512: with 4 or 8 columns and odd K they do not)."""
-
 _DIGEST_BITS, _ORDINAL_BITS, _GROUP_BITS = 32, 16, 15
 
 
 class Extent(NamedTuple):
     """What a CPU body reads of one slot: views of the pools, made once at load.
 
-    window: A padded to at least GEMM_MIN columns of whatever lies beside it in the pool, so that the bits of a shrink
-    do not depend on its row count (fp32 GEMMs with fewer columns change kernel with the row); `columns` are this
-    slot's.
+    window: A, for a rank of 1 together with a neighbouring pool row: the bits of a product of one row depend on where
+    the result lies. `ranks` are this slot's rows of it.
     """
 
     a: torch.Tensor  # [R, K] (embedding: [V, R])
-    window: torch.Tensor  # [K, W], W >= R (embedding: same as a)
-    columns: slice
+    window: torch.Tensor  # [W, K], W >= R (embedding: same as a)
+    ranks: slice
     b: torch.Tensor  # [R, N]
     scaling: float
-
-
-def round_up(count: int, multiple: int) -> int:
-    """Smallest multiple of `multiple` that is at least `count`."""
-    return -(-count // multiple) * multiple
 
 
 @dataclass(eq=False)
@@ -82,7 +72,6 @@ class SitePool:
     ) -> int:
         """Bytes that `allocate` with the same arguments would take."""
         del kind, device, max_rank
-        pool_rows = round_up(pool_rows, GEMM_MIN)
         return pool_rows * (in_features + out_features) * dtype.itemsize + 12 * max_adapters
 
     @classmethod
@@ -98,8 +87,7 @@ class SitePool:
         device: torch.device | str,
         max_rank: int | None = None,
     ) -> SitePool:
-        """Empty pool: every slot has rank 0. `in_features` is K, or V for an embedding; P is rounded up to 16."""
-        pool_rows = round_up(pool_rows, GEMM_MIN)
+        """Empty pool: every slot has rank 0. `in_features` is K, or V for an embedding."""
         shape_a = (pool_rows, in_features) if kind == "linear" else (in_features, pool_rows)
         return cls(
             a=torch.zeros(shape_a, dtype=dtype, device=device),
@@ -151,10 +139,10 @@ class SitePool:
         if self.kind == "embedding":
             a_VR = self.a[:, start : start + rank]
             return Extent(a_VR, a_VR, slice(0, rank), b_RN, scaling)
-        first = max(0, min(start, self.a.shape[0] - GEMM_MIN)) if rank < GEMM_MIN else start
-        window_KW = self.a[first : first + max(rank, GEMM_MIN)].t()
+        first = max(0, start - 1) if rank == 1 else start
+        window_WK = self.a[first : first + max(rank, 2)]
         return Extent(
-            self.a[start : start + rank], window_KW, slice(start - first, start - first + rank), b_RN, scaling
+            self.a[start : start + rank], window_WK, slice(start - first, start - first + rank), b_RN, scaling
         )
 
     def clear(self, slot: int) -> None:

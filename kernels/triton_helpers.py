@@ -1,6 +1,6 @@
 """What differs between the Triton compiler and its interpreter, and the pieces shared by all Triton bodies.
 
-Stage: run time, below the Triton bodies. The only file that asks whether kernels are interpreted.
+Stage: run time, below the Triton bodies. The only kernel code that asks whether it is interpreted.
 """
 
 # ruff: noqa: ANN001, RET505 (blocks have no static type; Triton compiles one branch of a constexpr, so both stay)

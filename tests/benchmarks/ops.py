@@ -1,8 +1,8 @@
 """The ops alone, beside the plain torch linear on the same inputs, in the same run.
 
-`python -m tests.benchmarks.ops [--device cpu|cuda] [--layers 6]`. On CPU: all linears of SmolLM2-135M, eight requests over
-four adapters (ranks 8 and 16) and rows without one. On CUDA: bf16 linears of common sizes, ranks 16, from CUDA graphs.
-Answers are compared with the reference first; where they are wrong nothing is timed.
+`python -m tests.benchmarks.ops [--device cpu|cuda] [--layers 6]`. On CPU: linears of SmolLM2-135M, eight requests
+over four adapters (ranks 8 and 16) and rows without one. On CUDA: bf16 linears of common sizes, rank 16, from CUDA
+graphs. Answers are compared with the reference first; where they are wrong nothing is timed.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def time_cpu(layers: int, rounds: int) -> None:
         ratio = statistics.median(b / a for a, b in zip(base, ours, strict=True))
         print(
             f"cpu {torch.get_num_threads()} threads, {8 * tokens:5} rows, {layers} layers and head: "
-            f"F.linear {statistics.median(base) * 1e3:8.2f} ms, op {statistics.median(ours) * 1e3:8.2f} ms, {ratio:.3f}x"
+            f"F.linear {statistics.median(base) * 1e3:.2f} ms, op {statistics.median(ours) * 1e3:.2f} ms, {ratio:.3f}x"
         )
 
 

@@ -11,10 +11,10 @@ from itertools import pairwise
 import torch
 
 from fxlora.kernels import ops, reference
-from fxlora.kernels.registry import PoolKind, SitePool, register_runtime, round_up, unregister_runtime
+from fxlora.kernels.registry import PoolKind, SitePool, register_runtime, unregister_runtime
 
 DIGEST = 0xF01A
-HAS_CUDA = torch.cuda.is_available()
+HAS_CUDA = torch.cuda.is_available() and not ops.INTERPRET
 DEVICES = ["cpu", *(["cuda"] if HAS_CUDA else [])]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -80,7 +80,7 @@ def make_pool(
     device: str = "cpu",
 ) -> SitePool:
     """One adapter per rank (0: an empty slot), extents in shuffled order, unused pool memory NaN."""
-    rows = [round_up(rank, 16) for rank in ranks]
+    rows = [-(-rank // 16) * 16 for rank in ranks]
     pool = SitePool.allocate(
         kind=kind,
         pool_rows=max(sum(rows), 16),

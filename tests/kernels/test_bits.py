@@ -7,6 +7,7 @@ neighbours may move a row by rounding, and by no more.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tests.kernels.cases import DEVICES, TOLERANCE, Case, draw_slots, equal_bits
 
 KINDS = ("linear", "logits", "embedding")
 ROWS = (1, 6, 24) if INTERPRET else (1, 2, 8, 15, 16, 17, 20, 33, 64, 100, 300)
-WIDTHS = (17, 40) if INTERPRET else (1, 3, 7, 16, 17, 40, 100, 192, 576, 577)
+WIDTHS = (17, 40) if INTERPRET else (1, 3, 7, 16, 17, 40, 100, 192, 576, 577, 1536)
 
 
 def random_case(kind: str, rows: int, dtype: torch.dtype, device: str) -> Case:
@@ -53,6 +54,28 @@ def test_neighbours_do_not_change_a_row(rows: int, kind: str, dtype: torch.dtype
                     assert row_errors(y[kept], other[kept]).max() < TOLERANCE[dtype]
             else:
                 assert equal_bits(found, first, kept), (order, case.row_slots[kept].tolist())
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(INTERPRET, reason="threads of the CPU bodies")
+@pytest.mark.parametrize("threads", [1, 3, 4, 16], indirect=True)
+@pytest.mark.parametrize("features", [577, 1536])
+@pytest.mark.parametrize("rows", [24, 48, 100])
+def test_nor_do_they_with_other_numbers_of_threads(rows: int, features: int, threads: int) -> None:
+    for ranks in ((1, 2, 0, 8), (24, 17, 100, 0), (256, 16, 12, 4)):
+        case = make_case(rows=rows, features=features, outs=(192,), ranks=ranks, order="shuffled")
+        kept, first = torch.arange(0, rows, 7), case.run()
+        for order in ("runs", "shuffled", "one"):
+            slots = draw_slots(rows, 1, 4, order)
+            slots[kept] = case.row_slots[kept]
+            assert equal_bits(case.with_slots(slots).run(), first, kept), f"{threads} threads, ranks {ranks}, {order}"
 
 
 @pytest.mark.interpreted

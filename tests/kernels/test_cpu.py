@@ -10,7 +10,6 @@ import torch
 
 from fxlora.kernels import cpu, ops
 from fxlora.kernels.ops import INTERPRET
-from fxlora.kernels.registry import GEMM_MIN
 from tests.kernels.cases import assert_near, draw_slots, make_case, registered
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="CPU bodies do not run under the interpreter")
@@ -23,7 +22,7 @@ def plan_of(slots: list[int], max_adapters: int = 4) -> cpu.HostPlan:
 
 def test_small_batches_go_row_by_row() -> None:
     assert plan_of([2, -1, 0, 2]) == cpu.HostPlan(4, ((0, 0, 2), (2, 0, 0), (3, 0, 2)), ())
-    assert plan_of([-1] * GEMM_MIN) == cpu.HostPlan(4, (), ())
+    assert plan_of([-1] * cpu.SINGLE_ROWS) == cpu.HostPlan(4, (), ())
 
 
 def test_adjacent_rows_are_sliced_in_blocks_and_the_rest_is_gathered_and_padded() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fxlora.kernels.errors import FxloraError, PlanMismatchError, PoolWriteError, RuntimeGoneError
-from fxlora.kernels.registry import PoolKind, SitePool, pools_of, register_runtime, round_up, unregister_runtime
+from fxlora.kernels.registry import PoolKind, SitePool, pools_of, register_runtime, unregister_runtime
 from tests.kernels.cases import DEVICES
 
 
@@ -22,14 +22,14 @@ def test_bytes_needed_are_the_bytes_taken(kind: PoolKind) -> None:
     needed = SitePool.bytes_needed(
         kind=kind, pool_rows=40, in_features=6, out_features=5, max_adapters=3, dtype=torch.bfloat16, device="cpu"
     )
-    assert needed == allocate(kind).bytes == 48 * 11 * 2 + 3 * 12
+    assert needed == allocate(kind).bytes == 40 * 11 * 2 + 3 * 12
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["linear", "embedding"])
 def test_write_publishes_one_slot_in_place(kind: PoolKind, device: str) -> None:
     pool = allocate(kind, device)
-    assert pool.a.shape == ((48, 6) if kind == "linear" else (6, 48))
+    assert pool.a.shape == ((40, 6) if kind == "linear" else (6, 40))
     addresses = [t.data_ptr() for t in (pool.a, pool.b, pool.start, pool.rank, pool.scaling)]
     a_RK, b_RN = torch.randn(4, 6), torch.randn(4, 5)
     pool.write(2, start=16, a_RK=a_RK, b_RN=b_RN, scaling=0.3)
@@ -40,22 +40,22 @@ def test_write_publishes_one_slot_in_place(kind: PoolKind, device: str) -> None:
     assert pool.scaling.tolist() == [0, 0, pytest.approx(0.3)]
     extent = pool.extents[2]
     assert extent is not None
-    window = extent.window[:, extent.columns]
-    assert torch.equal(window.t() if kind == "linear" else extent.a.t(), pool.a_PK[16:20])
+    assert torch.equal(extent.a if kind == "linear" else extent.a.t(), pool.a_PK[16:20])
     pool.clear(2)
     assert pool.rank.tolist() == [0, 0, 0]
     assert pool.extents == [None] * 3
     assert addresses == [t.data_ptr() for t in (pool.a, pool.b, pool.start, pool.rank, pool.scaling)]
 
 
-def test_window_of_the_last_rows_stays_inside_the_pool() -> None:
+@pytest.mark.parametrize(("start", "rank", "width"), [(0, 1, 2), (39, 1, 2), (37, 3, 3)])
+def test_window_holds_a_and_stays_inside_the_pool(start: int, rank: int, width: int) -> None:
     pool = allocate()
-    a_RK = torch.randn(3, 6)
-    pool.write(0, start=45, a_RK=a_RK, b_RN=torch.randn(3, 5), scaling=1.0)
+    a_RK = torch.randn(rank, 6)
+    pool.write(0, start=start, a_RK=a_RK, b_RN=torch.randn(rank, 5), scaling=1.0)
     extent = pool.extents[0]
     assert extent is not None
-    assert extent.window.shape == (6, 16)
-    assert torch.equal(extent.window[:, extent.columns].t(), a_RK.bfloat16())
+    assert extent.window.shape == (width, 6)
+    assert torch.equal(extent.window[extent.ranks], a_RK.bfloat16())
 
 
 def test_rank_zero_is_an_empty_slot() -> None:
@@ -69,7 +69,7 @@ def test_rank_zero_is_an_empty_slot() -> None:
     [
         (3, 0, (4, 6), (4, 5), "slot 3"),
         (-1, 0, (4, 6), (4, 5), "slot -1"),
-        (0, 45, (4, 6), (4, 5), "rows 45 to 49"),
+        (0, 37, (4, 6), (4, 5), "rows 37 to 41"),
         (0, -1, (4, 6), (4, 5), "rows -1"),
         (0, 0, (4, 7), (4, 5), r"\(4, 7\)"),
         (0, 0, (4, 6), (3, 5), r"\(3, 5\)"),
@@ -123,10 +123,6 @@ def test_handles_of_others_are_refused() -> None:
 def test_digest_has_32_bits(digest: int) -> None:
     with pytest.raises(ValueError, match="32 bits"):
         register_runtime(digest, [])
-
-
-def test_round_up() -> None:
-    assert [round_up(n, 16) for n in (0, 1, 16, 17)] == [0, 16, 16, 32]
 
 
 def test_errors_are_one_family() -> None:
