@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from fxlora.errors import CaptureError
 from fxlora.passes.weights import Weights, tensor_key
-from fxlora.signature import META_KEY, constant_leaves, tensor_leaves
+from fxlora.signature import META_KEY, constant_leaves, supply_builtins, tensor_leaves
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
             failures.append(f"{tracer.__name__.strip('_')}: {type(error).__name__}: {error}")
             _log.debug("%s could not capture the model", tracer.__name__, exc_info=True)
             continue
+        supply_builtins(gm)
         _remember(gm, model, args, kwargs)
         return gm
     raise CaptureError(

@@ -6,6 +6,7 @@ graphs, for torch.export's (pytree) and for dynamo's captured ones (bytecode).
 
 from __future__ import annotations
 
+import builtins
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,7 @@ class Signature:
         self._bytecode_flatten: Any = getattr(codegen, "dynamo_bytecode_flatten", None)
         self._bytecode_unflatten: Any = getattr(codegen, "dynamo_bytecode_unflatten", None)
         self._pytree: Any = getattr(codegen, "pytree_info", None)
+        supply_builtins(self.gm)
 
     @classmethod
     def of(cls, gm: fx.GraphModule) -> Signature:
@@ -136,6 +138,15 @@ class Signature:
         if missing:
             raise CallError(f"arguments {missing} are missing; the graph was traced with {self.names}")
         return tuple(bound[name] for name in self.names)
+
+
+def supply_builtins(gm: fx.GraphModule) -> None:
+    """Let dynamo's call bytecode find Python's builtins: torch 2.11 looks for them among the model's globals alone."""
+    codegen: Any = gm.graph._codegen
+    for hook in ("dynamo_bytecode_flatten", "dynamo_bytecode_unflatten"):
+        found = getattr(codegen, hook, None)
+        if found is not None:
+            found.f_globals = {**vars(builtins), **found.f_globals}
 
 
 def constant_leaves(bound: Mapping[str, Any]) -> dict[str, Any]:
