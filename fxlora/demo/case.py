@@ -54,7 +54,7 @@ def tiny_case() -> Case:
         model=load_model(DATA / "base"),
         adapters={kind: DATA / "adapters" / kind for kind in KINDS},
         texts={kind: windows(encode(held_out(kind)), length=WINDOW, count=24) for kind in KINDS},
-        prompt="This ",
+        prompt="return ",
         encode=encode,
         decode=decode,
     )
