@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxlora.passes.decompose import decompose_calls, opaque_calls
 from fxlora.passes.diff import graph_diff, graph_text
 from fxlora.passes.errors import VerifyError
 from fxlora.passes.graph import output_leaves
@@ -95,6 +96,16 @@ def size_graph(job: Job) -> None:
     job.sizing = size_worlds(job.gm, job.inputs, job.seeds, job.bound)
 
 
+def open_calls(job: Job) -> None:
+    """Replace opaque calls by the ops they are made of, where they can be traced; then sizes are taken anew."""
+    if opaque_calls(job.gm) and decompose_calls(job.gm, job.sizing.worlds[0]):
+        unify_weights(job.gm)
+        job.gm.graph.lint()
+        job.gm.recompile()
+        job.weights = Weights(job.gm, job.bound, job.models)
+        job.sizing = size_worlds(job.gm, job.inputs, job.seeds, job.bound)
+
+
 def find_linear_sites(job: Job) -> None:
     """Find the sites and their roles, the logits site among them."""
     world: World = job.sizing.worlds[0]
@@ -120,7 +131,7 @@ def make_plan(job: Job) -> None:
 
 def analyse(job: Job) -> Plan:
     """Everything up to the plan."""
-    for step in (normalize, size_graph, find_linear_sites, prove_rows, make_plan):
+    for step in (normalize, size_graph, open_calls, find_linear_sites, prove_rows, make_plan):
         _run(job, step.__name__, step)
     return job.plan
 

@@ -164,11 +164,12 @@ def size_worlds(
                 worlds = tuple(World(symbols=s, generator=_generator(i)) for i, s in enumerate(sets))
                 return Sizing(worlds, False, fixed_sizes(inputs), model_guards(env))
         log.info("no sizes but the traced ones satisfy the graph's guards: proven for these alone")
-    elif env is None:
+    else:
         for dims in ("all", "rows", "batch"):
             sized = _refaked(gm, inputs, batch, bound, dims)
             if sized is not None:
-                return Sizing(sized, False, _held_sizes(inputs, batch, dims))
+                guards = () if env is None else model_guards(env)
+                return Sizing(sized, False, _held_sizes(inputs, batch, dims), guards)
     frozen = _refaked(gm, inputs, batch, bound, "none")
     if frozen is None:
         raise RowsNotProvenError(
@@ -296,6 +297,7 @@ def _input_shapes(
         return {inp.node: inp.sizes for inp in inputs}
     sizes: dict[Any, int] = {}
     others = iter(_OTHER_SIZES[world] * 50)
+    symbolic = any(symbol is not None for inp in inputs for symbol in inp.symbols)
     shapes = {}
     for inp in inputs:
         dims = batch.get(inp.node, ())
@@ -303,6 +305,7 @@ def _input_shapes(
         for d, size in enumerate(inp.sizes):
             key = ("request", dims.index(d)) if d in dims else ("other", size)
             fixed = size == 1 if key[0] == "other" else len(dims) > 1 and dims.index(d) == 0 and size == 1
+            fixed = fixed or (symbolic and inp.symbols[d] is None)
             fixed = fixed or (free == "batch" and key != ("request", 0)) or (free == "rows" and d > 1)
             if fixed:
                 shape.append(size)

@@ -1,0 +1,111 @@
+"""Opaque calls (packed multi-head attention, modules that cannot be traced by symbols) to the aten ops they are made of.
+
+Each is traced once at sizes of the proof, all dims symbolic, and its graph takes the call's place. A call that cannot be traced
+stays, and its weights are skipped with that reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fxlora.passes.graph import op_name
+from fxlora.passes.rows.worlds import TensorFacts, UnknownShapeError, World
+
+log = logging.getLogger(__name__)
+
+_OPAQUE_FUNCTIONS = {"multi_head_attention_forward"}
+
+
+def opaque_calls(gm: fx.GraphModule) -> list[fx.Node]:
+    """Calls whose inside is not in the graph and matters: it reads weights, or its result is used."""
+    return [
+        n
+        for n in gm.graph.nodes
+        if n.users and (n.op == "call_module" or (n.op == "call_function" and op_name(n) in _OPAQUE_FUNCTIONS))
+    ]
+
+
+def decompose_calls(gm: fx.GraphModule, world: World) -> int:
+    """Replace what can be traced; returns how many calls were."""
+    return sum(_decompose(gm, node, world) for node in opaque_calls(gm))
+
+
+def _decompose(gm: fx.GraphModule, node: fx.Node, world: World) -> bool:
+    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    weights = [] if module is None else list({**dict(module.named_parameters()), **dict(module.named_buffers())})
+    operands = [n for n in node.all_input_nodes if isinstance(_facts(world, n), TensorFacts)]
+    try:
+        examples = [_example(world.facts(n)) for n in operands] + [
+            _example(_attribute(module, name)) for name in weights
+        ]
+    except UnknownShapeError:
+        return False
+
+    def call(*tensors: torch.Tensor) -> Any:
+        values = dict(zip(operands, tensors, strict=False))
+        args = fx.map_arg(node.args, lambda n: values.get(n, world.facts(n) if n not in values else None))
+        kwargs = fx.map_arg(dict(node.kwargs), lambda n: values.get(n, world.facts(n) if n not in values else None))
+        if module is None:
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        state = dict(zip(weights, tensors[len(operands) :], strict=True))
+        return torch.func.functional_call(module, state, args, kwargs)
+
+    try:
+        with torch.no_grad():
+            inner = make_fx(call, tracing_mode="symbolic", pre_dispatch=True, _allow_non_fake_inputs=True)(*examples)
+    except Exception as error:
+        log.info("%s stays opaque: %s", node.name, error)
+        return False
+    with gm.graph.inserting_before(node):
+        sources = operands + [gm.graph.get_attr(f"{node.target}.{name}") for name in weights]
+    _splice(gm, node, inner, sources)
+    return True
+
+
+def _attribute(module: torch.nn.Module | None, name: str) -> Any:
+    return operator.attrgetter(name)(module)
+
+
+def _facts(world: World, node: fx.Node) -> Any:
+    try:
+        return world.facts(node)
+    except UnknownShapeError:
+        return None
+
+
+def _example(facts: Any) -> torch.Tensor:
+    return torch.zeros(tuple(facts.shape), dtype=facts.dtype, device=facts.device)
+
+
+def _splice(gm: fx.GraphModule, node: fx.Node, inner: fx.GraphModule, sources: list[fx.Node]) -> None:
+    """Put the traced graph where the call stood."""
+    values: dict[fx.Node, Any] = {}
+    placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
+    values.update(zip(placeholders, sources, strict=True))
+    kept = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
+    with gm.graph.inserting_before(node):
+        for n in inner.graph.nodes:
+            if n.op in ("placeholder", "output"):
+                continue
+            if n.op == "get_attr":
+                name = f"_{node.name}_{n.target}".replace(".", "_")
+                setattr(gm, name, operator.attrgetter(str(n.target))(inner))
+                values[n] = gm.graph.get_attr(name)
+            else:
+                values[n] = gm.graph.node_copy(n, lambda a: values[a])
+            values[n].meta = dict(kept)
+    returned = next(n.args[0] for n in inner.graph.nodes if n.op == "output")
+    result: Any = fx.map_arg(returned, lambda a: values[a])
+    if isinstance(result, fx.Node):
+        node.replace_all_uses_with(result)
+    else:
+        for user in list(node.users):
+            user.replace_all_uses_with(result[user.args[1]])
+            gm.graph.erase_node(user)
+    gm.graph.erase_node(node)
