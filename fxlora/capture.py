@@ -36,6 +36,7 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
         PeftModelError: The model holds PEFT's wrappers.
     """
     Weights.refuse_peft([name for name, _ in model.named_parameters(remove_duplicate=False)])
+    _refuse_unknown_containers(args, kwargs)
     args, kwargs = pytree.tree_map(lambda t: t.detach() if type(t) is torch.Tensor else t, (args, kwargs))
     for _, tensor in tensor_leaves((args, kwargs)):
         for d, size in enumerate(tensor.shape):
@@ -58,6 +59,19 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
         "no whole graph of the model could be captured, and nothing can be proven across a graph break.\n"
         + "\n".join(failures)
     )
+
+
+def _refuse_unknown_containers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise for arguments that hold tensors where no tracer can see them as inputs."""
+    leaves, _ = pytree.tree_flatten_with_path((args, kwargs))
+    for path, leaf in leaves:
+        if not isinstance(leaf, torch.Tensor) and tensor_leaves(leaf):
+            kind = f"{type(leaf).__module__}.{type(leaf).__name__}"
+            raise CaptureError(
+                f"argument {pytree.keystr(path)} is a {kind}, whose tensors cannot be inputs of a graph: pass the tensors "
+                f"themselves, or register the class with `torch.utils._pytree.register_pytree_node` (transformers does "
+                f"it for its DynamicCache in `transformers.integrations.executorch.register_dynamic_cache_export_support`)"
+            )
 
 
 def _dynamo(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:

@@ -1,6 +1,6 @@
-"""Opaque calls (packed multi-head attention, modules that cannot be traced by symbols) to the aten ops they are made of.
+"""Opaque calls (packed multi-head attention, modules that symbols cannot trace) to the aten ops they are made of.
 
-Each is traced once at sizes of the proof, all dims symbolic, and its graph takes the call's place. A call that cannot be traced
+Each is traced once at sizes of the proof, all dims symbolic, and its graph takes the call's place. What cannot be traced
 stays, and its weights are skipped with that reason.
 """
 
