@@ -133,7 +133,7 @@ def _triton_body(name: str) -> Callable[..., object]:
 
 
 def _register() -> None:
-    rows = {
+    rows: dict[str, tuple[Callable[..., object], Callable[..., object]]] = {
         "segment_rows": (_fake_segment_rows, segment_rows_torch),
         "lora_linear": (_fake_lora_linear, cpu.lora_linear),
         "lora_logits": (_fake_lora_logits, cpu.lora_logits),

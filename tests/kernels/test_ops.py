@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +18,9 @@ from fxlora.kernels.registry import register_runtime, unregister_runtime
 from tests.kernels.cases import DEVICES, Case, assert_near, make_case, registered
 
 KINDS = ("linear", "logits", "embedding")
-Op = Callable[..., object]
 
 
-def op_and_arguments(case: Case, handle: int) -> tuple[Op, tuple[object, ...]]:
+def op_and_arguments(case: Case, handle: int) -> tuple[Any, tuple[Any, ...]]:
     segments = ops.segment_rows(case.row_slots, case.max_adapters)
     rest = (case.row_slots, case.row_coeffs, segments, handle)
     if case.kind == "linear":
