@@ -157,7 +157,7 @@ def make_case(
 
 
 def row_errors(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Relative error of each row; one that cancels to less than its terms is measured against their size (order one)."""
+    """Relative error of each row; one that cancels below its terms is measured against their size (order one)."""
     found, expected = (tensor.reshape(-1, tensor.shape[-1]).float() for tensor in (found, expected))
     size = expected.norm(dim=1).clamp(min=0.5 * expected.shape[1] ** 0.5)
     return (found - expected).norm(dim=1) / size
