@@ -68,9 +68,9 @@ def _refuse_unknown_containers(args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         if not isinstance(leaf, torch.Tensor) and tensor_leaves(leaf):
             kind = f"{type(leaf).__module__}.{type(leaf).__name__}"
             raise CaptureError(
-                f"argument {pytree.keystr(path)} is a {kind}, whose tensors cannot be inputs of a graph: pass the tensors "
-                f"themselves, or register the class with `torch.utils._pytree.register_pytree_node` (transformers does "
-                f"it for its DynamicCache in `transformers.integrations.executorch.register_dynamic_cache_export_support`)"
+                f"argument {pytree.keystr(path)} is a {kind}, whose tensors cannot be inputs of a graph: pass the "
+                f"tensors themselves, or register the class with `torch.utils._pytree.register_pytree_node` "
+                f"(transformers has one for DynamicCache: `register_dynamic_cache_export_support`)"
             )
 
 

@@ -1,7 +1,7 @@
 """Opaque calls (packed multi-head attention, modules that symbols cannot trace) to the aten ops they are made of.
 
-Each is traced once at sizes of the proof, all dims symbolic, and its graph takes the call's place. What cannot be traced
-stays, and its weights are skipped with that reason.
+Each is traced once at sizes of the proof, all dims symbolic, and its graph takes the call's place. What cannot be
+traced stays, and its weights are skipped with that reason.
 """
 
 from __future__ import annotations

@@ -141,6 +141,8 @@ def _index_map(
     picked = [items[d] for d in rows.dims]
     if all(is_whole(i) for i in picked):
         return Label(rows.map, tuple(where[d] for d in rows.dims))
+    if any(_beyond(p, item, rows.map.ids[w].shape[j]) for j, item in enumerate(picked) for w in range(p.count)):
+        return Mixed(f"{op_name(node)} with a bound beyond the sizes of the proof")
     inner, inner_start, inner_width = layout(p, picked)
     dims: dict[int, int] = {out: where[rows.dims[j]] for j, out in inner.items()}
     dims |= {inner_start + i: start + width - inner_width + i for i in range(inner_width)}
@@ -154,6 +156,13 @@ def _index_map(
         ids.append(value[at])
     text = f"[{', '.join(_spell(i) for i in picked)}]"
     return derive(p, node, rows, ids, order, lambda emit, parent: emit(operator.getitem, parent, tuple(picked)), text)
+
+
+def _beyond(p: Prover, item: Any, size: int) -> bool:
+    """A literal slice bound that only larger sizes would reach: what it does there is not seen here."""
+    if not isinstance(item, slice) or p.frozen:
+        return False
+    return any(type(bound) is int and size <= abs(bound) < 2**31 for bound in (item.start, item.stop))
 
 
 def concrete(p: Prover, item: Any, size: int, w: int) -> Any:

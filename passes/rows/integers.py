@@ -48,6 +48,29 @@ _INDEXING = {
 }
 _MUTATIONS = {"setitem"}
 
+# Where these compare with a literal, sizes of the proof must reach well beyond it to show both outcomes.
+_THRESHOLDS = {
+    *(
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "minimum",
+        "maximum",
+        "floor_divide",
+        "remainder",
+        "fmod",
+        "div",
+        "where",
+        "min",
+    ),
+    *("max", "lt", "le", "gt", "ge", "eq", "ne", "bitwise_and", "bitwise_or", "bitwise_right_shift", "rshift", "and_"),
+}
+_LARGEST_LITERAL = 12
+
+
+def _literals(node: fx.Node) -> list[Any]:
+    return [*node.args, *node.kwargs.values()]
+
 
 def _is_integer(facts: Any) -> bool:
     return isinstance(facts, TensorFacts) and not facts.dtype.is_floating_point and not facts.dtype.is_complex
@@ -112,10 +135,17 @@ class Integers:
         if name in _UNINITIALISED:
             facts = world.facts(node)
             return torch.zeros(facts.shape, dtype=facts.dtype)
+        if name.rstrip("_") in _THRESHOLDS and any(
+            type(a) is int and abs(a) > _LARGEST_LITERAL for a in _literals(node)
+        ):
+            return None
         if all(n in values for n in tensors):
             return self._run(node, world, values)
         if name in _RANKINGS:
-            return self._draw_ranking(node, name, world)
+            try:
+                return self._draw_ranking(node, name, world)
+            except RuntimeError:
+                return None
         return None
 
     @staticmethod

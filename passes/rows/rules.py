@@ -37,9 +37,18 @@ def rows_of(p: Prover, node: fx.Node) -> Any:
         return None
     if name in SCALARS and not p.is_tensor(node):
         return Mixed(f"{name} turns rows into a number that all requests see")
+    rows = _apply_rule(p, node, name)
+    if rows is None and name != "getitem":
+        return Mixed(f"{name} loses sight of its rows")
+    return rows
+
+
+def _apply_rule(p: Prover, node: fx.Node, name: str) -> Any:
     found = RULES.get(name)
     if found is not None:
         return found(p, node)
+    if not isinstance(operand(node), fx.Node) and not is_pointwise(name):
+        return Mixed(f"{name} of several tensors")
     if name in PER_SAMPLE:
         return per_sample(p, node)
     if name in REDUCTIONS:

@@ -80,13 +80,29 @@ def is_write(node: fx.Node) -> bool:
     if not node.op.startswith("call"):
         return False
     name = op_name(node)
-    if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-        return True
+    if isinstance(node.target, torch._ops.OpOverload):
+        return bool(node.target._schema.is_mutable)
+    if name.startswith("?"):
+        return bool(node.users)
     return (
         name == "setitem"
         or "out" in node.kwargs
         or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
     )
+
+
+def also_written(node: fx.Node) -> list[fx.Node]:
+    """Operands beside the first that a call may change: by its schema, or as nothing is known of a Python function."""
+    if op_name(node).startswith("?") and not isinstance(node.target, torch._ops.OpOverload) and node.users:
+        return list(node.all_input_nodes)
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    found = []
+    for i, spec in enumerate(node.target._schema.arguments):
+        if i and spec.alias_info is not None and spec.alias_info.is_write:
+            value = argument(node, i, spec.name)
+            found += [v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, fx.Node)]
+    return found
 
 
 def apply_write(p: Prover, node: fx.Node) -> Rows:
@@ -95,6 +111,8 @@ def apply_write(p: Prover, node: fx.Node) -> Rows:
         rows: Rows = Mixed("an out= argument") if any(p.rows(n) for n in node.all_input_nodes) else None
         _spread(p, out, rows)
         return rows
+    for other in also_written(node):
+        _spread(p, other, Mixed(f"written by {op_name(node).lstrip('?')}"))
     target = operand(node)
     if not p.is_tensor(target):
         return (
