@@ -137,7 +137,7 @@ class AdapterPool:
         self.max_adapters, self.max_rank = max_adapters, max_rank
         self.pool_rows = _rows_for(max_adapters, max_rank, pool_rows)
         self.sites = tuple(site for site in sites if site.role is not Role.EXPERTS)
-        sizes = {site: _sizes_of(site, self.pool_rows, max_adapters) for site in self.sites}
+        sizes = {site: _sizes_of(site, self.pool_rows, max_adapters, max_rank) for site in self.sites}
         self._bytes = sum(SitePool.bytes_needed(**size) for size in sizes.values())
         _log.info("adapter pools: %d sites of %d rank rows, %d bytes", len(sizes), self.pool_rows, self._bytes)
         self._rooms = {
@@ -300,17 +300,19 @@ class _PoolSizes(TypedDict):
     in_features: int
     out_features: int
     max_adapters: int
+    max_rank: int
     dtype: torch.dtype
     device: torch.device
 
 
-def _sizes_of(site: Site, pool_rows: int, max_adapters: int) -> _PoolSizes:
+def _sizes_of(site: Site, pool_rows: int, max_adapters: int, max_rank: int) -> _PoolSizes:
     return {
         "kind": "embedding" if site.role is Role.EMBEDDING else "linear",
         "pool_rows": pool_rows,
         "in_features": site.in_features,
         "out_features": site.out_features,
         "max_adapters": max_adapters,
+        "max_rank": max_rank,
         "dtype": site.dtype,
         "device": site.device,
     }
