@@ -1,6 +1,7 @@
 # `make test` and `make demo` set up everything they need, from a bare clone; a second run skips the set-up.
 PYTHON ?= python3
 VENV   ?= .venv
+WORKERS ?= 2
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
@@ -35,7 +36,7 @@ demo: $(STAMP)
 	@$(BIN)/fxlora demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -92,9 +92,9 @@ def _also(aliases: Sequence[str]) -> str:
 
 def _sites(lora: fxlora.LoraModule, *, fold: bool) -> list[Table | Text]:
     """Return the table of sites, and below it what each row map stands for."""
-    letters: dict[str, str] = {}
+    numbers: dict[str, str] = {}
     for site in lora.sites:
-        letters.setdefault(lora.row_map(site), chr(ord("A") + len(letters)))
+        numbers.setdefault(lora.row_map(site), str(1 + len(numbers)))
     table = _table(f"{len(lora.sites)} sites", "site", "role", "out x in", "uses", "rows")
     rows = (
         (
@@ -103,11 +103,11 @@ def _sites(lora: fxlora.LoraModule, *, fold: bool) -> list[Table | Text]:
             site.role.value,
             f"{site.out_features} x {site.in_features}",
             str(len(site.uses)),
-            letters[lora.row_map(site)],
+            numbers[lora.row_map(site)],
         )
         for site in lora.sites
     )
-    legend = [Text(f"  rows {letter}: {text}", style="dim") for text, letter in letters.items()]
+    legend = [Text(f"  rows {number}: {text}", style="dim") for text, number in numbers.items()]
     return [_fill(table, rows, fold=fold), *legend, Text()]
 
 
