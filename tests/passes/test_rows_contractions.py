@@ -1,0 +1,176 @@
+"""Rows under matmul, einsum and attention: a summed dim of requests mixes, batch dims agree, packed keys are assumed.
+
+Shape letters: B requests, T tokens, H features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from fxlora.passes.rows.contractions import parse_einsum
+from fxlora.passes.rows.labels import Label
+from tests.passes.build import holder, mapping_of, proved, reason_of, returned, rows_of, traced, weight
+
+Body = Callable[..., Any]
+B = 29
+attend = F.scaled_dot_product_attention
+
+
+class Dims:
+    """Stands for a prover that knows how many dims each operand has."""
+
+    def __init__(self, dims: dict[str, int]) -> None:
+        self.dims = dims
+
+    def ndim(self, node: fx.Node) -> int:
+        return self.dims[node.name]
+
+
+@pytest.mark.parametrize(
+    ("equation", "dims", "terms", "result"),
+    [
+        ("bti,oi->bto", (3, 2), ["bti", "oi"], "bto"),
+        (" b t i , o i -> b t o ", (3, 2), ["bti", "oi"], "bto"),
+        ("ij,jk", (2, 2), ["ij", "jk"], "ik"),
+        ("ki,kj", (2, 2), ["ki", "kj"], "ij"),
+        ("ii", (2,), ["ii"], ""),
+        ("...i,oi->...o", (4, 2), ["FGHi", "oi"], "FGHo"),
+        ("...i,...i->...", (3, 2), ["GHi", "Hi"], "GH"),
+        ("...ij,jk", (4, 2), ["GHij", "jk"], "GHik"),
+        ("...,i->...i", (0, 1), ["", "i"], "i"),
+        ("a...b->b...a", (4,), ["aGHb"], "bGHa"),
+    ],
+)
+def test_equations(equation: str, dims: tuple[int, ...], terms: list[str], result: str) -> None:
+    gm = traced(lambda x, y: torch.einsum(equation, *[x, y][: len(dims)]))
+    node = returned(gm.graph)
+    parsed = parse_einsum(Dims(dict(zip("xy", dims, strict=False))), node)
+    assert parsed is not None
+    assert (parsed[0], parsed[1], [n.name for n in parsed[2]]) == (terms, result, list("xy")[: len(dims)])
+
+
+def test_operands_may_come_as_a_list() -> None:
+    node = returned(traced(lambda x, y: torch.ops.aten.einsum.default("bi,oi->bo", [x, y])).graph)
+    parsed = parse_einsum(Dims({"x": 2, "y": 2}), node)
+    assert parsed is not None
+    assert [n.name for n in parsed[2]] == ["x", "y"]
+
+
+def test_other_equations_are_not_read() -> None:
+    graph = fx.Graph()
+    listed = graph.call_function(torch.einsum, (graph.placeholder("x"), [0, 1], [0]))
+    assert parse_einsum(Dims({"x": 2}), listed) is None
+    assert parse_einsum(Dims({"x": 2}), returned(traced(lambda x: torch.einsum("ij,jk", x)).graph)) is None
+
+
+KEPT: dict[str, tuple[Body, tuple[int, ...]]] = {
+    "x @ w": (lambda self, x: x @ self.w, (0,)),
+    "w @ x": (lambda self, x: self.w @ x.transpose(1, 2), (0,)),
+    "w @ rows": (lambda self, x: self.w @ x[:, 0].t(), (1,)),
+    "vector": (lambda self, x: x @ self.v, (0,)),
+    "mv": (lambda self, x: torch.mv(x[:, 0], self.v), (0,)),
+    "x @ x.T per request": (lambda self, x: x @ x.transpose(1, 2), (0,)),
+    "bmm": (lambda self, x: torch.bmm(x, x.mT), (0,)),
+    "more dims on the left": (lambda self, x: x.unsqueeze(1) @ x.unsqueeze(1).mT, (0,)),
+    "more dims on the right": (lambda self, x: self.w @ x.unsqueeze(0).mT, (1,)),
+    "addmm": (lambda self, x: torch.addmm(self.v, x[:, 0], self.w), (0,)),
+    "baddbmm": (lambda self, x: torch.baddbmm(x[:, :1, :1], x, x.mT), (0,)),
+    "einsum linear": (lambda self, x: torch.einsum("bti,oi->bto", x, self.w), (0,)),
+    "einsum moved": (lambda self, x: torch.einsum("bti,oi->otb", x, self.w), (2,)),
+    "einsum batched": (lambda self, x: torch.einsum("bti,bsi->bts", x, x), (0,)),
+    "einsum of three": (lambda self, x: torch.einsum("bti,oi,bti->bto", x, self.w, x), (0,)),
+    "einsum of one": (lambda self, x: torch.einsum("bti->itb", x), (2,)),
+    "einsum over tokens": (lambda self, x: torch.einsum("bti->bi", x), (0,)),
+    "einsum outer": (lambda self, x: torch.einsum("bti,e->ebti", x, self.v), (1,)),
+    "attention": (lambda self, x: attend(*[x.unsqueeze(1)] * 3), (0,)),
+    "attention causal": (lambda self, x: attend(*[x.unsqueeze(1)] * 3, is_causal=True), (0,)),
+    "attention masked": (
+        lambda self, x: attend(*[x.unsqueeze(1)] * 3, attn_mask=(x @ x.mT).unsqueeze(1) > 0),
+        (0,),
+    ),
+    "attention over shared keys": (lambda self, x: attend(x, self.k, self.k), (0,)),
+}
+
+
+def model_of(body: Body) -> nn.Module:
+    return holder(body, w=weight(6, 6), v=weight(6), k=weight(1, 3, 6))
+
+
+@pytest.mark.parametrize("op", KEPT)
+def test_products_that_keep_requests_apart(op: str) -> None:
+    body, dims = KEPT[op]
+    assert mapping_of(rows_of(model_of(body), torch.randn(4, 5, 6))) == (dims, list(range(B)))
+
+
+MIXED: dict[str, tuple[Body, str]] = {
+    "x.T @ x": (lambda self, x: x[:, 0].T @ x[:, 0], "sums over the request dim"),
+    "x @ x.T": (lambda self, x: x[:, 0] @ x[:, 0].T, "different requests"),
+    "tokens of all": (lambda self, x: x.flatten(0, 1) @ x.flatten(0, 1).T, "different requests"),
+    "rolled": (lambda self, x: x @ x[torch.arange(x.shape[0], device=x.device).roll(1)].mT, "different requests"),
+    "dot": (lambda self, x: torch.dot(x[:, 0, 0], x[:, 0, 0]), "sums over the request dim"),
+    "mv over the batch": (lambda self, x: torch.mv(x[:, 0].T, x[:, 0, 0]), "sums over the request dim"),
+    "weight of a request": (lambda self, x: F.linear(self.w, x[:, 0]), "weight that depends on a request"),
+    "einsum over the batch": (lambda self, x: torch.einsum("bti->ti", x), "sums over the request dim"),
+    "einsum pair over the batch": (lambda self, x: torch.einsum("bti,bsi->ts", x, x), "sums over the request dim"),
+    "einsum across": (lambda self, x: torch.einsum("ai,bi->ab", x[:, 0], x[:, 0]), "different requests"),
+    "attention over the batch": (lambda self, x: attend(*[x.transpose(0, 1)] * 3), "keys of several requests"),
+    "attention of features": (lambda self, x: attend(*[x.permute(1, 2, 0)] * 3), "over the request dim"),
+    "attention of other keys": (lambda self, x: attend(x, x.flip(0), x), "flip along"),
+    "attention to a neighbour": (
+        lambda self, x: attend(x, x[torch.arange(x.shape[0], device=x.device).roll(1)], x),
+        "different requests",
+    ),
+    "mask over the batch": (lambda self, x: attend(*[x.unsqueeze(1)] * 3, attn_mask=x.sum(0) @ x.sum(0).T), "sum over"),
+}
+
+
+@pytest.mark.parametrize("op", MIXED)
+def test_products_that_mix(op: str) -> None:
+    body, reason = MIXED[op]
+    assert reason in reason_of(rows_of(model_of(body), torch.randn(4, 5, 6)))
+
+
+def test_a_weight_over_the_batch_mixes_where_the_batch_is_fixed() -> None:
+    """A graph with a [B, B] weight runs at no other batch: still mixed."""
+    model = holder(lambda self, x: self.w @ x, w=weight(4, 4))
+    assert "sums over the request dim" in reason_of(rows_of(model, torch.randn(4, 6)))
+
+
+PACKED: dict[str, Body] = {
+    "attention": lambda x: attend(*[x.unsqueeze(1)] * 3),
+    "matmul": lambda x: (x @ x.mT).softmax(-1) @ x,
+    "einsum": lambda x: torch.einsum("bti,bsi->bts", x, x) @ x,
+}
+
+
+@pytest.mark.parametrize("op", PACKED)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_packed_keys_are_the_masks_job_and_said_so(op: str, batch: int) -> None:
+    """A query keeps its own token's row, whatever keys it reads in its sequence."""
+    prover = proved(PACKED[op], torch.randn(batch, 5, 6), batch_dims=(0, 1))
+    rows = prover.rows(returned(prover.graph))
+    assert isinstance(rows, Label), rows
+    assert rows.map.ids[0].flatten().tolist() == prover.seed.ids[0].flatten().tolist()
+    assert any("mask" in words for words in prover.assumed.values())
+
+
+def test_per_request_nothing_is_assumed() -> None:
+    assert proved(PACKED["matmul"], torch.randn(4, 5, 6)).assumed == {}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda x: attend(*[x.transpose(0, 1)] * 3),
+        lambda x: attend(x, x.flip(0), x.flip(0)),
+        lambda x: torch.einsum("bti,bsi->ts", x, x),
+    ],
+)
+def test_packed_sequences_of_one_batch_do_not_see_each_other(body: Body) -> None:
+    reason_of(rows_of(body, torch.randn(3, 5, 6), batch_dims=(0, 1)))
