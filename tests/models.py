@@ -60,7 +60,8 @@ class Entry:
     attention, mlp, head and embedding are PEFT `target_modules` (suffixes); gate holds `target_parameters`: a router,
     and linears that PEFT would turn into expert targets if they were named as modules. embedding is empty where
     several modules share the table (T5, BART): PEFT adapts the module it names, fxlora the table.
-    routed is True where expert GEMMs make a row's last bits depend on how its neighbours route.
+    routed is True where expert GEMMs make a row's last bits depend on how its neighbours route. gain scales every matrix
+    and every adapter: below 1 where order-one weights would make the family ill-conditioned (T5 attends unscaled).
     """
 
     name: str
@@ -74,6 +75,7 @@ class Entry:
     head: Sequence[str] = ()
     embedding: Sequence[str] = ()
     routed: bool = False
+    gain: float = 1.0
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self) -> nn.Module:
@@ -83,7 +85,7 @@ class Entry:
             torch.manual_seed(0)
             model = getattr(transformers, self.model)(config)
         model.config.use_cache = False
-        scale_weights(model, torch.Generator().manual_seed(1))
+        scale_weights(model, torch.Generator().manual_seed(1), self.gain)
         return model.eval().requires_grad_(False)
 
     def inputs(self, batch: int = BATCH, length: int = LENGTH, seed: int = 0) -> Inputs:
@@ -97,10 +99,10 @@ def request(inputs: Inputs, index: int) -> Inputs:
 
 
 @torch.no_grad()
-def scale_weights(model: nn.Module, generator: torch.Generator) -> None:
+def scale_weights(model: nn.Module, generator: torch.Generator, gain: float = 1.0) -> None:
     """Redraw every parameter in place so that activations stay of order one and no bias or norm is trivial.
 
-    Matrices get std 1 / sqrt(last dim) (embedding tables 0.5); vectors keep their level (0 or 1) plus a tenth of noise.
+    Matrices get std gain / sqrt(last dim) (embedding tables 0.5); vectors keep their level (0 or 1) plus some noise.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for parameter in model.parameters():
@@ -110,7 +112,7 @@ def scale_weights(model: nn.Module, generator: torch.Generator) -> None:
         elif id(parameter) in tables:
             parameter.copy_(0.5 * noise)
         else:
-            parameter.copy_(noise * parameter[0].numel() ** -0.5)
+            parameter.copy_(gain * noise * parameter[0].numel() ** -0.5)
 
 
 TEXT = {
@@ -349,6 +351,7 @@ UNNAMED: tuple[Entry, ...] = (
         ("wi_0", "wi_1", "wo"),
         (),
         ("lm_head",),
+        gain=0.4,
     ),
     Entry(
         "bart",

@@ -56,22 +56,24 @@ def config_of(entry: Entry, recipe: Recipe) -> peft.LoraConfig:
 
 
 @torch.no_grad()
-def randomize_adapter(model: nn.Module, generator: torch.Generator) -> None:
+def randomize_adapter(model: nn.Module, generator: torch.Generator, gain: float = 1.0) -> None:
     """Redraw every LoRA tensor in place so that each delta is of the order of its base weight; B is never zero."""
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
             continue
         noise = torch.randn(parameter.shape, generator=generator)
         second = "lora_B" in name or "lora_embedding_B" in name
-        parameter.copy_(0.4 * noise if second else noise * parameter.shape[-1] ** -0.5)
+        parameter.copy_(0.4 * gain * noise if second else noise * parameter.shape[-1] ** -0.5)
         if "lora_embedding_A" in name:
             parameter.copy_(0.5 * noise)
 
 
-def make_adapter(build: Callable[[], nn.Module], config: peft.LoraConfig, folder: Path, seed: int = 0) -> Path:
+def make_adapter(
+    build: Callable[[], nn.Module], config: peft.LoraConfig, folder: Path, seed: int = 0, gain: float = 1.0
+) -> Path:
     """Write an adapter as PEFT saves it (adapter_config.json and adapter_model.safetensors) and return its folder."""
     model = peft.get_peft_model(build(), config)
-    randomize_adapter(model, torch.Generator().manual_seed(seed))
+    randomize_adapter(model, torch.Generator().manual_seed(seed), gain)
     model.save_pretrained(str(folder), safe_serialization=True)
     return folder
 
@@ -79,7 +81,9 @@ def make_adapter(build: Callable[[], nn.Module], config: peft.LoraConfig, folder
 def make_adapters(entry: Entry, folder: Path, recipes: Mapping[str, Recipe] = RECIPES) -> dict[str, Path]:
     """One folder per recipe for this entry."""
     return {
-        name: make_adapter(entry.build, config_of(entry, recipe), folder / entry.name / name, seed=index)
+        name: make_adapter(
+            entry.build, config_of(entry, recipe), folder / entry.name / name, seed=index, gain=entry.gain
+        )
         for index, (name, recipe) in enumerate(recipes.items())
     }
 
@@ -152,6 +156,32 @@ class Oracle:
             seen.add(name)
         assert seen - {None}, "no adapter in this batch: nothing is checked"
         return worst
+
+
+@torch.no_grad()
+def answer_per_token(
+    build: Callable[[], nn.Module], adapters: Mapping[str, Path], inputs: Inputs, names: Sequence[Sequence[str | None]]
+) -> Tensors:
+    """The answer where every token of every request has an adapter of its own: names is nested as the ids are.
+
+    PEFT has no such mode: each of its LoRA linears adds its delta to the base linear of the same name, at its tokens.
+    """
+    model = build()
+    for name, folder in adapters.items():
+        mine = torch.tensor([[chosen == name for chosen in row] for row in names])[..., None]
+        for path, layer in peft.PeftModel.from_pretrained(build(), str(folder)).named_modules():
+            if isinstance(layer, peft.tuners.lora.Linear):
+                base = model.get_submodule(path.removeprefix("base_model.model."))
+                base.register_forward_hook(_adding(layer, mine))
+    return tensors_of(model(**inputs))
+
+
+def _adding(layer: Any, mine: torch.Tensor) -> Callable[..., torch.Tensor]:
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        delta = layer.lora_B["default"](layer.lora_A["default"](args[0])) * layer.scaling["default"]
+        return output + torch.where(mine, delta, 0.0)
+
+    return hook
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

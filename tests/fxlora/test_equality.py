@@ -14,7 +14,7 @@ import torch
 
 import fxlora
 from tests.models import DOCUMENTED, UNNAMED, ZOO, Entry, Inputs
-from tests.oracle import TOLERANCE, Oracle, Recipe, make_adapters, relative_error, tensors_of
+from tests.oracle import TOLERANCE, Oracle, Recipe, answer_per_token, make_adapters, relative_error, tensors_of
 
 MIXED: Sequence[str | None] = ("docs", None, "code", "sql", "docs")
 SWAPPED: Sequence[str | None] = ("code", None, "docs", "sql", "code")
@@ -155,3 +155,26 @@ def test_packed_requests_choose_per_token(name: str, tmp_path: Path) -> None:
         assert relative_error(got[:, start : start + length], want) <= TOLERANCE
         assert chosen is None or relative_error(want, base) > 1e-3
         start += length
+
+
+PER_TOKEN: Mapping[str, Recipe] = {
+    "a": Recipe(rank=2, alpha=3, parts=("attention", "mlp"), patterned=True),
+    "b": Recipe(rank=5, alpha=4, parts=("attention", "mlp", "head"), rslora=True),
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bert"])
+@torch.no_grad()
+def test_tokens_of_one_request_choose_their_own_adapters(name: str, tmp_path: Path) -> None:
+    """Two requests whose adapter changes from token to token, as a decoder that switches adapters mid-way does."""
+    entry = ZOO[name]
+    adapters = make_adapters(entry, tmp_path, PER_TOKEN)
+    inputs = {"input_ids": entry.inputs(batch=2, length=6, seed=2)["input_ids"]}
+    lora = served(entry, adapters, inputs, batch_dims={"input_ids": (0, 1)})
+    names: list[list[str | None]] = [["a", "a", "b", None, "b", "a"], [None, "b", "b", "b", "a", None]]
+    got = tensors_of(lora(**copied(inputs), adapters=names))["logits"]
+    want = answer_per_token(entry.build, adapters, inputs, names)["logits"]
+    assert relative_error(got, want) <= TOLERANCE
+    for other in (None, "a", "b"):
+        uniform = answer_per_token(entry.build, adapters, inputs, [[other] * 6] * 2)["logits"]
+        assert all(relative_error(got[row], uniform[row]) > 1e-3 for row in range(2))

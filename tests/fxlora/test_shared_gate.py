@@ -141,18 +141,16 @@ def test_a_weight_read_both_ways_is_refused_with_its_reason(form: str) -> None:
 
 
 def applied_to_wrapped(wrapped: Any, form: str) -> Any:
-    """Apply to a PeftModel in one of three forms."""
+    """Apply to a PeftModel as a graph; symbolic_trace cannot follow PEFT."""
     inputs = rows()
     if form == "export":
         gm = torch.export.export(wrapped, (), clone(inputs)).module()
-    elif form == "symbolic_trace":
-        gm = fx.symbolic_trace(wrapped.base_model.model)
     else:
         gm = fxlora.capture(wrapped, **clone(inputs))
     return fxlora.apply(gm, max_adapters=3, max_rank=8, example_inputs=clone(inputs))
 
 
-@pytest.mark.parametrize("form", ["capture", "symbolic_trace", "export"])
+@pytest.mark.parametrize("form", ["capture", "export"])
 def test_a_peft_model_is_refused_or_unwrapped(form: str) -> None:
     """PEFT's own wrappers never become sites: refused with the call that unwraps, or served as the base."""
     config = peft.LoraConfig(r=2, target_modules=["start", "moe.gate"], init_lora_weights=False)

@@ -72,6 +72,9 @@ def check(gm: fx.GraphModule, lora: Any, x: torch.Tensor, adapters: Mapping[str,
     truth, names = truth_of(gm, x, adapters), NAMES[: len(x)]
     got, nothing = lora(x.clone(), adapters=list(names)), lora(x.clone(), adapters=None)
     wrong, unexplained = truth.wrong(got, names)
+    if wrong and mixed_outputs(lora):  # a sort over requests moves some elements only for rare draws
+        truth = truth_of(gm, x, adapters, draws=100)
+        wrong, unexplained = truth.wrong(got, names)
     assert wrong == 0, f"{wrong} of {got.numel()} elements are not those of their request alone"
     assert unexplained == 0 or mixed_outputs(lora), f"{unexplained} elements mix requests and nothing says so"
     bare = torch.tensor([name is None for name in names])

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.nn import functional as F
 
 from fxlora.errors import FxloraError
-from tests.toys.base import DISTINCT, SINGLE, SQUARE, Sizes, Toy, Verdict, adapters_for, clone, is_independent
+from tests.toys.base import (
+    DISTINCT,
+    SINGLE,
+    SQUARE,
+    Forward,
+    Sizes,
+    Toy,
+    Verdict,
+    adapters_for,
+    clone,
+    is_independent,
+)
+from tests.toys.hostile import HOSTILE, token_ids
 from tests.toys.negative import NEGATIVE
 from tests.toys.positive import POSITIVE
 from tests.toys.serve import FORMS, check_mixed, graph_of, mixed_outputs, serve
 
-CASES = [(toy, sizes) for toy in NEGATIVE + POSITIVE for sizes in toy.sizes]
-REFUSED = [toy for toy in NEGATIVE if toy.verdict in (Verdict.MIXED, Verdict.SHARED)]
+CASES = [(toy, sizes) for toy in NEGATIVE + HOSTILE + POSITIVE for sizes in toy.sizes]
+REFUSED = [toy for toy in NEGATIVE + HOSTILE if toy.verdict in (Verdict.MIXED, Verdict.SHARED)]
 REPORTED = [toy for toy in NEGATIVE if toy.verdict is Verdict.REPORTED]
 
 
@@ -59,6 +74,27 @@ def test_a_batch_of_one_does_not_fool_the_prover(toy: Toy) -> None:
     check_mixed(toy, module, lora, small, adapters, ["a"])
     with pytest.raises(FxloraError):
         lora(**clone(large), adapters=names_for(DISTINCT))
+
+
+def ids_of_other_sequences(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.proj(self.table(x) + self.table(x.flip(0)))
+
+
+def keys_of_another_sequence(self: Any, x: torch.Tensor) -> torch.Tensor:
+    tokens = self.table(x)
+    others = tokens[:, 0][(torch.arange(x.shape[0]) + 1) % x.shape[0]][:, None]
+    return self.proj(F.scaled_dot_product_attention(tokens, others, others))
+
+
+@pytest.mark.parametrize("forward", [ids_of_other_sequences, keys_of_another_sequence])
+@pytest.mark.parametrize("form", FORMS)
+def test_packed_rows_keep_sequences_apart(forward: Forward, form: str) -> None:
+    """Adapters per token trust a mask within a sequence, never across sequences."""
+    toy = Toy(forward.__name__, forward, Verdict.MIXED, token_ids)
+    module, inputs = toy.module(), toy.inputs()
+    gm = graph_of(form, module, inputs)
+    with pytest.raises(FxloraError):
+        serve(gm, inputs, {"x": (0, 1)}, adapters_for(module))
 
 
 @pytest.mark.parametrize("toy", REPORTED, ids=identity)

@@ -21,7 +21,7 @@ def graph_of(form: str, module: nn.Module, inputs: Inputs) -> fx.GraphModule:
     return fxlora.capture(module, **clone(inputs))
 
 
-def serve(gm: fx.GraphModule, inputs: Inputs, batch_dims: Mapping[str, int], adapters: Mapping[str, Adapter]) -> Any:
+def serve(gm: fx.GraphModule, inputs: Inputs, batch_dims: Mapping[str, Any], adapters: Mapping[str, Adapter]) -> Any:
     """Apply and load; raises FxloraError where either refuses."""
     lora = fxlora.apply(gm, max_adapters=4, max_rank=8, batch_dims=dict(batch_dims), example_inputs=clone(inputs))
     for name, adapter in adapters.items():
