@@ -244,7 +244,6 @@ class Averaged(nn.Module):
         return self.proj(x + torch.full_like(x, x.mean().item()))
 
 
-@pytest.mark.xfail(strict=True, reason="a number made of all requests loses its label in full_like")
 def test_a_number_made_of_all_requests_mixes_what_it_fills() -> None:
     dims = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
     gm = torch.export.export(Averaged().eval(), (torch.randn(3, 5, 4),), dynamic_shapes=dims).module()

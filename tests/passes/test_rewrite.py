@@ -230,6 +230,7 @@ B, T, K, N = 2, 3, 4, 5
 SPELLINGS: dict[str, Body] = {
     "linear with bias": lambda self, x: F.linear(x, self.w, self.b),
     "x @ w.T": lambda self, x: x @ self.w.T,
+    "x @ kn by the identity": lambda self, x: x @ self.square.permute(0, 1),
     "x @ kn": lambda self, x: x @ self.kn,
     "addmm": lambda self, x: torch.addmm(self.b, x.reshape(-1, K), self.kn),
     "addmm of a matrix": lambda self, x: torch.addmm(x.reshape(-1, K)[:, :1], x.reshape(-1, K), self.kn),

@@ -59,7 +59,7 @@ def setting(*indices: torch.Tensor) -> tuple[Prover, list[Any]]:
 
 @pytest.mark.parametrize(
     "pattern",
-    ["i:", ":i", ":i:", "i0:", "0i:", ":ii", "i:i", "ii:", "i0i:", "n:i", "i:n", "0:0", ":[:", "nini:", "i:0i"],
+    ["i:", ":i", ":i:", "i0:", "0i:", ":ii", "i:i", "ii:", "i0i:", ":i0i", "n:i", "i:n", "0:0", ":[:", "nini:", "i:0i"],
 )
 @pytest.mark.parametrize("width", [1, 2])
 def test_layout_is_that_of_torch(pattern: str, width: int) -> None:

@@ -36,11 +36,10 @@ def value(target: nn.Module | Body, name: str, *examples: torch.Tensor) -> Any:
 def drawn(length: int, size: int) -> list[torch.Tensor]:
     """An index of `length` entries into `size` positions that only the caller knows, in every world."""
     gm = traced(lambda x, i: x[i])
-    graph, integers = integers_of(gm, torch.randn(4, 5), torch.zeros(length, dtype=torch.int32))
+    integers = Integers(gm, proved(gm, torch.randn(4, 5), torch.zeros(length, dtype=torch.int32)).worlds, {})
     found = []
     for w, world in enumerate(integers.worlds):
-        index = node(graph, "i")
-        integers.values[w].pop(index, None)
+        index = node(gm.graph, "i")
         facts = world.values[index]
         world.values[index] = type(facts)((length,), facts.dtype, facts.device)
         found.append(integers.index_values(index, size, w))

@@ -88,6 +88,7 @@ KEPT: dict[str, tuple[Body, tuple[int, ...]]] = {
     "swapaxes": (lambda x: x.swapaxes(0, 2), (2,)),
     "movedim": (lambda x: x.movedim(0, -1), (2,)),
     "movedim of two": (lambda x: x.movedim((0, 1), (1, 2)), (1,)),
+    "movedim across": (lambda x: x.movedim((1, 0), (0, 2)), (2,)),
     "moveaxis back": (lambda x: torch.moveaxis(torch.moveaxis(x, 0, 1), 1, 0), (0,)),
     "mT": (lambda x: x.mT, (0,)),
     "T": (lambda x: x[:, :, 0].T, (1,)),
@@ -181,7 +182,7 @@ def test_equal_maps_by_different_ways_are_one_map() -> None:
         (lambda x: torch.stack([x, x.flip(0)]), "flip along the request dim"),
         (lambda x: torch.stack([x[1:], x[:-1]]), "different requests"),
         (lambda x: torch.cat([x[1:], x[:-1]], 1), "different requests"),
-        (lambda x: torch.vstack([x, x]), "no row rule for vstack"),
+        (lambda x: torch.vstack([x, x]), "vstack"),
         (lambda x: x.view(torch.int32), "another dtype"),
     ],
 )

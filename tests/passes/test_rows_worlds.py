@@ -159,6 +159,11 @@ def test_sizes_obey_the_guards() -> None:
     assert all(shape[1] <= 18 for shape in shapes(gm, sizing, "x_1"))
 
 
+def test_sizes_obey_guards_that_are_no_bounds() -> None:
+    gm, sizing = symbolic_sizing(lambda x: x * 2 if x.shape[1] % 4 == 0 else x, torch.randn(4, 8))
+    assert all(shape[1] % 4 == 0 for shape in shapes(gm, sizing, "x_1"))
+
+
 def test_a_static_batch_is_proven_more_often() -> None:
     gm, inputs = symbolic(lambda x: x + 1, torch.randn(4, 6))
     static = [GraphInput(i.node, i.name, i.sizes, (None, i.symbols[1]), i.dtype) for i in inputs]

@@ -20,8 +20,9 @@ def test_two_parameters_over_one_storage_are_one_weight() -> None:
 @pytest.mark.parametrize("other", ["shape", "stride", "offset", "dtype"])
 def test_another_view_of_the_memory_is_another_weight(other: str) -> None:
     base = torch.randn(4, 4)
-    views = {"shape": base.view(2, 8), "stride": base.T, "offset": base[1:], "dtype": base.view(torch.int32)}
-    assert tensor_key(base) != tensor_key(views[other])
+    views = {"shape": base.view(2, 8), "stride": base.T, "dtype": base.view(torch.int32), "offset": base[2:]}
+    first = base[:2] if other == "offset" else base
+    assert tensor_key(first) != tensor_key(views[other])
 
 
 def test_weights_without_memory_go_by_identity() -> None:
