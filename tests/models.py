@@ -60,8 +60,8 @@ class Entry:
     attention, mlp, head and embedding are PEFT `target_modules` (suffixes); gate holds `target_parameters`: a router,
     and linears that PEFT would turn into expert targets if they were named as modules. embedding is empty where
     several modules share the table (T5, BART): PEFT adapts the module it names, fxlora the table.
-    routed is True where expert GEMMs make a row's last bits depend on how its neighbours route. gain scales every matrix
-    and every adapter: below 1 where order-one weights would make the family ill-conditioned (T5 attends unscaled).
+    routed is True where expert GEMMs make a row's last bits depend on how its neighbours route. gain scales every
+    matrix and every adapter: below 1 where order-one weights make the family ill-conditioned (T5 attends unscaled).
     """
 
     name: str

@@ -219,14 +219,12 @@ class Truth:
         return bool((self.owners.sum(0) > 1).any())
 
     def wrong(self, got: torch.Tensor, names: Sequence[str | None], tolerance: float = 1e-4) -> tuple[int, int]:
-        """(wrong elements among those of one request, elements of several requests that no adapter explains)."""
+        """(wrong elements among those of one request, other elements that no adapter explains)."""
         stacked = torch.stack([self.uniform[name].flatten() for name in names])
         scale = tolerance * max(1.0, float(stacked.abs().max()))
         near = (got.flatten()[None] - stacked).abs() <= scale
         alone, count = (near | ~self.owners).all(0), self.owners.sum(0)
-        return int(((count == 1) & ~alone).sum() + ((count == 0) & ~near.any(0)).sum()), int(
-            ((count > 1) & ~near.any(0)).sum()
-        )
+        return int(((count == 1) & ~alone).sum()), int(((count != 1) & ~near.any(0)).sum())
 
 
 @torch.no_grad()
