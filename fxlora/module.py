@@ -134,7 +134,7 @@ class LoraModule(nn.Module):
                         f"tracing fixed: capture it with dynamic sizes, or for this shape"
                     )
 
-        if self._guards:
+        if self._symbols:
             self._check_guards(flat)
 
     def _check_guards(self, flat: list[Any]) -> None:
@@ -142,7 +142,13 @@ class LoraModule(nn.Module):
         sizes = tuple(flat[position].shape[d] for _, position, d in self._symbols)
         if sizes in self._allowed:
             return
-        values = {symbol: size for (symbol, _, _), size in zip(self._symbols, sizes, strict=True)}
+        values: dict[Any, int] = {}
+        for (symbol, position, d), size in zip(self._symbols, sizes, strict=True):
+            if values.setdefault(symbol, size) != size:
+                shape = tuple(flat[position].shape)
+                raise CallError(
+                    f"dim {d} of an input of shape {shape} must be {values[symbol]}: tracing made it one size"
+                )
         for guard in self._guards:
             if guard.subs(values) == False:  # noqa: E712  a sympy truth value
                 raise CallError(

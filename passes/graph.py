@@ -12,75 +12,80 @@ from typing import Any
 import torch
 from torch import fx
 
+
 # Spellings of one op in python operators, methods and aten, mapped to one name.
-_SAME_OP = {
-    "truediv": "div",
-    "true_divide": "div",
-    "divide": "div",
-    "floordiv": "floor_divide",
-    "multiply": "mul",
-    "subtract": "sub",
-    "iadd": "add_",
-    "isub": "sub_",
-    "imul": "mul_",
-    "itruediv": "div_",
-    "ifloordiv": "floor_divide_",
-    "iand": "logical_and_",
-    "ior": "logical_or_",
-    "ipow": "pow_",
-    "imatmul": "matmul_",
-    "and_": "bitwise_and",
-    "or_": "bitwise_or",
-    "invert": "bitwise_not",
-    "inv": "bitwise_not",
-    "mod": "remainder",
-    "swapaxes": "transpose",
-    "swapdims": "transpose",
-    "numpy_T": "T",
-    "matrix_H": "mT",
-    "adjoint": "mT",
-    "_unsafe_view": "view",
-    "movedim": "moveaxis",
-    "concat": "cat",
-    "concatenate": "cat",
-    "tile": "repeat",
-    "_softmax": "softmax",
-    "_log_softmax": "log_softmax",
-    "special_softmax": "softmax",
-    "view_copy": "view",
-    "_reshape_alias": "reshape",
-    "unsafe_chunk": "chunk",
-    "unsafe_split": "split",
-    "absolute": "abs",
-    "clip": "clamp",
-    "broadcast_to": "expand",
-    "mm_": "mm",
-    "__matmul__": "matmul",
-    "row_stack": "vstack",
-    "__getitem__": "getitem",
-    "_to_copy": "to",
-    "convert_element_type": "to",
-    "arctan2": "atan2",
-    "greater": "gt",
-    "less": "lt",
-    "greater_equal": "ge",
-    "less_equal": "le",
-    "not_equal": "ne",
-    "negative": "neg",
-    "fix": "trunc",
-    "_unsafe_index": "index",
-    "split_with_sizes": "split",
-    "slice_copy": "slice",
-    "select_copy": "select",
-    "expand_copy": "expand",
-    "permute_copy": "permute",
-    "squeeze_copy": "squeeze",
-    "unsqueeze_copy": "unsqueeze",
-    "transpose_copy": "transpose",
-    "t_copy": "t",
-    "alias_copy": "alias",
-    "unbind_copy": "unbind",
-}
+def _spellings(text: str) -> dict[str, str]:
+    """`name: spelling spelling` lines as spelling -> name."""
+    found = {}
+    for line in text.strip().splitlines():
+        name, _, spellings = line.partition(":")
+        found.update(dict.fromkeys(spellings.split(), name.strip()))
+    return found
+
+
+_SAME_OP = _spellings(
+    """
+    div: truediv true_divide divide
+    floor_divide: floordiv
+    mul: multiply
+    sub: subtract
+    add_: iadd
+    sub_: isub
+    mul_: imul
+    div_: itruediv
+    floor_divide_: ifloordiv
+    logical_and_: iand
+    logical_or_: ior
+    pow_: ipow
+    matmul_: imatmul
+    bitwise_and: and_
+    bitwise_or: or_
+    bitwise_not: invert inv
+    remainder: mod
+    transpose: swapaxes swapdims transpose_copy
+    T: numpy_T
+    data: _get_data_attr
+    mT: matrix_H adjoint
+    view: _unsafe_view view_copy
+    moveaxis: movedim
+    cat: concat concatenate
+    repeat: tile
+    softmax: _softmax special_softmax
+    log_softmax: _log_softmax
+    reshape: _reshape_alias
+    chunk: unsafe_chunk
+    split: unsafe_split split_with_sizes
+    abs: absolute
+    clamp: clip
+    expand: broadcast_to expand_copy
+    matmul: __matmul__
+    vstack: row_stack
+    getitem: __getitem__
+    to: _to_copy convert_element_type
+    atan2: arctan2
+    gt: greater
+    lt: less
+    ge: greater_equal
+    le: less_equal
+    ne: not_equal
+    neg: negative
+    trunc: fix
+    index: _unsafe_index
+    slice: slice_copy
+    select: select_copy
+    permute: permute_copy
+    squeeze: squeeze_copy
+    unsqueeze: unsqueeze_copy
+    t: t_copy
+    alias: alias_copy
+    unbind: unbind_copy
+    remainder_: imod
+    bitwise_xor_: ixor
+    bitwise_left_shift_: ilshift
+    bitwise_right_shift_: irshift
+    cat_: iconcat
+    """
+)
 _TRUSTED_NAMESPACES = {"aten", "prims", "fxlora"}
 # Ops outside torch whose meaning is known: PyTorch fallbacks registered by transformers.
 _TRUSTED_OPS = {"transformers::grouped_mm_fallback"}
@@ -108,7 +113,7 @@ def op_name(node: fx.Node) -> str:
         return f"fxlora::{name}" if namespace == "fxlora" else _SAME_OP.get(name, name)
     name = getattr(target, "__name__", str(target))
     owner = getattr(target, "__module__", None) or type(getattr(target, "__self__", target)).__module__ or ""
-    if not owner.split(".")[0].startswith(_TRUSTED_MODULES):
+    if owner.split(".")[0] not in _TRUSTED_MODULES:
         return f"?{owner}.{name}"
     return _SAME_OP.get(name, name)
 

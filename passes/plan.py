@@ -102,11 +102,23 @@ def plan_graph(
     order = {node: i for i, node in enumerate(prover.graph.nodes)}
     uses = [replace(use, rows=prover.table.canonical(use.rows)) for use in uses]
     uses.sort(key=lambda use: order[use.node])
-    mixed = tuple(
-        f"output {path}: {rows.reason}" for path, node in outputs if isinstance(rows := prover.rows(node), Mixed)
-    )
+    mixed = tuple(words for path, node in outputs if (words := _misplaced(prover, path, node)))
     assumed = tuple(dict.fromkeys(prover.assumed.values()))
     return Plan(tuple(chosen), tuple(uses), tuple(left), shape, digest_of(chosen, shape), assumed, mixed)
+
+
+def _misplaced(prover: Prover, path: str, node: fx.Node) -> str:
+    """What is wrong with the rows of one output: mixed, or one row a request but not of the requests in order."""
+    rows = prover.rows(node)
+    if isinstance(rows, Mixed):
+        return f"output {path}: {rows.reason}"
+    if not isinstance(rows, Label):
+        return ""
+    requests = [ids.shape[0] for ids in prover.seed.ids]
+    if [prover.shape(node, w)[:1] for w in range(prover.count)] != [(n,) for n in requests]:
+        return ""
+    own = Label(prover.seed, tuple(range(prover.seed.ids[0].dim())))
+    return "" if rows == own else f"output {path}: its rows are not those of the requests in order"
 
 
 def _plan_uses(prover: Prover, site: Site, reader: Reader) -> tuple[list[PlannedUse], str]:

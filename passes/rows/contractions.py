@@ -82,7 +82,7 @@ def parse_einsum(p: Prover, node: fx.Node) -> tuple[list[str], str, list[fx.Node
     terms = left.split(",")
     if len(terms) != len(operands) or not all(isinstance(x, fx.Node) for x in operands):
         return None
-    spare = "ABCDEFGH"
+    spare = "01234567"  # letters of the ellipsis, which no equation can name
     width = 0
     for i, (term, x) in enumerate(zip(terms, operands, strict=True)):
         if "..." in term:
@@ -92,7 +92,7 @@ def parse_einsum(p: Prover, node: fx.Node) -> tuple[list[str], str, list[fx.Node
     if not arrow:
         letters = "".join(terms)
         result = spare[8 - width :] * bool(width) + "".join(
-            sorted(c for c in set(letters) if letters.count(c) == 1 and c.islower())
+            sorted(c for c in set(letters) if letters.count(c) == 1 and c.isalpha())
         )
     result = result.replace("...", spare[8 - width :] if width else "")
     return terms, result, operands
@@ -156,11 +156,12 @@ def attention(p: Prover, node: fx.Node) -> Rows:
         parts.append(rows)
     query_rows = parts[0]
     for x, rows in zip((key, value), parts[1:], strict=True):
+        same = isinstance(query_rows, Label) and isinstance(rows, Label) and p.same_requests(query_rows, rows)
+        if p.packed and rows is not None and not same:
+            return Mixed("attention over keys of other sequences")
         if isinstance(rows, Label) and p.ndim(x) - 2 in rows.dims:
             if not p.packed:
                 return Mixed("attention over keys of several requests")
-            if not isinstance(query_rows, Label) or not p.same_requests(query_rows, rows):
-                return Mixed("attention over keys of other sequences")
             p.assume(node, "tokens of one packed sequence attend to each other as the mask allows")
     if p.packed:
         return (

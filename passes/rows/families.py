@@ -37,10 +37,54 @@ NO_DATA = _words(
     """
     size shape sym_size sym_stride sym_numel numel dim ndim ndimension stride dtype device layout requires_grad
     is_floating_point is_complex is_contiguous element_size nelement get_device itemsize empty_like zeros_like
-    ones_like full_like rand_like randn_like new_empty new_zeros new_ones new_full new_empty_strided
+    ones_like rand_like randn_like new_empty new_zeros new_ones new_empty_strided
     storage_offset is_cuda result_type isinstance hasattr len _assert_tensor_metadata _assert_async
     _log_api_usage_once _check _check_is_size sym_constrain_range sym_constrain_range_for_size data_ptr
     _assert_scalar
+    """
+)
+# Ops that fill a tensor with a value.
+CREATIONS = _words("full full_like new_full arange linspace scalar_tensor tensor as_tensor new_tensor")
+# Ops whose rules look at all their operands. Every other op may depend on requests through its first operand alone.
+JOINS = _words(
+    """
+    _grouped_mm grouped_mm grouped_mm_fallback matmul mm bmm mv dot addmm baddbmm addmv einsum cat stack embedding
+    gather take_along_dim getitem index index_select slice select narrow scaled_dot_product_attention
+    _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention
+    _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention _scaled_dot_product_attention_math
+    max min expand_as view_as reshape_as view reshape expand flatten unflatten repeat split
+    """
+)
+# Ops that may hand their operand on as it is (in eval mode, for the same dtype, by `inplace=True`).
+MAY_RETURN_OPERAND = _words(
+    """
+    dropout alpha_dropout feature_dropout dropout1d dropout2d dropout3d relu relu6 elu selu celu leaky_relu silu mish
+    hardswish hardsigmoid hardtanh threshold rrelu positive pos conj resolve_conj resolve_neg long int bool float double
+    half bfloat16 short to type type_as contiguous cpu cuda detach alias data real
+    """
+)
+# Ops whose result may share memory with their operand.
+VIEWS = MAY_RETURN_OPERAND | _words(
+    """
+    view reshape flatten unflatten view_as reshape_as ravel squeeze unsqueeze expand expand_as transpose permute
+    t T mT H moveaxis slice select narrow getitem chunk split unbind tensor_split unfold diagonal as_strided
+    view_as_real view_as_complex lift_fresh requires_grad_
+    """
+)
+# Where `inplace` stands among positional arguments.
+INPLACE_AT = {
+    **dict.fromkeys(_words("relu relu6 selu silu mish hardswish hardsigmoid"), 1),
+    **dict.fromkeys(_words("elu celu leaky_relu"), 2),
+    **dict.fromkeys(
+        _words("hardtanh threshold dropout alpha_dropout feature_dropout dropout1d dropout2d dropout3d"), 3
+    ),
+    "rrelu": 4,
+}
+# Ops in whose training mode running statistics are written, which their schema does not say.
+KEEPS_STATISTICS = _words(
+    """
+    batch_norm native_batch_norm _native_batch_norm_legit cudnn_batch_norm instance_norm
+    _batch_norm_with_update _batch_norm_impl_index miopen_batch_norm
     """
 )
 # Ops that turn a tensor into a Python number (some also convert a tensor: then they are pointwise).

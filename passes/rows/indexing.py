@@ -103,7 +103,7 @@ def is_mask(p: Prover, item: Any) -> bool:
     return (
         isinstance(item, bool)
         or (isinstance(item, list) and not is_index(p, item))
-        or (p.is_tensor(item) and p.dtype(item) == torch.bool)
+        or (p.is_tensor(item) and p.dtype(item) in (torch.bool, torch.uint8))
     )
 
 

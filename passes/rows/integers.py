@@ -68,6 +68,17 @@ _THRESHOLDS = {
 _LARGEST_LITERAL = 12
 
 
+def _forget(target: Any, values: dict[fx.Node, Any]) -> None:
+    """A tensor was overwritten with what is not known: its value, and those of all views of it, are gone."""
+    gone = values.get(target) if isinstance(target, fx.Node) else None
+    if not isinstance(gone, torch.Tensor):
+        return
+    memory = gone.untyped_storage().data_ptr()
+    for node, value in list(values.items()):
+        if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() == memory:
+            del values[node]
+
+
 def _literals(node: fx.Node) -> list[Any]:
     return [*node.args, *node.kwargs.values()]
 
@@ -82,6 +93,7 @@ class Integers:
     def __init__(self, gm: fx.GraphModule, worlds: Sequence[World], known: dict[fx.Node, torch.Tensor]) -> None:
         self.worlds = worlds
         self.values: list[dict[fx.Node, Any]] = [{n: t.clone() for n, t in known.items()} for _ in worlds]
+        self.drawn: list[dict[fx.Node, torch.Tensor]] = [{} for _ in worlds]
         self.needed = self._needed(gm.graph)
 
     def _needed(self, graph: fx.Graph) -> set[fx.Node]:
@@ -93,8 +105,7 @@ class Integers:
                 stack += [n for n in node.all_input_nodes if n not in needed and self._integer(n)]
         writes: dict[fx.Node, list[fx.Node]] = {}
         for node in graph.nodes:
-            name = op_name(node)
-            if node.op.startswith("call") and (name in _MUTATIONS or (name.endswith("_") and not name.endswith("__"))):
+            if self._writes(node):
                 target = operand(node)
                 while isinstance(target, fx.Node):
                     writes.setdefault(target, []).append(node)
@@ -118,14 +129,17 @@ class Integers:
 
     def visit(self, node: fx.Node) -> None:
         """Evaluate one node, in graph order, in every world; unknown inputs leave it unknown."""
-        if node not in self.needed or node.op == "output":
+        if node.op == "output" or (node not in self.needed and not self._writes(node)):
             return
-        for world, values in zip(self.worlds, self.values, strict=True):
+        for world, values, drawn in zip(self.worlds, self.values, self.drawn, strict=True):
             if node in values:
                 continue
             result = self._evaluate(node, world, values)
             if result is not None:
                 values[node] = result
+            elif self._writes(node):
+                _forget(operand(node), values)
+                _forget(operand(node), drawn)
 
     def _evaluate(self, node: fx.Node, world: World, values: dict[fx.Node, Any]) -> Any:
         name = op_name(node)
@@ -147,6 +161,11 @@ class Integers:
             except RuntimeError:
                 return None
         return None
+
+    @staticmethod
+    def _writes(node: fx.Node) -> bool:
+        name = op_name(node)
+        return node.op.startswith("call") and (name in _MUTATIONS or (name.endswith("_") and not name.endswith("__")))
 
     @staticmethod
     def _facts(world: World, node: fx.Node) -> Any:
@@ -194,8 +213,8 @@ class Integers:
 
     def index_values(self, node: fx.Node, size: int, world_index: int) -> torch.Tensor:
         """The value of an index into ``size`` positions; drawn (distinct, covering) where only the caller knows it."""
-        values, world = self.values[world_index], self.worlds[world_index]
-        known = values.get(node)
+        world, drawn = self.worlds[world_index], self.drawn[world_index]
+        known = self.values[world_index].get(node, drawn.get(node))
         if isinstance(known, torch.Tensor):
             return known
         facts = world.facts(node)
@@ -208,6 +227,6 @@ class Integers:
         rounds = [
             pool[torch.randperm(len(pool), generator=world.generator)] for _ in range(-(-count // max(len(pool), 1)))
         ]
-        drawn = torch.cat(rounds)[:count].reshape(facts.shape) if rounds else torch.empty(facts.shape, dtype=torch.long)
-        values[node] = drawn
-        return drawn
+        # Kept apart from computed values: what is computed from such an index must not rest on how it was drawn.
+        drawn[node] = torch.cat(rounds)[:count].reshape(facts.shape) if rounds else torch.empty(facts.shape).long()
+        return drawn[node]

@@ -9,11 +9,12 @@ import torch
 from torch import fx
 
 from fxlora.passes.graph import attribute, describe, op_name, operand
+from fxlora.passes.rows.families import VIEWS
 from fxlora.passes.rows.integers import Integers
 from fxlora.passes.rows.labels import Label, MapTable, Mixed, RowMap, Rows
-from fxlora.passes.rows.rules import rows_of
+from fxlora.passes.rows.rules import is_known, rows_of
 from fxlora.passes.rows.worlds import Sizing, TensorFacts, UnknownShapeError
-from fxlora.passes.rows.writes import FUNCTIONAL, VIEWS, apply_write, is_write, written
+from fxlora.passes.rows.writes import FUNCTIONAL, apply_write, is_write, mark_statistics, written
 
 _EXPECTED = (UnknownShapeError, IndexError, RuntimeError, TypeError, KeyError, ValueError, AttributeError)
 
@@ -91,8 +92,8 @@ class Prover:
                 r is rows for n in node.all_input_nodes for r in _parts(self.labels.get(n))
             ):
                 rows = Mixed(f"{rows.reason}, at {describe(node)}")
-            if rows is not None and (checked := self._checked(node, rows)) is not None:
-                self.labels[node] = checked
+            if rows is not None:
+                self.labels[node] = self._checked(node, rows)
         return self
 
     def _rows_after(self, node: fx.Node) -> Any:
@@ -100,13 +101,14 @@ class Prover:
             return apply_write(self, node)
         if op_name(node) in FUNCTIONAL:
             return written(self, node, operand(node))
-        return rows_of(self, node)
+        rows = rows_of(self, node)
+        mark_statistics(self, node, rows)
+        if not is_known(op_name(node)):
+            self._share_memory(node)  # what an unknown op returns may be its operand, and be written to
+        return rows
 
     def _checked(self, node: fx.Node, rows: Any) -> Any:
         """Labels whose sizes do not fit their node are no labels: a guard against a wrong rule."""
-        if isinstance(rows, Mixed) and self.packed and self.is_tensor(node) and not self.dtype(node).is_floating_point:
-            self.assume(node, "masks and positions computed over a packed row keep its sequences apart")
-            return None
         if not isinstance(rows, Label):
             return rows
         for w in range(self.count):
@@ -117,8 +119,12 @@ class Prover:
         return rows
 
     def _track_memory(self, node: fx.Node) -> None:
+        if op_name(node) in VIEWS or is_write(node):
+            self._share_memory(node)
+
+    def _share_memory(self, node: fx.Node) -> None:
         source = operand(node)
-        if isinstance(source, fx.Node) and (op_name(node) in VIEWS or is_write(node)):
+        if isinstance(source, fx.Node):
             root = self.roots.get(source, source)
             self.roots[node] = root
             self.members.setdefault(root, []).append(node)

@@ -13,6 +13,8 @@ from fxlora.passes.graph import argument, op_name, operand, varargs
 from fxlora.passes.rows import contractions, moves, views  # noqa: F401  views registers its rules
 from fxlora.passes.rows.families import (
     ALONG_DIM,
+    CREATIONS,
+    JOINS,
     NO_DATA,
     PER_SAMPLE,
     REDUCTIONS,
@@ -44,7 +46,11 @@ def rows_of(p: Prover, node: fx.Node) -> Any:
 
 
 def _apply_rule(p: Prover, node: fx.Node, name: str) -> Any:
+    if name in CREATIONS:
+        return Mixed(f"{name} of values that depend on requests")
     found = RULES.get(name)
+    if name not in JOINS and not is_pointwise(name) and not only_operand(p, node):
+        return Mixed(f"{name} with other operands than the first that depend on requests")
     if found is not None:
         return found(p, node)
     if not isinstance(operand(node), fx.Node) and not is_pointwise(name):
@@ -58,6 +64,20 @@ def _apply_rule(p: Prover, node: fx.Node, name: str) -> Any:
     if is_pointwise(name):
         return pointwise(p, node)
     return Mixed(f"no row rule for {name.lstrip('?')}")
+
+
+def is_known(name: str) -> bool:
+    """True for ops that some rule speaks of."""
+    listed = name in RULES or name in NO_DATA or name in PER_SAMPLE or name in REDUCTIONS or name in ALONG_DIM
+    return listed or is_pointwise(name)
+
+
+def only_operand(p: Prover, node: fx.Node) -> bool:
+    """True when the first operand is the only one that depends on requests, and is read once."""
+    first = operand(node)
+    read: list[fx.Node] = []
+    fx.map_arg((node.args, dict(node.kwargs)), read.append)
+    return sum(n is first for n in read) == 1 and all(p.labels.get(n) is None for n in read if n is not first)
 
 
 def _flat(rows: Any) -> list[Rows]:
@@ -90,8 +110,10 @@ def dims_of(p: Prover, node: fx.Node, position: int) -> list[int] | None:
 def reduce(p: Prover, node: fx.Node) -> Any:
     """Reductions: never over a dim that tells requests apart."""
     name, rows = op_name(node), p.rows(operand(node))
-    if name in ("max", "min") and len(node.args) > 1 and p.is_tensor(node.args[1]):
+    if name in ("max", "min") and p.is_tensor(argument(node, 1, "other")):
         return pointwise(p, node)
+    if not only_operand(p, node):
+        return Mixed(f"{name} of several tensors")
     if not isinstance(rows, Label):
         return rows
     position = 2 if name in ("norm", "vector_norm", "linalg_vector_norm", "logsumexp_", "kthvalue") else 1
@@ -137,10 +159,7 @@ def per_sample(p: Prover, node: fx.Node) -> Rows:
     requests.
     """
     x, name = operand(node), op_name(node)
-    rows = [p.rows(n) for n in node.all_input_nodes if n is not x]
     own = p.rows(x)
-    if any(r is not None for r in rows):
-        return Mixed(f"{name} with weights that depend on a request")
     if not isinstance(own, Label):
         return own
     if "conv" in name:
@@ -185,8 +204,6 @@ def batch_norm(p: Prover, node: fx.Node) -> Any:
 def linear(p: Prover, node: fx.Node) -> Rows:
     """A row of the result is a row of the input."""
     x, rows = operand(node), p.rows(operand(node))
-    if any(p.rows(n) is not None for n in node.all_input_nodes if n is not x):
-        return Mixed("linear with a weight that depends on a request")
     if isinstance(rows, Label) and p.ndim(x) - 1 in rows.dims:
         return Mixed("linear sums over the request dim")
     return rows
@@ -197,7 +214,8 @@ def grouped_mm(p: Prover, node: fx.Node) -> Rows:
     """Row m of x times one expert's weight: the row stays its request's, whichever expert it goes to."""
     x, weight = operand(node), argument(node, 1, "mat2", "mat_b", "weight")
     rows = p.rows(x)
-    if p.ndim(x) != 2 or p.rows(weight) is not None:
+    others = [n for n in node.all_input_nodes if n not in (x, argument(node, 2, "offs"))]
+    if p.ndim(x) != 2 or weight is x or any(p.rows(n) is not None for n in others):
         return Mixed("grouped_mm of other than rows by expert weights")
     if isinstance(rows, Label) and rows.dims != (0,):
         return Mixed("grouped_mm sums over the request dim")

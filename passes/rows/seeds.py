@@ -43,7 +43,9 @@ def choose_seeds(inputs: Sequence[GraphInput], batch_dims: BatchDims) -> tuple[d
             f"{[inp.name for inp in inputs]}"
         )
     dims = named[primary.node]
-    seeds = dict(named)
+    seeds = {
+        inp.node: named[inp.node] for inp in tensors if inp.node in named and (inp is primary or _counts(inp, dims))
+    }
     for inp in tensors:
         if inp.node not in seeds and _follows(inp, primary, dims):
             seeds[inp.node] = dims
@@ -84,9 +86,14 @@ def _as_dims(given: int | tuple[int, ...], inp: GraphInput) -> tuple[int, ...]:
 
 def _follows(inp: GraphInput, primary: GraphInput, dims: tuple[int, ...]) -> bool:
     """Does an unnamed input carry the same requests along the same dims?"""
-    if len(dims) > 1 and not inp.dtype.is_floating_point:  # type: ignore[union-attr]
-        return False  # per token: positions and masks belong to the packing, not to a token's adapter
+    if not _counts(inp, dims):
+        return False
     return len(inp.sizes) > max(dims) and all(_same_dim(inp, primary, d) for d in dims)
+
+
+def _counts(inp: GraphInput, dims: tuple[int, ...]) -> bool:
+    """Per token, integer inputs beside the first are positions and masks: they belong to the packing, to no adapter."""
+    return len(dims) == 1 or (inp.dtype is not None and inp.dtype.is_floating_point)
 
 
 def _same_dim(inp: GraphInput, primary: GraphInput, d: int) -> bool:

@@ -11,64 +11,13 @@ from torch import fx
 
 from fxlora.passes.graph import argument, op_name, operand
 from fxlora.passes.rows import indexing, moves
-from fxlora.passes.rows.families import is_pointwise
+from fxlora.passes.rows.families import INPLACE_AT, KEEPS_STATISTICS, is_pointwise
 from fxlora.passes.rows.labels import Label, Mixed, Rows, broadcast_ids, join, shift
 from fxlora.passes.rows.worlds import UnknownShapeError
 
 if TYPE_CHECKING:
     from fxlora.passes.rows.propagate import Prover
 
-# Ops whose result may share memory with their operand.
-VIEWS = {
-    "view",
-    "reshape",
-    "flatten",
-    "unflatten",
-    "view_as",
-    "reshape_as",
-    "ravel",
-    "squeeze",
-    "unsqueeze",
-    "expand",
-    "expand_as",
-    "transpose",
-    "permute",
-    "t",
-    "T",
-    "mT",
-    "H",
-    "moveaxis",
-    "slice",
-    "select",
-    "narrow",
-    "getitem",
-    "chunk",
-    "split",
-    "unbind",
-    "tensor_split",
-    "unfold",
-    "diagonal",
-    "as_strided",
-    "detach",
-    "alias",
-    "data",
-    "contiguous",
-    "to",
-    "float",
-    "type",
-    "half",
-    "bfloat16",
-    "view_as_real",
-    "view_as_complex",
-    "real",
-    "type_as",
-    "double",
-    "cpu",
-    "cuda",
-    "swapaxes",
-    "lift_fresh",
-    "requires_grad_",
-}
 _ALONG = {"index_copy_", "index_add_", "index_fill_", "scatter_", "scatter_add_", "scatter_reduce_", "index_reduce_"}
 _INDEXED_VIEWS = {"getitem", "slice", "select", "narrow"}
 FUNCTIONAL = {name.rstrip("_") for name in _ALONG} | {"index_put"}
@@ -80,10 +29,13 @@ def is_write(node: fx.Node) -> bool:
     if not node.op.startswith("call"):
         return False
     name = op_name(node)
-    if isinstance(node.target, torch._ops.OpOverload):
-        return bool(node.target._schema.is_mutable)
+    schema = _schema(node)
+    if schema is not None:
+        return bool(schema.is_mutable)
     if name.startswith("?"):
-        return bool(node.users)
+        return node.op != "call_module" or not str(node.target).endswith("_guards_fn")
+    if name in INPLACE_AT and argument(node, INPLACE_AT[name], "inplace", default=False) is True:
+        return True
     return (
         name == "setitem"
         or "out" in node.kwargs
@@ -91,15 +43,22 @@ def is_write(node: fx.Node) -> bool:
     )
 
 
+def _schema(node: fx.Node) -> Any:
+    """The schema of an aten or custom op; of its first overload where the graph names none."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        target = getattr(target, target.overloads()[0])
+    return target._schema if isinstance(target, torch._ops.OpOverload) else None
+
+
 def also_written(node: fx.Node) -> list[fx.Node]:
     """Operands beside the first that a call may change: by its schema, or as nothing is known of a Python function."""
-    if op_name(node).startswith("?") and not isinstance(node.target, torch._ops.OpOverload) and node.users:
-        return list(node.all_input_nodes)
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return []
+    schema = _schema(node)
+    if schema is None:
+        return list(node.all_input_nodes) if op_name(node).startswith("?") else []
     found = []
-    for i, spec in enumerate(node.target._schema.arguments):
-        if i and spec.alias_info is not None and spec.alias_info.is_write:
+    for i, spec in enumerate(schema.arguments):
+        if (i or isinstance(operand(node), list | tuple)) and spec.alias_info is not None and spec.alias_info.is_write:
             value = argument(node, i, spec.name)
             found += [v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, fx.Node)]
     return found
@@ -114,6 +73,9 @@ def apply_write(p: Prover, node: fx.Node) -> Rows:
     for other in also_written(node):
         _spread(p, other, Mixed(f"written by {op_name(node).lstrip('?')}"))
     target = operand(node)
+    if isinstance(target, list | tuple):
+        for n in target:
+            _spread(p, n, Mixed(f"written by {op_name(node)}"))
     if not p.is_tensor(target):
         return (
             Mixed(f"{op_name(node)} writes into something that is no tensor")
@@ -124,6 +86,13 @@ def apply_write(p: Prover, node: fx.Node) -> Rows:
         return None
     _spread(p, target, written(p, node, target))
     return p.rows(target)
+
+
+def mark_statistics(p: Prover, node: fx.Node, rows: Any) -> None:
+    """A norm that keeps running statistics has written them whenever it may have been in training mode."""
+    if op_name(node) in KEEPS_STATISTICS and (isinstance(rows, Mixed) or op_name(node) == "instance_norm"):
+        for n in node.all_input_nodes[1:]:
+            _spread(p, n, Mixed(f"statistics of the batch, kept by {op_name(node)}"))
 
 
 def written(p: Prover, node: fx.Node, target: fx.Node) -> Rows:
@@ -188,24 +157,23 @@ def store(p: Prover, node: fx.Node, target: fx.Node, items: Sequence[Any], value
     out = len(where) + width + sum(item is None for item in items)
     own = p.rows(target)
     parts: list[Rows] = [value_rows if value_rows is not None else shift(p.rows(value), out - p.ndim(value))]
+    follows = False
     for d, item in enumerate(by_source):
-        if p.is_tensor(item):
-            rows = p.rows(item)
-            parts.append(
-                None
-                if (isinstance(own, Label) and d in own.dims) or _tells_rows(parts[0], start, width)
-                else shift(rows, start + width - p.ndim(item))
-            )
+        if p.is_tensor(item) and p.rows(item) is not None:
+            if (isinstance(own, Label) and d in own.dims) or _tells_rows(parts[0], start, width):
+                follows = True
+            else:
+                parts.append(shift(p.rows(item), start + width - p.ndim(item)))
     new = join(parts, out, p.count, op_name(node))
     if isinstance(own, Mixed) or isinstance(new, Mixed):
         return own if isinstance(own, Mixed) else new
     if own is None and new is None:
         return None
-    made = _store_ids(p, node, target, by_source, where, out, own, new)
+    made, covered = _store_ids(p, node, target, by_source, where, out, own, new)
+    if follows and (own is not None or not covered):
+        return Mixed("a write whose positions depend on several requests")
     if own is not None and any(indexing.is_index(p, i) for i in by_source):
-        return join(
-            [made, own], p.ndim(target), p.count, op_name(node)
-        )  # positions may repeat, or leave rows as they were
+        return join([made, own], p.ndim(target), p.count, op_name(node))  # positions may leave rows as they were
     return made
 
 
@@ -223,7 +191,7 @@ def _store_ids(
     out: int,
     own: Label | None,
     new: Label | None,
-) -> Rows:
+) -> tuple[Rows, bool]:
     """Write the value's ids into the target's, element by element, over the dims that matter; then find the map that
     fits.
     """
@@ -237,7 +205,7 @@ def _store_ids(
     for w in range(p.count):
         shape = [1 if d in idle else n for d, n in enumerate(p.shape(target, w))]
         if torch.Size(shape).numel() > 2**22:
-            return Mixed("a write too large to follow")
+            return Mixed("a write too large to follow"), False
         ids = (
             torch.full(shape, _FREE, dtype=torch.long)
             if own is None
@@ -250,17 +218,20 @@ def _store_ids(
             )
             region = ids[at]
             if region.dim() != value.dim():
-                return Mixed("a write whose value does not align")
+                return Mixed("a write whose value does not align"), False
             ids[at] = value.expand(region.shape)
+            if not torch.equal(ids[at], value.expand(region.shape)):
+                return Mixed("a write of rows of different requests to one place"), False
         results.append(ids)
     dims = [d for d in range(ndim) if d not in idle]
-    if all(bool((ids != _FREE).all()) for ids in results):
+    covered = all(bool((ids != _FREE).all()) for ids in results)
+    if covered:
         squeezed = [ids.reshape([ids.shape[d] for d in dims]) for ids in results]
         found = p.table.find(squeezed, node)
         if found is not None:
-            return Label(found, tuple(dims))
+            return Label(found, tuple(dims)), True
     known = [Label(row_map, tuple(range(row_map.ids[0].dim()))) for row_map in p.table.before(node)]
-    return match(p, results, [label for label in (own, new) if label is not None] + known)
+    return match(p, results, [label for label in (own, new) if label is not None] + known), covered
 
 
 def match(p: Prover, ids: Sequence[torch.Tensor], candidates: Sequence[Label]) -> Rows:
@@ -286,17 +257,16 @@ def _spread(p: Prover, target: fx.Node, rows: Rows) -> None:
     before = p.rows(target)
     p.labels[target] = rows
     root = p.roots.get(target, target)
-    changed = rows != before
-    if not changed:
+    if rows == before and not isinstance(rows, Mixed):
         return
     if root is not target:
         old_root = p.rows(root)
         new_root = _lift(p, target, root, rows)
         p.labels[root] = new_root
-        if new_root == old_root:
+        if new_root == old_root and not isinstance(new_root, Mixed):
             return
     for member in p.members.get(root, ()):
-        if member not in (target, root) and p.labels.get(member) != rows:
+        if member not in (target, root):
             p.labels[member] = Mixed("memory written in place through another view")
 
 
