@@ -186,7 +186,8 @@ class Integers:
             args = tuple("cpu" if isinstance(a, torch.device) else a for a in args)
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            result = node.target(*args, **kwargs)  # type: ignore[operator]
+            return args[0] if op_name(node) == "setitem" else result
         except Exception:
             return None
 
