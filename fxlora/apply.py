@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from fxlora.passes.normalize import copy_graph, refuse_applied
 from fxlora.passes.pipeline import Job, analyse, rewrite
 from fxlora.passes.plan import AdapterShape
 from fxlora.passes.rows.seeds import BatchDims
+from fxlora.passes.weights import tensor_key
 from fxlora.pool import AdapterPool
 from fxlora.signature import META_KEY, Signature, bound_weights, example_arguments, graph_inputs, refuse_lifted
 
@@ -68,6 +70,8 @@ def apply(
     kept = gm.meta.get(META_KEY, {})
     bound = bound_weights(gm, flat)
     inputs = graph_inputs(gm, signature, bound, flat)
+    if model is not None:
+        _check_model(gm, model, bound.values())
     copy, mapping = copy_graph(gm)
     job = Job(
         gm=copy,
@@ -86,15 +90,27 @@ def apply(
     pool = AdapterPool(
         plan.sites, digest=plan.digest, max_adapters=max_adapters, max_rank=max_rank, pool_rows=pool_rows
     )
-    rewritten = rewrite(job, pool.handles)
+    try:
+        rewritten = rewrite(job, pool.handles)
+    except BaseException:
+        pool.close()
+        raise
     for words in (*plan.assumed, *plan.mixed_outputs):
         _log.warning("%s", words)
     return LoraModule(gm, rewritten, signature, job, pool)
 
 
-def _moved(inp: Any, mapping: dict[fx.Node, fx.Node]) -> Any:
-    from dataclasses import replace
+def _check_model(gm: fx.GraphModule, model: nn.Module, bound: Iterable[torch.Tensor]) -> None:
+    """`model` must hold the graph's own weights: another instance's names would mean other tensors."""
+    held = {tensor_key(p) for p in model.parameters()}
+    own = [*gm.parameters(), *bound]
+    if own and not any(tensor_key(t) in held for t in own):
+        raise GraphError(
+            "model= holds none of the graph's weights: give the very module that the graph was traced from"
+        )
 
+
+def _moved(inp: Any, mapping: dict[fx.Node, fx.Node]) -> Any:
     return replace(inp, node=mapping[inp.node])
 
 

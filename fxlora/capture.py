@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from typing import Any
@@ -36,6 +37,7 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
         PeftModelError: The model holds PEFT's wrappers.
     """
     Weights.refuse_peft([name for name, _ in model.named_parameters(remove_duplicate=False)])
+    args, kwargs = _by_name(model, args, kwargs)
     _refuse_unknown_containers(args, kwargs)
     args, kwargs = pytree.tree_map(lambda t: t.detach() if type(t) is torch.Tensor else t, (args, kwargs))
     for _, tensor in tensor_leaves((args, kwargs)):
@@ -59,6 +61,25 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
         "no whole graph of the model could be captured, and nothing can be proven across a graph break.\n"
         + "\n".join(failures)
     )
+
+
+def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional arguments by name, where the model's forward names them all: a graph keeps names of keywords only."""
+    try:
+        signature = inspect.signature(model.forward)
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise CaptureError(f"these arguments do not fit the model's forward{signature}: {error}") from error
+    kinds = {signature.parameters[name].kind for name in bound.arguments}
+    if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY}:
+        return args, kwargs
+    named: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(value)
+        else:
+            named[name] = value
+    return (), named
 
 
 def _refuse_unknown_containers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -85,21 +106,14 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return tuple(torch.export.Dim.AUTO for _ in value.shape) if isinstance(value, torch.Tensor) else None
 
     shapes = (pytree.tree_map(dims, args), pytree.tree_map(dims, kwargs))
-    names = _argument_names(model, args)
-    by_name = {**dict(zip(names, shapes[0], strict=True)), **shapes[1]}
-    return torch.export.export(model, args, kwargs, dynamic_shapes=by_name).module()  # type: ignore[return-value]
-
-
-def _argument_names(model: nn.Module, args: tuple[Any, ...]) -> list[str]:
-    import inspect
-
-    return list(inspect.signature(model.forward).parameters)[: len(args)]
+    names = list(inspect.signature(model.forward).parameters)[: len(args)]
+    by_name = {**dict(zip(names, shapes[0], strict=False)), **shapes[1]}
+    dynamic = shapes[0] if args and not kwargs else by_name
+    return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic).module()  # type: ignore[return-value]
 
 
 def _remember(gm: fx.GraphModule, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Keep beside the graph what it does not show itself: aliases of weights, the output embedding, fixed arguments."""
-    import inspect
-
     names = list(inspect.signature(model.forward).parameters)
     bound = {**dict(zip(names, args, strict=False)), **kwargs}
     head = None
@@ -118,4 +132,10 @@ def _remember(gm: fx.GraphModule, model: nn.Module, args: tuple[Any, ...], kwarg
     kept = (
         None if hasattr(gm.graph._codegen, "dynamo_bytecode_flatten") else model
     )  # export drops names; dynamo keeps all
-    gm.meta[META_KEY] = {"constants": constant_leaves(bound), "output_embedding": head, "model": kept}
+    named = kept is None and not args
+    gm.meta[META_KEY] = {
+        "constants": constant_leaves(bound),
+        "output_embedding": head,
+        "model": kept,
+        "order": names if named else (),
+    }

@@ -67,6 +67,7 @@ class LoraModule(nn.Module):
         self._seeded = [
             (inp.name, position[inp.node], job.seeds[inp.node]) for inp in job.inputs if inp.node in job.seeds
         ]
+        self._ndims = [(inp.name, position[inp.node], len(inp.sizes)) for inp in job.inputs if inp.dtype is not None]
         self._fixed = [(inp.name, position[inp.node], dict(job.sizing.fixed.get(inp.node, {}))) for inp in job.inputs]
         self._guards = job.sizing.guards
         self._symbols = [
@@ -111,6 +112,7 @@ class LoraModule(nn.Module):
             UnknownAdapterError, BatchError: before anything runs. CallError: shapes the graph was not traced for.
         """
         flat = self._signature.flatten(args, kwargs)
+        self._check_tensors(flat)
         primary = flat[self._primary]
         sizes = tuple(primary.shape[d] for d in self._request_dims)
         self._check_shapes(flat, sizes)
@@ -119,6 +121,13 @@ class LoraModule(nn.Module):
         with torch.no_grad():
             outputs = self.graph_module(*flat, slots)
         return self._signature.unflatten(outputs, args, kwargs)
+
+    def _check_tensors(self, flat: list[Any]) -> None:
+        for name, position, ndim in self._ndims:
+            value = flat[position]
+            if not isinstance(value, torch.Tensor) or value.dim() != ndim:
+                found = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+                raise CallError(f"input {name!r} is a {found}; the graph takes a tensor of {ndim} dims there")
 
     def _check_shapes(self, flat: list[Any], sizes: tuple[int, ...]) -> None:
         for name, position, dims in self._seeded:
@@ -158,10 +167,13 @@ class LoraModule(nn.Module):
 
     def check(self, *args: Any, **kwargs: Any) -> list[OutputCheck]:
         """Run the base graph and the rewritten one with no adapter on the same inputs, and compare every output."""
-        args2, kwargs2 = pytree.tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, (args, kwargs))
+
+        def call(module: Any) -> list[Any]:
+            fresh = pytree.tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, (args, kwargs))
+            return pytree.tree_leaves_with_path(module(*fresh[0], **fresh[1]))
+
         with torch.no_grad():
-            expected = pytree.tree_leaves_with_path(self.base(*args, **kwargs))
-        got = pytree.tree_leaves_with_path(self(*args2, **kwargs2))
+            expected, got = call(self.base), call(self)
         rows = []
         for (path, want), (_, have) in zip(expected, got, strict=True):
             if not isinstance(want, torch.Tensor):
@@ -178,6 +190,10 @@ class LoraModule(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The base graph's own, unchanged: adapters are not part of it."""
         return self.base.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Loads base weights in place, as the base graph would; adapters stay."""
+        return self.base.load_state_dict(*args, **kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise CallError("a LoraModule stays where its graph was applied: move the model first, then capture and apply")

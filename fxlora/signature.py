@@ -22,6 +22,7 @@ from fxlora.passes.graph import attribute, fake_value
 from fxlora.passes.rows.worlds import GraphInput
 
 META_KEY = "fxlora"
+_PLAIN = (bool, int, float, str)
 _CONSTANTS = (bool, int, float, str, type(None))
 
 
@@ -29,12 +30,14 @@ _CONSTANTS = (bool, int, float, str, type(None))
 class Signature:
     """The calling convention of one graph module.
 
-    names: argument names in order. constants: leaves that are no tensors, by path, which the graph was traced for.
+    names: argument names in traced order. constants: leaves that are no tensors, by path, which the graph was traced
+    for. order: the model's own argument order, where the traced one differs.
     """
 
     gm: fx.GraphModule
     names: list[str]
     constants: Mapping[str, Any]
+    order: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -43,7 +46,16 @@ class Signature:
         self._bytecode_flatten: Any = getattr(codegen, "dynamo_bytecode_flatten", None)
         self._bytecode_unflatten: Any = getattr(codegen, "dynamo_bytecode_unflatten", None)
         self._pytree: Any = getattr(codegen, "pytree_info", None)
+        self._fixed = self._fixed_arguments()
         supply_builtins(self.gm)
+
+    def _fixed_arguments(self) -> dict[str, Any]:
+        """Arguments of an exported graph that are plain values, which export fixed at tracing."""
+        names = _leaf_names(self, self.gm) if self._pytree is not None else None
+        if names is None:
+            return {}
+        values = zip(names, _placeholders(self.gm), strict=True)
+        return {n: p.meta["val"] for n, p in values if n in self.names and isinstance(p.meta.get("val"), _PLAIN)}
 
     @classmethod
     def of(cls, gm: fx.GraphModule) -> Signature:
@@ -54,7 +66,8 @@ class Signature:
         if info is not None:
             return cls(gm, list(info.orig_args), constants)
         if hasattr(codegen, "dynamo_bytecode_flatten"):
-            return cls(gm, [name for name in codegen.orig_arg_names if name != "self"], constants)
+            traced = [name for name in codegen.orig_arg_names if name != "self"]
+            return cls(gm, traced, constants, gm.meta.get(META_KEY, {}).get("order", ()))
         return cls(gm, [str(n.target).lstrip("*") for n in _placeholders(gm)], constants)
 
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
@@ -84,9 +97,13 @@ class Signature:
         return outputs
 
     def _bound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        if len(args) > len(self.names):
+        order = list(self.order) or self.names
+        if len(args) > len(order):
             raise CallError(f"{len(args)} positional arguments; the graph was traced with {self.names}")
-        bound = dict(zip(self.names, args, strict=False))
+        bound = dict(zip(order, args, strict=False))
+        unknown = [name for name in bound if name not in self.names and bound[name] is not None]
+        if unknown:
+            raise CallError(f"arguments {unknown} are not in the graph, which was traced with {self.names}")
         for given, value in kwargs.items():
             name = self._traced_name(given)
             if name in bound:
@@ -105,10 +122,13 @@ class Signature:
 
     def _flatten_pytree(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         spec = self._pytree.in_spec
-        bound = self._bound(args, kwargs)
+        bound = {**self._fixed, **self._bound(args, kwargs)}
         missing = [name for name in self.names if name not in bound]
         if missing:
             raise CallError(f"arguments {missing} are missing; the graph was traced with {self.names}")
+        for name, traced in self._fixed.items():
+            if bound[name] != traced:
+                raise CallError(f"argument {name} is {bound[name]!r}; the graph was traced with {traced!r}")
         if spec.type is tuple and spec.num_children == 2 and spec.child(1).type is dict:
             positional = spec.child(0).num_children
             called: Any = (

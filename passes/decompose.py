@@ -15,7 +15,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxlora.passes.graph import op_name
-from fxlora.passes.rows.worlds import TensorFacts, UnknownShapeError, World
+from fxlora.passes.rows.worlds import TensorFacts, UnknownShapeError, World, model_guards, shape_env_of
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,10 @@ def _decompose(gm: fx.GraphModule, node: fx.Node, world: World) -> bool:
     except Exception as error:
         log.info("%s stays opaque: %s", node.name, error)
         return False
+    env = shape_env_of(inner)
+    if env is not None and model_guards(env):
+        log.info("%s stays opaque: it branches on sizes (%s)", node.name, model_guards(env)[0])
+        return False
     with gm.graph.inserting_before(node):
         sources = operands + [gm.graph.get_attr(f"{node.target}.{name}") for name in weights]
     _splice(gm, node, inner, sources)
@@ -106,6 +110,10 @@ def _splice(gm: fx.GraphModule, node: fx.Node, inner: fx.GraphModule, sources: l
         node.replace_all_uses_with(result)
     else:
         for user in list(node.users):
-            user.replace_all_uses_with(result[user.args[1]])
-            gm.graph.erase_node(user)
+            if user.target is operator.getitem:
+                user.replace_all_uses_with(result[user.args[1]])
+                gm.graph.erase_node(user)
+            else:
+                user.args = fx.map_arg(user.args, lambda n: result if n is node else n)
+                user.kwargs = fx.map_arg(dict(user.kwargs), lambda n: result if n is node else n)
     gm.graph.erase_node(node)

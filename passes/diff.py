@@ -43,9 +43,10 @@ def _show(value: Any) -> str:
         return value.name
     if isinstance(value, list | tuple):
         inner = ", ".join(_show(v) for v in value)
-        return f"[{inner}]" if isinstance(value, list) else f"({inner})"
+        return f"[{inner}]" if isinstance(value, list) else f"({inner},)" if len(value) == 1 else f"({inner})"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k}: {_show(v)}" for k, v in value.items()) + "}"
     if isinstance(value, slice):
-        return ":".join("" if v is None else _show(v) for v in (value.start, value.stop, value.step))
+        bounds = [value.start, value.stop] + ([] if value.step is None else [value.step])
+        return ":".join("" if v is None else _show(v) for v in bounds)
     return str(value) if isinstance(value, str | torch.dtype | torch.device) else repr(value)

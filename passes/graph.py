@@ -34,8 +34,8 @@ _SAME_OP = _spellings(
     mul_: imul
     div_: itruediv
     floor_divide_: ifloordiv
-    logical_and_: iand
-    logical_or_: ior
+    bitwise_and_: iand
+    bitwise_or_: ior
     pow_: ipow
     matmul_: imatmul
     bitwise_and: and_

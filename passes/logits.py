@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxlora.passes.graph import op_name, operand, output_leaves
+from fxlora.passes.graph import fake_value, op_name, operand, output_leaves
 from fxlora.passes.rows.families import is_pointwise
 from fxlora.passes.sites import Role, Site
 from fxlora.passes.weights import Weights, tensor_key
@@ -47,7 +47,8 @@ def mark_logits(
     for site in sites:
         key = tensor_key(site.weight)
         is_logits = site.role is Role.LINEAR and (key in embedded or key == head or (head is None and site is last))
-        marked.append(replace(site, role=Role.LOGITS, **_naming(site, weights)) if is_logits else site)
+        naming = _naming(site, weights) if key in embedded else {}
+        marked.append(replace(site, role=Role.LOGITS, **naming) if is_logits else site)
     return marked
 
 
@@ -65,8 +66,14 @@ def _last_linear(gm: fx.GraphModule, sites: Sequence[Site]) -> Site | None:
         if node in by_use:
             return by_use[node]
         name = op_name(node)
-        tensors = [n for n in node.all_input_nodes if n.op.startswith("call")]
-        if not node.op.startswith("call") or not (name in _KEEPS_ROWS or is_pointwise(name)) or len(tensors) != 1:
+        keeps = name in _KEEPS_ROWS or is_pointwise(name)
+        source = operand(node) if isinstance(operand(node), fx.Node) else next(iter(node.all_input_nodes), None)
+        others = [n for n in node.all_input_nodes if n is not source and n.op.startswith("call") and not _is_size(n)]
+        if not node.op.startswith("call") or not keeps or others:
             return None
-        node = tensors[0] if operand(node) is None else next((n for n in tensors), None)
+        node = source
     return None
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(fake_value(node), torch.SymInt | int)

@@ -97,14 +97,14 @@ def _inline(gm: fx.GraphModule, node: fx.Node, module: torch.nn.Module) -> bool:
     values: dict[fx.Node, Any] = {}
     for i, placeholder in enumerate(placeholders):
         name = str(placeholder.target)
+        if name.startswith("*"):
+            return False
         if i < len(node.args):
             values[placeholder] = node.args[i]
         elif name in node.kwargs:
             values[placeholder] = node.kwargs[name]
-        elif placeholder.args:
-            values[placeholder] = placeholder.args[0]
-        else:
-            return False
+        elif placeholder.users:
+            return False  # traced as if it were given, so its default may have taken another branch
     returned = next(n.args[0] for n in inner.nodes if n.op == "output")
     picks = all(u.op == "call_function" and u.target is operator.getitem for u in node.users)
     if not isinstance(returned, fx.Node) and not (picks and isinstance(returned, list | tuple | dict)):
@@ -114,7 +114,7 @@ def _inline(gm: fx.GraphModule, node: fx.Node, module: torch.nn.Module) -> bool:
             if n.op in ("placeholder", "output"):
                 continue
             values[n] = gm.graph.node_copy(n, lambda a: values[a])
-            values[n].meta = {**node.meta, **{k: v for k, v in n.meta.items() if k in ("val", "example_value")}}
+            values[n].meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
             if n.op in ("get_attr", "call_module"):
                 values[n].target = f"{node.target}.{n.target}"
     result: Any = fx.map_arg(returned, lambda a: values[a])

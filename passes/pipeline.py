@@ -26,7 +26,7 @@ from fxlora.passes.reads import Reader
 from fxlora.passes.rewrite import rewrite_sites
 from fxlora.passes.rows.propagate import Prover
 from fxlora.passes.rows.seeds import BatchDims, choose_seeds
-from fxlora.passes.rows.worlds import GraphInput, Sizing, TensorFacts, World, size_worlds
+from fxlora.passes.rows.worlds import GraphInput, Sizing, World, size_worlds
 from fxlora.passes.sites import Site, Skipped, find_sites
 from fxlora.passes.verify import verify_rewrite
 from fxlora.passes.weights import Weights
@@ -111,11 +111,7 @@ def find_linear_sites(job: Job) -> None:
     world: World = job.sizing.worlds[0]
     job.sites, job.skipped = find_sites(job.gm, job.weights, world, [job.gm, *job.models])
     job.sites = mark_logits(job.gm, job.sites, job.weights, job.output_embedding)
-    job.reader = Reader(
-        job.weights,
-        lambda n: len(world.shape(n)),
-        lambda n: isinstance(n, fx.Node) and isinstance(world.facts(n), TensorFacts),
-    )
+    job.reader = Reader(job.weights, world)
 
 
 def prove_rows(job: Job) -> None:
@@ -158,7 +154,11 @@ def _run(job: Job, name: str, step: Callable[[Job], Any]) -> None:
     before = graph_text(job.gm) if debug else ""
     count = len(job.gm.graph.nodes)
     start = time.perf_counter()
-    step(job)
+    try:
+        step(job)
+    except Exception as error:
+        error.add_note(f"in the pass {name}")
+        raise
     if name in ("normalize", "rewrite_sites"):
         job.gm.graph.lint()
         job.gm.recompile()

@@ -36,11 +36,12 @@ class AdapterShape:
 
 @dataclass(frozen=True)
 class PlannedUse:
-    """One call to rewrite: the site it reads, and the map of its rows."""
+    """One call to rewrite: the site it reads, the map of its rows, and whether anything reads its result."""
 
     node: fx.Node
     site: Site
     rows: RowMap
+    read: bool = True
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,7 @@ def plan_graph(
     left = list(skipped)
     wanted = _Targets(targets)
     for site in sites:
-        named = wanted.match((site.name, site.parameter, *site.aliases))
-        if not named:
+        if not wanted.takes(site):
             left.append(Skipped(site.parameter, "not targeted: `targets` does not name it", site.aliases))
             continue
         planned, reason = _plan_uses(prover, site, reader)
@@ -135,7 +135,8 @@ def _plan_uses(prover: Prover, site: Site, reader: Reader) -> tuple[list[Planned
             return [], f"its rows mix requests: {rows.reason}"
         if any(d >= lead for d in rows.dims):
             return [], "requests run along the dim that the weight sums over"
-        planned.append(PlannedUse(node, site, moves.flat_rows(prover, read.x, rows, lead, read.x_order)))
+        flat = moves.flat_rows(prover, read.x, rows, lead, read.x_order)
+        planned.append(PlannedUse(node, site, flat, bool(node.users)))
     return planned, ""
 
 
@@ -147,11 +148,24 @@ class _Targets:
     """``targets`` as PEFT's ``target_modules``: a list matches by suffix, a string is a regex over the whole name."""
 
     def __init__(self, targets: Targets) -> None:
-        self.all = targets is None or targets == "all"
+        self.linear_only = targets == "all-linear"  # PEFT's word: every linear but the one that makes logits
+        self.all = targets is None or targets == "all" or self.linear_only
         self.explicit = not self.all
         self.pattern = targets if isinstance(targets, str) and not self.all else None
         self.names = [] if self.all or isinstance(targets, str) or targets is None else list(targets)
         self._matched: set[str] = set()
+        if self.pattern is None and not self.all and not self.names:
+            raise TargetError("targets is empty; expected names of weights, a regex, 'all' or None")
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise TargetError(f"targets={targets!r} is no regular expression: {error}") from error
+
+    def takes(self, site: Site) -> bool:
+        """Does ``targets`` name this site?"""
+        if self.linear_only and site.role is not Role.LINEAR:
+            return False
+        return self.match((site.name, site.parameter, *site.aliases))
 
     def match(self, paths: Iterable[str]) -> bool:
         if self.all:

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import fx
 
 from fxlora.passes.graph import argument, op_name, operand
+from fxlora.passes.rows.worlds import TensorFacts, World
 from fxlora.passes.weights import CASTS, PASS_ON, Weights
 
 _INDEXED = {"getitem", "index", "index_select"}
@@ -79,10 +79,6 @@ class Orientation:
     transposed: bool
 
 
-def _no_nodes(node: fx.Node) -> Any:
-    raise ValueError(f"a view whose sizes are computed by {node.name}")
-
-
 @dataclass(frozen=True)
 class Refusal:
     """A call that reads a weight in a way no site can serve."""
@@ -92,10 +88,22 @@ class Refusal:
 
 
 class Reader:
-    """Recognises reads. ``ndim`` and ``size`` answer for any tensor node (``size(node, dim)`` at one hint)."""
+    """Recognises reads of the weights of a graph; shapes and sizes are those of one world."""
 
-    def __init__(self, weights: Weights, ndim: Callable[[Any], int], is_tensor: Callable[[Any], bool]) -> None:
-        self.weights, self.ndim, self.is_tensor = weights, ndim, is_tensor
+    def __init__(self, weights: Weights, world: World) -> None:
+        self.weights, self.world = weights, world
+
+    def ndim(self, node: fx.Node) -> int:
+        """Dims of a tensor node."""
+        return len(self.world.shape(node))
+
+    def is_tensor(self, value: Any) -> bool:
+        """True for a node that makes a tensor."""
+        return isinstance(value, fx.Node) and isinstance(self.world.facts(value), TensorFacts)
+
+    def take_place(self, new: fx.Node, old: fx.Node) -> None:
+        """A rewritten call has the shape of the call it replaces."""
+        self.world.values[new] = self.world.facts(old)
 
     def reads(self, node: fx.Node) -> list[Read | Refusal]:
         """All reads of weights by one call. Ops that only hand a weight on (transposes, casts, slices) read nothing
@@ -143,8 +151,18 @@ class Reader:
 
     def _gathers(self, node: fx.Node) -> bool:
         key = argument(node, 2, "index") if op_name(node) == "index_select" else argument(node, 1, "indices")
-        keys = list(key) if isinstance(key, tuple | list) else [key]
-        return any(self.is_tensor(k) for k in keys)
+        return any(self.is_tensor(k) for k in self._keys(node, key))
+
+    @staticmethod
+    def _keys(node: fx.Node, key: Any) -> list[Any]:
+        """The index of each dim: a tuple (or aten's list) holds several, anything else is one."""
+        return list(key) if isinstance(key, tuple) or (isinstance(key, list) and op_name(node) == "index") else [key]
+
+    def _is_index(self, value: Any) -> bool:
+        if not self.is_tensor(value):
+            return False
+        dtype = self.world.facts(value).dtype
+        return dtype not in (torch.bool, torch.uint8) and not dtype.is_floating_point
 
     def _lookup(self, node: fx.Node, root: fx.Node, other: fx.Node) -> Read | Refusal:
         """``w[ids]``: an embedding when one integer tensor indexes the first dim."""
@@ -153,15 +171,15 @@ class Reader:
             keys = [key] if dim in (0, -2) else [None, key]
         else:
             key = argument(node, 1, "indices")
-            keys = list(key) if isinstance(key, tuple | list) else [key]
-        if not self.is_tensor(keys[0]) or any(k is not None and k != slice(None) for k in keys[1:]):
+            keys = self._keys(node, key)
+        if not self._is_index(keys[0]) or any(k is not None and k != slice(None) for k in keys[1:]):
             return Refusal(root, f"{op_name(node)} reads a part of the weight")
         return Read("embedding", root, other, False, False, keys[0])
 
     def _embedding(self, node: fx.Node, root: fx.Node, other: fx.Node, seen: Orientation) -> Read | Refusal:
         first, second = operand(node), argument(node, 1, "weight", "indices")
         ids = second if first is other else first
-        if argument(node, 3, "max_norm") is not None and not isinstance(node.target, torch._ops.OpOverload):
+        if node.target is torch.nn.functional.embedding and argument(node, 3, "max_norm") is not None:
             return Refusal(root, "an embedding with max_norm rewrites its weight at every call")
         if seen != Orientation(0, False):
             return Refusal(root, "an embedding over a transposed or sliced weight")
@@ -197,11 +215,16 @@ class Reader:
             return Orientation(lead, True)
         return None
 
-    @staticmethod
-    def _viewed(node: fx.Node, view: Any) -> Any:
+    def _number(self, node: fx.Node) -> Any:
+        facts = self.world.facts(node)
+        if not isinstance(facts, int):
+            raise ValueError(f"a view by the tensor {node.name}")
+        return facts
+
+    def _viewed(self, node: fx.Node, view: Any) -> Any:
         try:
-            args = fx.map_arg(node.args[1:], _no_nodes)
-            kwargs = fx.map_arg(dict(node.kwargs), _no_nodes)
+            args = fx.map_arg(node.args[1:], self._number)
+            kwargs = fx.map_arg(dict(node.kwargs), self._number)
             if node.op == "call_method":
                 return getattr(view, str(node.target))(*args, **kwargs)
             return node.target(view, *args, **kwargs)  # type: ignore[operator]

@@ -113,6 +113,7 @@ def _rewrite_use(
             if read.addend is not None:
                 out = call(torch.add, out, read.addend)
     out.meta |= {k: v for k, v in node.meta.items() if k in ("val", "example_value")}
+    reader.take_place(out, node)
     node.replace_all_uses_with(out)
     graph.erase_node(node)
 

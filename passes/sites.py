@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from fxlora.passes.reads import Read, Reader, Refusal
-from fxlora.passes.rows.worlds import TensorFacts, World
+from fxlora.passes.rows.worlds import World
 from fxlora.passes.weights import Weights, tensor_key
 
 
@@ -77,11 +77,7 @@ def find_sites(
     gm: fx.GraphModule, weights: Weights, world: World, modules: Sequence[torch.nn.Module] = ()
 ) -> tuple[list[Site], list[Skipped]]:
     """All sites of a graph, in graph order, and every weight of two or more dims that is none, with its reason."""
-    reader = Reader(
-        weights,
-        lambda n: len(world.shape(n)),
-        lambda n: isinstance(n, fx.Node) and isinstance(world.facts(n), TensorFacts),
-    )
+    reader = Reader(weights, world)
     uses: dict[Any, list[tuple[fx.Node, Read]]] = {}
     refused: dict[Any, str] = {}
     tensors: dict[Any, torch.Tensor] = {}

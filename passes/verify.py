@@ -34,9 +34,9 @@ def verify_rewrite(gm: fx.GraphModule, plan: Plan, placeholders: Iterable[str], 
         missing = [n.name for n in node.all_input_nodes if n not in present]
         if missing:
             raise VerifyError(f"{node.name} reads {missing}, which are not in the graph")
-    used = {op_name(u) for n in ops for u in n.users}
-    if ops and not used:
-        raise VerifyError("no fxlora op is read by anything")
+    unread = sum(not n.users for n in ops) - sum(not use.read for use in plan.uses)
+    if unread > 0:
+        raise VerifyError(f"{unread} fxlora ops are read by nothing, though the calls they replaced were")
     doubled = [count for count in count_weight_nodes(gm).values() if count > 1]
     if doubled:
         raise VerifyError(f"{len(doubled)} weights are read through more than one node")

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from fxlora.passes.errors import PeftModelError
-from fxlora.passes.graph import attribute, op_name, operand
+from fxlora.passes.graph import attribute, fake_value, op_name, operand
 
 # Reading a weight through these still reads the whole weight, in one of two orientations.
 TRANSPOSES = {"t", "T", "mT", "transpose", "permute"}
@@ -51,6 +51,7 @@ PASS_ON = (
         "gather",
     }
 )
+_GATHERS = {"getitem", "index", "index_select", "gather"}
 _PEFT_PARTS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "base_layer"}
 
 
@@ -143,6 +144,9 @@ class Weights:
             name = op_name(node)
             if name not in PASS_ON:
                 break
+            others = [n for n in node.all_input_nodes if n is not operand(node)]
+            if name in _GATHERS and any(not isinstance(fake_value(n), torch.SymInt) for n in others):
+                break  # a gather reads the weight itself
             chain.append(name)
             node = operand(node)
         return None, []

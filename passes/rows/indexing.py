@@ -37,14 +37,14 @@ def index_items(p: Prover, node: fx.Node) -> list[Any]:
             start, length = argument(node, 2, "start"), argument(node, 3, "length")
             if isinstance(start, fx.Node) or isinstance(length, fx.Node):
                 raise UnknownShapeError("narrow with computed bounds")
-            whole[dim] = slice(start, start + length)
+            whole[dim] = slice(start, None if start < 0 and start + length == 0 else start + length)
         else:
             whole[dim] = argument(node, 2, "index")
         return whole
     given = argument(node, 1, "indices", "index")
     if name == "index":
         return [slice(None) if i is None else i for i in given] + whole[len(given) :]
-    items = list(given) if isinstance(given, tuple | list) else [given]
+    items = list(given) if isinstance(given, tuple) else [given]
     return expand_items(items, ndim)
 
 

@@ -116,7 +116,7 @@ def reduce(p: Prover, node: fx.Node) -> Any:
         return Mixed(f"{name} of several tensors")
     if not isinstance(rows, Label):
         return rows
-    position = 2 if name in ("norm", "vector_norm", "linalg_vector_norm", "logsumexp_", "kthvalue") else 1
+    position = 2 if name in ("norm", "vector_norm", "linalg_vector_norm", "kthvalue") else 1
     if position < len(node.args) and isinstance(node.args[position], bool):
         position = len(node.args)  # var(x, unbiased)
     dims = dims_of(p, node, position)

@@ -57,7 +57,10 @@ def _named(tensors: Sequence[GraphInput], batch_dims: BatchDims) -> dict[fx.Node
         return {}
     named: dict[fx.Node, tuple[int, ...]] = {}
     for name, given in batch_dims.items():
-        matches = [inp for inp in tensors if name in (inp.name, inp.name.split(".")[0], re.sub(r"_\d+$", "", inp.name))]
+        exact = [inp for inp in tensors if inp.name == name]
+        matches = exact or [
+            inp for inp in tensors if name in (inp.name, inp.name.split(".")[0], re.sub(r"_\d+$", "", inp.name))
+        ]
         if not matches:
             raise BatchDimsError(
                 f"batch_dims names the input {name!r}; the graph's tensor inputs are {[inp.name for inp in tensors]}"

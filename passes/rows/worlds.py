@@ -169,7 +169,8 @@ def size_worlds(
                 return Sizing(worlds, False, fixed_sizes(inputs), model_guards(env))
         log.info("no sizes but the traced ones satisfy the graph's guards: proven for these alone")
     else:
-        for dims in ("all", "rows", "batch"):
+        opaque = any(n.op == "call_module" and n.users for n in gm.graph.nodes)  # may check sizes only when opened
+        for dims in ("rows", "all", "batch") if opaque else ("all", "rows", "batch"):
             sized = _refaked(gm, inputs, batch, bound, dims)
             if sized is not None:
                 guards = () if env is None else model_guards(env)
@@ -204,9 +205,11 @@ def fixed_sizes(inputs: Sequence[GraphInput]) -> dict[fx.Node, dict[int, int]]:
 def _held_sizes(
     inputs: Sequence[GraphInput], batch: Mapping[fx.Node, tuple[int, ...]], free: str
 ) -> dict[fx.Node, dict[int, int]]:
-    shapes = _input_shapes(inputs, batch, free, 0)
-    assert shapes is not None
-    return {inp.node: {d: n for d, n in enumerate(inp.sizes) if shapes[inp.node][d] == n} for inp in inputs}
+    shapes = [_input_shapes(inputs, batch, free, world) for world in range(WORLDS)]
+    return {
+        inp.node: {d: n for d, n in enumerate(inp.sizes) if all(shape[inp.node][d] == n for shape in shapes)}
+        for inp in inputs
+    }
 
 
 def _generator(world: int) -> torch.Generator:
@@ -284,8 +287,6 @@ def _refaked(
             worlds.append(World(values=worlds[0].values, generator=_generator(index)))
             continue
         shapes = _input_shapes(inputs, batch, free, index)
-        if shapes is None:
-            return None
         try:
             values = _run_fake(gm, inputs, shapes, bound)
         except Exception as error:
@@ -297,7 +298,7 @@ def _refaked(
 
 def _input_shapes(
     inputs: Sequence[GraphInput], batch: Mapping[fx.Node, tuple[int, ...]], free: str, world: int
-) -> dict[fx.Node, tuple[int, ...]] | None:
+) -> dict[fx.Node, tuple[int, ...]]:
     if free == "none":
         return {inp.node: inp.sizes for inp in inputs}
     sizes: dict[Any, int] = {}

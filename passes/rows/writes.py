@@ -115,11 +115,11 @@ def written(p: Prover, node: fx.Node, target: fx.Node) -> Rows:
                 return Mixed(f"{name} of a larger tensor")
             rows.append(shift(p.rows(n), ndim - p.ndim(n)) if p.is_tensor(n) else p.rows(n))
         return moves.fit(p, join(rows, ndim, p.count, name), target)
-    return Mixed(f"no row rule for the in-place op {name}")
+    return Mixed(f"no row rule for the in-place op {op_name(node).lstrip('?')}")
 
 
 def _items(p: Prover, target: fx.Node, key: Any) -> list[Any]:
-    return indexing.expand_items(list(key) if isinstance(key, tuple | list) else [key], p.ndim(target))
+    return indexing.expand_items(list(key) if isinstance(key, tuple) else [key], p.ndim(target))
 
 
 def _along(p: Prover, node: fx.Node, target: fx.Node) -> Rows:
