@@ -8,6 +8,7 @@ Shape letters: B requests, T tokens, H features.
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -208,11 +209,13 @@ class Truth:
     """What is true of a graph on one input, by numerics.
 
     uniform maps each adapter (None: no adapter) to the outputs with every row under it. owners is bool [B, elements]:
-    which requests an output element depends on, under any of the adapters.
+    which requests an output element depends on, under any of the adapters. noise is the largest rounding error of
+    fp32 in these outputs: random products may be ill-conditioned.
     """
 
     uniform: dict[str | None, torch.Tensor]
     owners: torch.Tensor
+    noise: float
 
     def mixes(self) -> bool:
         """Whether some output element depends on several requests."""
@@ -221,7 +224,7 @@ class Truth:
     def wrong(self, got: torch.Tensor, names: Sequence[str | None], tolerance: float = 1e-4) -> tuple[int, int]:
         """(wrong elements among those of one request, other elements that no adapter explains)."""
         stacked = torch.stack([self.uniform[name].flatten() for name in names])
-        scale = tolerance * max(1.0, float(stacked.abs().max()))
+        scale = max(tolerance * max(1.0, float(stacked.abs().max())), 20 * self.noise)
         near = (got.flatten()[None] - stacked).abs() <= scale
         alone, count = (near | ~self.owners).all(0), self.owners.sum(0)
         return int(((count == 1) & ~alone).sum()), int(((count != 1) & ~near.any(0)).sum())
@@ -232,14 +235,15 @@ def truth_of(gm: nn.Module, x: torch.Tensor, adapters: Mapping[str, Adapter], dr
     """Run the graph under each adapter for all rows, and once more for every redraw of every request."""
     uniform: dict[str | None, torch.Tensor] = {}
     owners = torch.zeros(len(x), 0, dtype=torch.bool)
-    generator = torch.Generator().manual_seed(5)
+    generator, noise = torch.Generator().manual_seed(5), 0.0
     for name in (None, *adapters):
         module = merged(gm, None if name is None else adapters[name])
         uniform[name] = module(x.clone())
+        noise = max(noise, float((copy.deepcopy(module).double()(x.double()) - uniform[name]).abs().max()))
         owners = owners if owners.numel() else torch.zeros(len(x), uniform[name].numel(), dtype=torch.bool)
         for index in range(len(x)):
             for _ in range(draws):
                 other = x.clone()
                 other[index] = torch.randn(x.shape[1:], generator=generator)
                 owners[index] |= (module(other) - uniform[name]).abs().flatten() > 1e-5
-    return Truth(uniform, owners)
+    return Truth(uniform, owners, noise)
