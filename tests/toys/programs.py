@@ -209,8 +209,8 @@ class Truth:
     """What is true of a graph on one input, by numerics.
 
     uniform maps each adapter (None: no adapter) to the outputs with every row under it. owners is bool [B, elements]:
-    which requests an output element depends on, under any of the adapters. noise is the largest rounding error of
-    fp32 in these outputs: random products may be ill-conditioned.
+    which requests an output element depends on, under any of the adapters. noise is how far a change of the input by
+    1e-6 of itself moves these outputs in fp64: random products may be ill-conditioned.
     """
 
     uniform: dict[str | None, torch.Tensor]
@@ -224,7 +224,7 @@ class Truth:
     def wrong(self, got: torch.Tensor, names: Sequence[str | None], tolerance: float = 1e-4) -> tuple[int, int]:
         """(wrong elements among those of one request, other elements that no adapter explains)."""
         stacked = torch.stack([self.uniform[name].flatten() for name in names])
-        scale = max(tolerance * max(1.0, float(stacked.abs().max())), 20 * self.noise)
+        scale = max(tolerance * max(1.0, float(stacked.abs().max())), 3 * self.noise)
         near = (got.flatten()[None] - stacked).abs() <= scale
         alone, count = (near | ~self.owners).all(0), self.owners.sum(0)
         return int(((count == 1) & ~alone).sum()), int(((count != 1) & ~near.any(0)).sum())
@@ -239,7 +239,11 @@ def truth_of(gm: nn.Module, x: torch.Tensor, adapters: Mapping[str, Adapter], dr
     for name in (None, *adapters):
         module = merged(gm, None if name is None else adapters[name])
         uniform[name] = module(x.clone())
-        noise = max(noise, float((copy.deepcopy(module).double()(x.double()) - uniform[name]).abs().max()))
+        exact, near = (
+            copy.deepcopy(module).double(),
+            x.double() * (1 + 1e-6 * torch.randn(x.shape, generator=generator)),
+        )
+        noise = max(noise, float((exact(near) - exact(x.double())).abs().max()))
         owners = owners if owners.numel() else torch.zeros(len(x), uniform[name].numel(), dtype=torch.bool)
         for index in range(len(x)):
             for _ in range(draws):
