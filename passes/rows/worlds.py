@@ -175,11 +175,14 @@ def size_worlds(
             if sized is not None:
                 guards = () if env is None else model_guards(env)
                 return Sizing(sized, False, _held_sizes(inputs, batch, dims), guards)
-    frozen = _refaked(gm, inputs, batch, bound, "none")
-    if frozen is None:
+    try:
+        values = _run_fake(gm, inputs, {inp.node: inp.sizes for inp in inputs}, bound)
+    except Exception as error:
         raise RowsNotProvenError(
-            "the graph does not run on shapes alone (a size or a choice depends on data), so no row can be proven"
-        )
+            "the graph does not run on shapes alone (a size or a choice depends on data), so no row can be proven: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    frozen = tuple(World(values=values, generator=_generator(index)) for index in range(_FIXED_WORLDS))
     return Sizing(frozen, True, {inp.node: dict(enumerate(inp.sizes)) for inp in inputs})
 
 
@@ -279,13 +282,10 @@ def _refaked(
     free: str,
 ) -> tuple[World, ...] | None:
     """Run the graph on fake tensors at sizes of our own; ``free`` says which input dims vary: all, rows (the first
-    two), batch or none.
+    two) or batch.
     """
     worlds = []
-    for index in range(_FIXED_WORLDS if free == "none" else WORLDS):
-        if free == "none" and worlds:
-            worlds.append(World(values=worlds[0].values, generator=_generator(index)))
-            continue
+    for index in range(WORLDS):
         shapes = _input_shapes(inputs, batch, free, index)
         try:
             values = _run_fake(gm, inputs, shapes, bound)
@@ -299,8 +299,6 @@ def _refaked(
 def _input_shapes(
     inputs: Sequence[GraphInput], batch: Mapping[fx.Node, tuple[int, ...]], free: str, world: int
 ) -> dict[fx.Node, tuple[int, ...]]:
-    if free == "none":
-        return {inp.node: inp.sizes for inp in inputs}
     sizes: dict[Any, int] = {}
     others = iter(_OTHER_SIZES[world] * 50)
     symbolic = any(symbol is not None for inp in inputs for symbol in inp.symbols)
