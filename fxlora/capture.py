@@ -47,7 +47,9 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
     failures = []
     for tracer in (_dynamo, _export):
         try:
-            with torch.no_grad(), warnings.catch_warnings():
+            # Nothing of an earlier capture of the same class may decide what is symbolic here; numbers stay numbers.
+            config = torch._dynamo.config.patch(automatic_dynamic_shapes=False, specialize_float=True)
+            with config, torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 gm = tracer(model, args, kwargs)
         except Exception as error:

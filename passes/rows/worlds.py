@@ -240,12 +240,13 @@ def _symbol_sizes(
             chosen |= dict.fromkeys(batch_symbols, 3 + world) | dict.fromkeys(row_symbols, batch_size)
         hints = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
         others = iter(_OTHER_SIZES[world % WORLDS] * 50)
-        for i, symbol in enumerate(s for s in free if s not in chosen):
+        numbers = {s: hints[s] for s in free if not s.is_integer and s in hints}  # symbolic floats are no sizes
+        for i, symbol in enumerate(s for s in free if s not in chosen and s not in numbers):
             hint = int(hints[symbol]) if symbol in hints else 2
             size = next(others) if attempt == 0 else hint + (i + 1) * (world + 1) if attempt == 1 else hint
             chosen[symbol] = size
         chosen = {s: sympy.Integer(size) for s, size in chosen.items()}
-        solved = {**chosen}
+        solved = {**chosen, **{s: sympy.sympify(value) for s, value in numbers.items()}}
         for symbol, expression in replacements.items():
             value = _substitute(expression, chosen, replacements)
             if value is not None:
