@@ -40,7 +40,7 @@ def rows_of(p: Prover, node: fx.Node) -> Any:
     if name in SCALARS and not p.is_tensor(node):
         return Mixed(f"{name} turns rows into a number that all requests see")
     rows = _apply_rule(p, node, name)
-    if rows is None and name != "getitem":
+    if rows is None and name not in ("getitem", "values", "indices"):
         return Mixed(f"{name} loses sight of its rows")
     return rows
 

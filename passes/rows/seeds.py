@@ -47,7 +47,7 @@ def choose_seeds(inputs: Sequence[GraphInput], batch_dims: BatchDims) -> tuple[d
         inp.node: named[inp.node] for inp in tensors if inp.node in named and (inp is primary or _counts(inp, dims))
     }
     for inp in tensors:
-        if inp.node not in seeds and _follows(inp, primary, dims):
+        if inp.node not in seeds and _follows(inp, primary, dims, by_symbol=isinstance(batch_dims, Mapping)):
             seeds[inp.node] = dims
     return seeds, primary.node
 
@@ -87,11 +87,11 @@ def _as_dims(given: int | tuple[int, ...], inp: GraphInput) -> tuple[int, ...]:
     return dims
 
 
-def _follows(inp: GraphInput, primary: GraphInput, dims: tuple[int, ...]) -> bool:
-    """Does an unnamed input carry the same requests along the same dims?"""
+def _follows(inp: GraphInput, primary: GraphInput, dims: tuple[int, ...], *, by_symbol: bool) -> bool:
+    """Does an unnamed input carry the same requests along the same dims? If others were named, only tracing tells."""
     if not _counts(inp, dims):
         return False
-    return len(inp.sizes) > max(dims) and all(_same_dim(inp, primary, d) for d in dims)
+    return len(inp.sizes) > max(dims) and all(_same_dim(inp, primary, d, by_symbol) for d in dims)
 
 
 def _counts(inp: GraphInput, dims: tuple[int, ...]) -> bool:
@@ -99,10 +99,12 @@ def _counts(inp: GraphInput, dims: tuple[int, ...]) -> bool:
     return len(dims) == 1 or (inp.dtype is not None and inp.dtype.is_floating_point)
 
 
-def _same_dim(inp: GraphInput, primary: GraphInput, d: int) -> bool:
+def _same_dim(inp: GraphInput, primary: GraphInput, d: int, by_symbol: bool) -> bool:
     mine, theirs = inp.symbols[d], primary.symbols[d]
     if mine is not None and theirs is not None and mine == theirs:
         return True
+    if by_symbol:
+        return False
     if (mine is None) != (theirs is None) or inp.sizes[d] != primary.sizes[d]:
         return False
     # Two dims of one traced size that tracing never had to compare: a batch of rows, but not a bare list of positions.

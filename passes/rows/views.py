@@ -31,6 +31,15 @@ def getitem(p: Prover, node: fx.Node) -> Any:
     return indexing.index(p, node, source, indexing.index_items(p, node))
 
 
+@rule("values", "indices")
+def named_result(p: Prover, node: fx.Node) -> Any:
+    """`sort(x).values`: one result of an op that returns two, by name."""
+    rows = p.labels.get(operand(node))
+    if p.is_tensor(operand(node)):
+        return Mixed(f"no row rule for {op_name(node)} of a tensor")
+    return rows[op_name(node) == "indices"] if isinstance(rows, tuple) else rows
+
+
 @rule("index", "slice", "select", "index_select", "narrow")
 def index(p: Prover, node: fx.Node) -> Rows:
     """Indexing by slices, numbers and tensors."""

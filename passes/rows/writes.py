@@ -38,7 +38,7 @@ def is_write(node: fx.Node) -> bool:
         return True
     return (
         name == "setitem"
-        or "out" in node.kwargs
+        or node.kwargs.get("out") is not None
         or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
     )
 
