@@ -95,9 +95,13 @@ def apply(
     except BaseException:
         pool.close()
         raise
+    _log.info("%d sites, %d weights skipped, %d nodes", len(plan.sites), len(plan.skipped), len(rewritten.graph.nodes))
     for words in (*plan.assumed, *plan.mixed_outputs):
         _log.warning("%s", words)
-    return LoraModule(gm, rewritten, signature, job, pool)
+    lora = LoraModule(gm, rewritten, signature, job, pool)
+    if lora.fixed_sizes:
+        _log.info("sizes that tracing fixed: %s", lora.fixed_sizes)
+    return lora
 
 
 def _check_model(gm: fx.GraphModule, model: nn.Module, bound: Iterable[torch.Tensor]) -> None:

@@ -40,6 +40,7 @@ class LoraModule(nn.Module):
         graph_module: The rewritten graph: flat inputs, then `adapter_slots` (int32).
         sites: Weights that adapters can reach. skipped: the others, each with its reason.
         pool: The adapter memory. reports: what each pass did.
+        fixed_sizes: Sizes that tracing fixed, by input name and dim: calls with others are refused.
         assumed: Where isolation of requests is taken on trust. mixed_outputs: outputs that combine requests.
     """
 
@@ -69,6 +70,7 @@ class LoraModule(nn.Module):
         ]
         self._ndims = [(inp.name, position[inp.node], len(inp.sizes)) for inp in job.inputs if inp.dtype is not None]
         self._fixed = [(inp.name, position[inp.node], dict(job.sizing.fixed.get(inp.node, {}))) for inp in job.inputs]
+        self.fixed_sizes = {name: sizes for name, _, sizes in self._fixed if sizes}
         self._guards = job.sizing.guards
         self._symbols = [
             (s, position[inp.node], d) for inp in job.inputs for d, s in enumerate(inp.symbols) if s is not None
