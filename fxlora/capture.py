@@ -22,7 +22,8 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
     """Trace a model's whole forward for these inputs.
 
     Dynamo's whole-graph capture is tried first (it keeps every name of every weight), then torch.export. Every dim of
-    size two or more of every tensor input becomes dynamic where the model allows it (`LoraModule.fixed_sizes` has the rest).
+    size two or more of every tensor input becomes dynamic where the model allows it (`LoraModule.fixed_sizes` has the
+    rest).
     The graph is called like the model, with arguments of the same names, and shares its weights.
 
     Args:
