@@ -1,3 +1,5 @@
+"""Reading adapters: what peft saves is read as it is; features not served and broken files are refused by name."""
+
 from __future__ import annotations
 
 import dataclasses

@@ -1,3 +1,5 @@
+"""`adapters=` of a call: the slot of each request or token, and every wrong list, name, type or tensor refused."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator

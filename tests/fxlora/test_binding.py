@@ -1,3 +1,5 @@
+"""Binding: every tensor of an adapter lands once, whatever its key is called, or the error lists those that do not."""
+
 from __future__ import annotations
 
 import copy

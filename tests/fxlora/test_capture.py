@@ -132,7 +132,8 @@ class TestConstants:
     """Values that are no tensors are part of the graph."""
 
     @pytest.fixture(scope="class")
-    def lora(self) -> Any:
+    @classmethod
+    def lora(cls) -> Any:
         return fxlora.apply(fxlora.capture(built(), x(), flag=False, name="b"))
 
     def test_may_be_left_out_or_repeated(self, lora: Any) -> None:
@@ -210,7 +211,6 @@ def test_weights_are_shared_and_the_model_is_untouched() -> None:
     assert {p.data_ptr() for p in gm.parameters()} == set(before.values())
 
 
-@pytest.mark.xfail(strict=True, reason="an exported graph asks for its fixed arguments again")
 def test_export_lets_fixed_arguments_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture_module, "_dynamo", refuse)
     fxlora.apply(fxlora.capture(built(), x(), flag=False))(x())
@@ -223,7 +223,6 @@ def test_branches_of_an_exported_graph_guard_the_call(monkeypatch: pytest.Monkey
         lora(x(2, 12))
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a changed flag meets the guards inside the graph first")
 def test_fixed_arguments_of_an_exported_graph_are_call_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture_module, "_dynamo", refuse)
     lora = fxlora.apply(fxlora.capture(built(), x(), flag=True))
@@ -231,14 +230,12 @@ def test_fixed_arguments_of_an_exported_graph_are_call_errors(monkeypatch: pytes
         lora(x(), flag=False)
 
 
-@pytest.mark.xfail(strict=True, reason="dynamo calls positional arguments args_0, args_1, ...")
 def test_arguments_given_by_position_go_by_their_names_too() -> None:
     sample = x()
     lora = fxlora.apply(fxlora.capture(built(), sample), batch_dims={"x": 0})
     assert torch.equal(lora(x=sample), lora(sample))
 
 
-@pytest.mark.xfail(strict=True, reason="a fixed argument given by position is looked for under its name alone")
 def test_the_captured_call_itself_is_served() -> None:
     sample = x()
     lora = fxlora.apply(fxlora.capture(built(), sample, False))

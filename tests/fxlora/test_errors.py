@@ -1,3 +1,5 @@
+"""Errors: one tree under FxloraError, exported and documented, and messages that stay readable."""
+
 from __future__ import annotations
 
 import inspect

@@ -1,3 +1,5 @@
+"""The pool: bits, bytes and addresses of adapter memory, loads that change nothing when refused, and its end."""
+
 from __future__ import annotations
 
 import copy

@@ -17,7 +17,7 @@ from fxlora.passes.reads import Read, Reader, Refusal
 from fxlora.passes.rows.labels import Label, Mixed, Rows
 from fxlora.passes.rows.propagate import Prover
 from fxlora.passes.rows.seeds import BatchDims, choose_seeds
-from fxlora.passes.rows.worlds import GraphInput, TensorFacts, size_worlds
+from fxlora.passes.rows.worlds import GraphInput, size_worlds
 from fxlora.passes.weights import Weights
 
 Body = Callable[..., Any]
@@ -124,11 +124,7 @@ def reads_of(target: nn.Module | Body, *examples: torch.Tensor) -> list[Read | R
     job = job_of(target, *examples)
     seeds, _ = choose_seeds(job.inputs, None)
     world = size_worlds(job.gm, job.inputs, seeds, {}).worlds[0]
-    reader = Reader(
-        Weights(job.gm),
-        lambda n: len(world.shape(n)),
-        lambda n: isinstance(n, fx.Node) and isinstance(world.facts(n), TensorFacts),
-    )
+    reader = Reader(Weights(job.gm), world)
     return [read for node in job.gm.graph.nodes for read in reader.reads(node)]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch import fx, nn
 
@@ -80,9 +79,6 @@ def test_calls_that_nobody_reads_are_left_alone() -> None:
     assert opaque_calls(fx.GraphModule(model, LeafTracer().trace(model))) == []
 
 
-@pytest.mark.xfail(
-    strict=True, raises=IndexError, reason="the users of a tuple are taken for getitems, whatever they are"
-)
 def test_a_result_passed_on_whole_is_kept_whole() -> None:
     model = attention(pick=False)
     gm, _ = opened(model, torch.randn(5, 4, 6))
@@ -91,9 +87,6 @@ def test_a_result_passed_on_whole_is_kept_whole() -> None:
         assert torch.allclose(got, want, atol=1e-5)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="sizes of the proof that attention's fast path takes on trust are no sizes of it"
-)
 def test_batch_first_attention_is_opened() -> None:
     model = holder(lambda self, x: self.attn(x, x, x)[0], attn=nn.MultiheadAttention(6, 2, batch_first=True))
     assert opened(model, torch.randn(4, 5, 6), batch=0)[1] == 1

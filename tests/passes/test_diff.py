@@ -31,14 +31,14 @@ def test_nested_arguments_show_nodes_by_name() -> None:
     gm = traced(lambda x, y: {"a": torch.cat([x, y], dim=1)[:, 1:-1], "b": (x, None), "c": x.to(torch.float64)})
     text = graph_text(gm)
     assert "cat = cat([x, y], dim=1)" in text
-    assert "getitem = getitem(cat, (" in text
-    assert "1:-1" in text
+    assert "getitem = getitem(cat, (:, 1:-1))" in text
     assert "to = to(x, torch.float64)" in text
     assert "return {a: getitem, b: (x, None), c: to}" in text
 
 
 def test_slices_may_hold_nodes() -> None:
-    assert "(:size:)" in graph_text(traced(lambda x: x[: x.size(0),])).replace("getitem(x, (:size:))", "(:size:)")
+    assert "getitem(x, (:size,))" in graph_text(traced(lambda x: x[: x.size(0),]))
+    assert "getitem(x, (::size,))" in graph_text(traced(lambda x: x[:: x.size(0),]))
 
 
 def test_unknown_calls_keep_their_mark() -> None:

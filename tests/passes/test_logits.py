@@ -130,7 +130,6 @@ def test_no_name_has_a_say(names: tuple[str, str]) -> None:
     assert roles_of(model, torch.randn(2, 5, 3)) == {first: "linear", second: "logits"}
 
 
-@pytest.mark.xfail(strict=True, reason="every logits site takes its last name, tied or not")
 def test_an_untied_head_keeps_its_first_name() -> None:
     head = nn.Linear(3, 4)
     model = holder(lambda self, x: self.head(x), head=head, wrapper=nn.ModuleDict({"inner": head}))

@@ -197,7 +197,6 @@ class Optional(nn.Module):
         return x * 2 if scale is None else x
 
 
-@pytest.mark.xfail(strict=True, reason="of *args a module keeps the first, and indexes into it")
 def test_variadic_modules_keep_all_their_arguments() -> None:
     model = holder(lambda self, x: self.inner(x, x * 10), inner=Summing())
     gm = leaf_trace(model)

@@ -108,7 +108,6 @@ def test_applying_twice_is_refused() -> None:
         analysed(gm, torch.randn(2, 3), torch.zeros(2).int())
 
 
-@pytest.mark.xfail(strict=True, reason="an error does not say in which pass it arose")
 def test_an_exception_gains_the_name_of_its_pass() -> None:
     with pytest.raises(TargetError) as caught:
         analysed(model(), torch.randn(2, 3), targets=["nothing"])

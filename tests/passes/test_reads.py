@@ -245,13 +245,11 @@ def foreign_mix(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return x @ w.t()
 
 
-@pytest.mark.xfail(strict=True, reason="a gathered row counts as a part of the weight for the call that reads it")
 def test_a_lookup_hands_its_rows_on() -> None:
     found = reads_of(holder(lambda self, ids: self.w[ids] + 1, w=weight(V, K)), torch.tensor([1, 2]))
     assert [type(read) for read in found] == [Read]
 
 
-@pytest.mark.xfail(strict=True, reason="a view whose sizes are read off x is not followed, and called a part")
 def test_a_weight_expanded_over_the_batch_of_x_is_a_linear() -> None:
     body = lambda self, x: torch.bmm(x, self.w.expand(x.shape[0], -1, -1))  # noqa: E731
     (read,) = reads_of(holder(body, w=weight(K, N)), torch.randn(B, T, K))

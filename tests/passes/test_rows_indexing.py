@@ -200,6 +200,5 @@ def test_masks_have_no_size_to_prove_anything_at(body: Body) -> None:
         rows_of(body, torch.randn(4, 5))
 
 
-@pytest.mark.xfail(strict=True, reason="x[[2, 0, 2]] is read as x[2, 0, 2]: every row goes to request 2")
 def test_a_bare_list_is_one_index() -> None:
     assert mapping_of(rows_of(lambda x: x[[2, 0, 2]], torch.randn(4, 5, 6))) == ((0,), [2, 0, 2])

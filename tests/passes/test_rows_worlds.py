@@ -205,7 +205,6 @@ def test_a_size_that_data_decides_is_a_size_of_its_own() -> None:
         assert found not in sizes
 
 
-@pytest.mark.xfail(strict=True, reason="a free dim whose traced size is the first world's own is taken for fixed")
 @pytest.mark.parametrize("example", [(4, 7, 3), (29, 5, 3)])
 def test_a_free_dim_is_free_whatever_its_traced_size(example: tuple[int, ...]) -> None:
     gm, sizing = sized(holder(lambda self, x: x @ self.w, w=weight(3, 5)), torch.randn(example))
