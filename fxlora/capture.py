@@ -68,8 +68,8 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
 
 def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional arguments by name, where the model's forward names them all: a graph keeps names of keywords only."""
+    signature = inspect.signature(model.forward)
     try:
-        signature = inspect.signature(model.forward)
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
         raise CaptureError(f"these arguments do not fit the model's forward{signature}: {error}") from error
