@@ -103,7 +103,7 @@ def _inline(gm: fx.GraphModule, node: fx.Node, module: torch.nn.Module) -> bool:
             values[placeholder] = node.args[i]
         elif name in node.kwargs:
             values[placeholder] = node.kwargs[name]
-        elif placeholder.users:
+        else:
             return False  # traced as if it were given, so its default may have taken another branch
     returned = next(n.args[0] for n in inner.nodes if n.op == "output")
     picks = all(u.op == "call_function" and u.target is operator.getitem for u in node.users)

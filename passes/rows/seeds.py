@@ -47,7 +47,9 @@ def choose_seeds(inputs: Sequence[GraphInput], batch_dims: BatchDims) -> tuple[d
         inp.node: named[inp.node] for inp in tensors if inp.node in named and (inp is primary or _counts(inp, dims))
     }
     for inp in tensors:
-        if inp.node not in seeds and _follows(inp, primary, dims, by_symbol=isinstance(batch_dims, Mapping)):
+        if inp.node not in seeds and _follows(
+            inp, primary, dims, by_symbol=bool(isinstance(batch_dims, Mapping) and batch_dims)
+        ):
             seeds[inp.node] = dims
     return seeds, primary.node
 

@@ -205,7 +205,6 @@ def test_variadic_modules_keep_all_their_arguments() -> None:
     assert torch.equal(finish(gm)(x), model(x))
 
 
-@pytest.mark.xfail(strict=True, reason="an argument left out is traced as given, so `is None` takes the wrong branch")
 def test_arguments_left_out_are_traced_as_left_out() -> None:
     model = holder(lambda self, x: self.inner(x), inner=Optional())
     gm = leaf_trace(model)

@@ -128,7 +128,6 @@ def test_a_use_before_its_definition_is_caught() -> None:
         verify(job)
 
 
-@pytest.mark.xfail(strict=True, reason="a linear op counts as read by its own pick, whatever reads that")
 def test_one_unread_op_is_caught() -> None:
     model = holder(lambda self, x: (self.a(x), self.b(x)), a=nn.Linear(3, 4), b=nn.Linear(3, 4))
     job = rewritten(model, torch.randn(2, 3))
