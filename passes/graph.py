@@ -38,9 +38,10 @@ _SAME_OP = _spellings(
     bitwise_or_: ior
     pow_: ipow
     matmul_: imatmul
-    bitwise_and: and_
-    bitwise_or: or_
-    bitwise_not: invert inv
+    bitwise_and: and_ __and__
+    bitwise_or: or_ __or__
+    bitwise_xor: __xor__ xor
+    bitwise_not: invert inv __invert__
     remainder: mod
     transpose: swapaxes swapdims transpose_copy
     T: numpy_T

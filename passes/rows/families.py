@@ -45,6 +45,8 @@ NO_DATA = _words(
 )
 # Ops that fill a tensor with a value.
 CREATIONS = _words("full full_like new_full arange linspace scalar_tensor tensor as_tensor new_tensor")
+# Ops where one operand only lends its shape, dtype or device.
+LENDS_SHAPE = _words("expand_as view_as reshape_as type_as type to full_like new_full new_tensor")
 # Ops whose rules look at all their operands. Every other op may depend on requests through its first operand alone.
 JOINS = _words(
     """

@@ -15,6 +15,7 @@ from fxlora.passes.rows.families import (
     ALONG_DIM,
     CREATIONS,
     JOINS,
+    LENDS_SHAPE,
     NO_DATA,
     PER_SAMPLE,
     REDUCTIONS,
@@ -36,6 +37,8 @@ def rows_of(p: Prover, node: fx.Node) -> Any:
         return None
     incoming = [r for n in node.all_input_nodes for r in _flat(p.labels.get(n))]
     if not any(r is not None for r in incoming):
+        return None
+    if name in LENDS_SHAPE and _of_first(p, node, name) is None:
         return None
     if name in SCALARS and not p.is_tensor(node):
         return Mixed(f"{name} turns rows into a number that all requests see")
@@ -64,6 +67,13 @@ def _apply_rule(p: Prover, node: fx.Node, name: str) -> Any:
     if is_pointwise(name):
         return pointwise(p, node)
     return Mixed(f"no row rule for {name.lstrip('?')}")
+
+
+def _of_first(p: Prover, node: fx.Node, name: str) -> Rows:
+    """Rows of the operand that gives the values, where the other lends only shape, dtype or device."""
+    if name in CREATIONS:
+        return next((r for n in node.all_input_nodes if n is not operand(node) and (r := p.rows(n)) is not None), None)
+    return p.rows(operand(node))
 
 
 def is_known(name: str) -> bool:
