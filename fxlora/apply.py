@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxlora.errors import GraphError, NeedsExampleInputsError
+from fxlora.errors import GraphError
 from fxlora.module import LoraModule
 from fxlora.passes.normalize import copy_graph, refuse_applied
 from fxlora.passes.pipeline import Job, analyse, rewrite
@@ -116,6 +116,3 @@ def _check_model(gm: fx.GraphModule, model: nn.Module, bound: Iterable[torch.Ten
 
 def _moved(inp: Any, mapping: dict[fx.Node, fx.Node]) -> Any:
     return replace(inp, node=mapping[inp.node])
-
-
-__all__ = ["NeedsExampleInputsError", "apply"]

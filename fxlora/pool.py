@@ -307,7 +307,7 @@ class _PoolSizes(TypedDict):
 
 def _sizes_of(site: Site, pool_rows: int, max_adapters: int, max_rank: int) -> _PoolSizes:
     return {
-        "kind": "embedding" if site.role is Role.EMBEDDING else "linear",
+        "kind": site.kind,
         "pool_rows": pool_rows,
         "in_features": site.in_features,
         "out_features": site.out_features,

@@ -15,6 +15,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxlora.passes.graph import op_name
+from fxlora.passes.normalize import replace_call
 from fxlora.passes.rows.worlds import TensorFacts, UnknownShapeError, World, model_guards, shape_env_of
 
 log = logging.getLogger(__name__)
@@ -106,14 +107,4 @@ def _splice(gm: fx.GraphModule, node: fx.Node, inner: fx.GraphModule, sources: l
             values[n].meta = dict(kept)
     returned = next(n.args[0] for n in inner.graph.nodes if n.op == "output")
     result: Any = fx.map_arg(returned, lambda a: values[a])
-    if isinstance(result, fx.Node):
-        node.replace_all_uses_with(result)
-    else:
-        for user in list(node.users):
-            if user.target is operator.getitem:
-                user.replace_all_uses_with(result[user.args[1]])
-                gm.graph.erase_node(user)
-            else:
-                user.args = fx.map_arg(user.args, lambda n: result if n is node else n)
-                user.kwargs = fx.map_arg(dict(user.kwargs), lambda n: result if n is node else n)
-    gm.graph.erase_node(node)
+    replace_call(gm, node, result)

@@ -118,14 +118,23 @@ def _inline(gm: fx.GraphModule, node: fx.Node, module: torch.nn.Module) -> bool:
             if n.op in ("get_attr", "call_module"):
                 values[n].target = f"{node.target}.{n.target}"
     result: Any = fx.map_arg(returned, lambda a: values[a])
-    if not isinstance(result, fx.Node):
-        for user in list(node.users):
-            user.replace_all_uses_with(result[user.args[1]])  # type: ignore[index, arg-type]
-            gm.graph.erase_node(user)
-    else:
-        node.replace_all_uses_with(result)
-    gm.graph.erase_node(node)
+    replace_call(gm, node, result)
     return True
+
+
+def replace_call(gm: fx.GraphModule, node: fx.Node, result: Any) -> None:
+    """Put ``result``, one node or a structure of them, in the place of a call, and erase the call."""
+    if isinstance(result, fx.Node):
+        node.replace_all_uses_with(result)
+    else:
+        for user in list(node.users):
+            if user.target is operator.getitem:
+                user.replace_all_uses_with(result[user.args[1]])
+                gm.graph.erase_node(user)
+            else:
+                user.args = fx.map_arg(user.args, lambda n: result if n is node else n)
+                user.kwargs = fx.map_arg(dict(user.kwargs), lambda n: result if n is node else n)
+    gm.graph.erase_node(node)
 
 
 def unify_weights(gm: fx.GraphModule) -> int:

@@ -122,7 +122,7 @@ def prove_rows(job: Job) -> None:
 def make_plan(job: Job) -> None:
     """Decide for every site whether it is rewritten, and with which row map."""
     outputs = output_leaves(job.gm.graph)
-    job.plan = plan_graph(job.prover, job.sites, job.skipped, job.weights, job.reader, job.targets, job.shape, outputs)
+    job.plan = plan_graph(job.prover, job.sites, job.skipped, job.reader, job.targets, job.shape, outputs)
 
 
 def analyse(job: Job) -> Plan:

@@ -13,12 +13,11 @@ from difflib import get_close_matches
 from torch import fx
 
 from fxlora.passes.errors import RowsNotProvenError, TargetError
-from fxlora.passes.reads import Read, Reader
+from fxlora.passes.reads import Reader
 from fxlora.passes.rows import moves
 from fxlora.passes.rows.labels import Label, Mixed, RowMap
 from fxlora.passes.rows.propagate import Prover
 from fxlora.passes.sites import Role, Site, Skipped
-from fxlora.passes.weights import Weights
 
 Targets = None | str | Sequence[str]
 
@@ -70,7 +69,6 @@ def plan_graph(
     prover: Prover,
     sites: Sequence[Site],
     skipped: Sequence[Skipped],
-    weights: Weights,
     reader: Reader,
     targets: Targets,
     shape: AdapterShape,
@@ -124,7 +122,7 @@ def _misplaced(prover: Prover, path: str, node: fx.Node) -> str:
 def _plan_uses(prover: Prover, site: Site, reader: Reader) -> tuple[list[PlannedUse], str]:
     planned = []
     for node in site.uses:
-        read = next(r for r in reader.reads(node) if isinstance(r, Read) and r.kind == _kind(site))
+        read = reader.read_as(node, site.kind)
         rows = prover.rows(read.x)
         lead = prover.ndim(read.x) - (site.role is not Role.EMBEDDING)
         if isinstance(rows, Label) and read.x_order is not None:
@@ -138,10 +136,6 @@ def _plan_uses(prover: Prover, site: Site, reader: Reader) -> tuple[list[Planned
         flat = moves.flat_rows(prover, read.x, rows, lead, read.x_order)
         planned.append(PlannedUse(node, site, flat, bool(node.users)))
     return planned, ""
-
-
-def _kind(site: Site) -> str:
-    return "embedding" if site.role is Role.EMBEDDING else "linear"
 
 
 class _Targets:

@@ -122,6 +122,10 @@ class Reader:
                 found.append(read)
         return found
 
+    def read_as(self, node: fx.Node, kind: str) -> Read:
+        """The read of one kind by a call that is known to have one."""
+        return next(read for read in self.reads(node) if isinstance(read, Read) and read.kind == kind)
+
     def _dim(self, root: fx.Node) -> int:
         tensor = self.weights.tensor_of(root)
         return tensor.dim() if tensor is not None else 0

@@ -84,8 +84,7 @@ def _rewrite_use(
     graph: fx.Graph, use: PlannedUse, reader: Reader, row_inputs: tuple[fx.Node, fx.Node], handle: int
 ) -> None:
     node, site = use.node, use.site
-    kind = "embedding" if site.role is Role.EMBEDDING else "linear"
-    read = next(r for r in reader.reads(node) if isinstance(r, Read) and r.kind == kind)
+    read = reader.read_as(node, site.kind)
     row_slots, segments = row_inputs
     with graph.inserting_before(node):
 
@@ -94,7 +93,7 @@ def _rewrite_use(
             made.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
             return made
 
-        if kind == "embedding":
+        if site.kind == "embedding":
             out = call(torch.ops.fxlora.lora_embedding.default, read.x, read.operand, row_slots, None, segments, handle)
         else:
             x = read.x if read.x_order is None else call(torch.permute, read.x, read.x_order)

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -56,6 +56,11 @@ class Site:
     device: torch.device
     uses: tuple[fx.Node, ...] = field(default=(), repr=False)
     stored_KN: bool = field(default=False, repr=False)
+
+    @property
+    def kind(self) -> Literal["linear", "embedding"]:
+        """How its calls read the weight: logits are a linear too."""
+        return "embedding" if self.role is Role.EMBEDDING else "linear"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import fx
 
 from fxlora.passes.graph import argument, op_name, operand
 from fxlora.passes.rows.worlds import TensorFacts, UnknownShapeError, World
+from fxlora.passes.rows.writes import also_written, is_write
 
 _UNINITIALISED = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 _RANKINGS = {"topk", "sort", "argsort", "argmax", "argmin", "max", "min", "median", "mode", "kthvalue", "msort"}
@@ -105,7 +106,7 @@ class Integers:
                 stack += [n for n in node.all_input_nodes if n not in needed and self._integer(n)]
         writes: dict[fx.Node, list[fx.Node]] = {}
         for node in graph.nodes:
-            if self._writes(node):
+            if is_write(node):
                 target = operand(node)
                 while isinstance(target, fx.Node):
                     writes.setdefault(target, []).append(node)
@@ -129,7 +130,7 @@ class Integers:
 
     def visit(self, node: fx.Node) -> None:
         """Evaluate one node, in graph order, in every world; unknown inputs leave it unknown."""
-        if node.op == "output" or (node not in self.needed and not self._writes(node)):
+        if node.op == "output" or (node not in self.needed and not is_write(node)):
             return
         for world, values, drawn in zip(self.worlds, self.values, self.drawn, strict=True):
             if node in values:
@@ -137,9 +138,10 @@ class Integers:
             result = self._evaluate(node, world, values)
             if result is not None:
                 values[node] = result
-            elif self._writes(node):
-                _forget(operand(node), values)
-                _forget(operand(node), drawn)
+            elif is_write(node):
+                for target in (operand(node), *also_written(node)):
+                    _forget(target, values)
+                    _forget(target, drawn)
 
     def _evaluate(self, node: fx.Node, world: World, values: dict[fx.Node, Any]) -> Any:
         name = op_name(node)
@@ -161,11 +163,6 @@ class Integers:
             except RuntimeError:
                 return None
         return None
-
-    @staticmethod
-    def _writes(node: fx.Node) -> bool:
-        name = op_name(node)
-        return node.op.startswith("call") and (name in _MUTATIONS or (name.endswith("_") and not name.endswith("__")))
 
     @staticmethod
     def _facts(world: World, node: fx.Node) -> Any:

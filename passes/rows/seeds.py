@@ -110,8 +110,4 @@ def _same_dim(inp: GraphInput, primary: GraphInput, d: int, by_symbol: bool) -> 
     if (mine is None) != (theirs is None) or inp.sizes[d] != primary.sizes[d]:
         return False
     # Two dims of one traced size that tracing never had to compare: a batch of rows, but not a bare list of positions.
-    return len(inp.sizes) > 1 or (mine is None and not _is_position_like(inp))
-
-
-def _is_position_like(inp: GraphInput) -> bool:
-    return len(inp.sizes) == 1 and not inp.dtype.is_floating_point and inp.dtype is not None  # type: ignore[union-attr]
+    return len(inp.sizes) > 1 or (mine is None and inp.dtype is not None and inp.dtype.is_floating_point)

@@ -21,7 +21,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxlora.passes.errors import RowsNotProvenError
-from fxlora.passes.graph import fake_value, operand
+from fxlora.passes.graph import fake_value
 
 log = logging.getLogger(__name__)
 
@@ -386,8 +386,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def is_size_of(node: fx.Node) -> bool:
-    """True for a node that reads a tensor's size."""
-    return isinstance(operand(node), fx.Node)
