@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from fxlora.kernels.checks import check_members, check_rows
 from fxlora.kernels.errors import OpInputError
 from fxlora.kernels.registry import Extent, SitePool, pools_of
+from fxlora.kernels.segments import slot_starts_at, slots_of, tile_count_at
 
 SINGLE_ROWS = 16
 """Batches of up to this many rows go row by row."""
@@ -89,9 +90,10 @@ def host_plan(segments: torch.Tensor, row_slots: torch.Tensor) -> HostPlan:
 @lru_cache(maxsize=64)
 def _parse(content: bytes, num_rows: int, width: int) -> HostPlan:
     entries = num_rows * width
-    max_adapters = len(content) // 4 - entries - 2
+    max_adapters = slots_of(len(content) // 4, entries)
     segments = torch.frombuffer(bytearray(content), dtype=torch.int32)
-    order, starts = segments[:entries].long(), segments[entries:].tolist()
+    order = segments[:entries].long()
+    starts = segments[slot_starts_at(entries) : tile_count_at(entries, max_adapters)].tolist()
     used = [slot for slot in range(max_adapters) if starts[slot + 1] > starts[slot]]
     if num_rows <= SINGLE_ROWS:
         found = [

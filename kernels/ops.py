@@ -48,7 +48,7 @@ _library.define(
 )
 
 segment_rows = torch.ops.fxlora.segment_rows.default
-"""(row_slots int32 [T, J], max_adapters S) -> int32 [T * J + S + 2], the layout of segments.py.
+"""(row_slots int32 [T, J], max_adapters S) -> int32 of `segments_size`, the layout of segments.py.
 
 On CPU raises OpInputError on a slot that is neither -1 nor in 0 .. S - 1; on CUDA such a slot means no adapter
 (checking would stop the stream)."""

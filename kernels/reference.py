@@ -19,7 +19,10 @@ def segment_rows(row_slots: torch.Tensor, max_adapters: int) -> torch.Tensor:
     slots = [slot if 0 <= slot < max_adapters else max_adapters for slot in row_slots.reshape(-1).tolist()]
     order = sorted(range(len(slots)), key=slots.__getitem__)
     starts = [sum(other < slot for other in slots) for slot in range(max_adapters + 2)]
-    return torch.tensor(order + starts, dtype=torch.int32, device=row_slots.device)
+    tiles = [(slot, first) for slot in range(max_adapters) for first in range(starts[slot], starts[slot + 1], 16)]
+    unused = [-1] * (-(-len(slots) // 16) + max_adapters - len(tiles))
+    tables = [slot for slot, _ in tiles] + unused + [first for _, first in tiles] + unused
+    return torch.tensor([*order, *starts, len(tiles), *tables], dtype=torch.int32, device=row_slots.device)
 
 
 def lora_linear(

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from fxlora.kernels.errors import OpInputError
 from fxlora.kernels.registry import SitePool
+from fxlora.kernels.segments import segments_size, slots_of
 
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
@@ -118,8 +119,8 @@ def expand_precision(dtype: torch.dtype) -> str:
 def check_pool(pool: SitePool, segments: torch.Tensor, entries: int) -> int:
     """Slots of the pool. Raises OpInputError when the segments were sorted for another number of slots."""
     max_adapters = pool.start.numel()
-    if segments.numel() != entries + max_adapters + 2:
+    if segments.numel() != segments_size(entries, max_adapters):
         raise OpInputError(
-            f"segments were sorted for {segments.numel() - entries - 2} slots, the pool has {max_adapters}"
+            f"segments were sorted for {slots_of(segments.numel(), entries)} slots, the pool has {max_adapters}"
         )
     return max_adapters
