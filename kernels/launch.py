@@ -1,0 +1,229 @@
+"""Launches Triton kernels in a few microseconds of host time.
+
+Stage: run time, below the Triton bodies. `kernel[grid](...)` examines every argument at each launch, 20 to 60 us where
+there are many. A `Launcher` keeps compiled kernels under a key of its own and calls their C entry directly; the first
+launch under a key goes through `kernel[grid]`, which compiles, so a key only has to be finer than Triton's. It holds:
+    device, num_warps, num_stages, pdl, names and values of the constants;
+    of a tensor: dtype, device and address modulo 16;
+    of an int: its value; of an int parameter in `do_not_specialize`: whether it fits 32 bits.
+Ints that change from batch to batch belong in `do_not_specialize`, or each new value costs one plain launch. Triton
+knobs are read at the first launch under a key.
+
+Plain launches all the way: interpreted kernels, a Triton without the internals used here (logged once), and while
+launch hooks (profilers) are set.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from fxlora.kernels.triton_helpers import INTERPRET
+
+logger = logging.getLogger(__name__)
+
+MAX_KERNELS = 512
+"""Keys kept for one choice of constants and options; past that they are dropped and made again."""
+
+Enter = Callable[[int, int, int, int, tuple[object, ...]], object]
+"""One compiled kernel: (grid x, y, z, stream, arguments with addresses for tensors)."""
+
+Bind = Callable[[tuple[Any, ...]], tuple[object, tuple[object, ...]]]
+"""Arguments of fixed kinds -> (key, arguments with addresses for tensors)."""
+
+# torch.cuda.current_stream makes an object for what is one number; CPU builds of torch have neither.
+raw_stream: Callable[[int], int] = getattr(
+    torch._C, "_cuda_getCurrentRawStream", lambda device: torch.cuda.current_stream(device).cuda_stream
+)
+
+
+class Fixed:
+    """Arguments whose tensors never move nor change dtype, examined once. They stay alive as long as this does.
+
+    args: what one parameter of a kernel gets, a tensor or a tuple (nested at will) of tensors, ints and None.
+    """
+
+    __slots__ = ("args", "call", "token")
+
+    def __init__(self, args: object) -> None:
+        kind = _kind(args)
+        if kind is None:
+            raise TypeError(f"fixed arguments are tensors, ints and None in tuples, not {args!r}")
+        self.args = args
+        key, (self.call,) = _binder((kind,))((args,))
+        self.token = _tokens.setdefault((kind, key), object())
+
+
+_tokens: dict[object, object] = {}
+
+
+class _Family(NamedTuple):
+    """Compiled kernels of one choice of constants and options."""
+
+    kinds: tuple[object, ...]
+    bind: Bind
+    kernels: dict[object, Enter]
+
+
+class Launcher:
+    """Launches of one kernel, whose constexpr parameters come last."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self._families: dict[object, _Family] = {}
+        self._interpreted = bool(INTERPRET.value)
+        self._direct = not self._interpreted and not getattr(kernel, "pre_run_hooks", None)
+
+    def launch(
+        self,
+        grid: tuple[int, ...],
+        args: tuple[object, ...],
+        constants: Mapping[str, object],
+        *,
+        device: int,
+        num_warps: int = 4,
+        num_stages: int = 3,
+        pdl: bool = False,
+    ) -> None:
+        """One launch on the current stream of GPU `device`, which has to be the current GPU.
+
+        args: one for each parameter that is not constexpr: a tensor, an int, None, a Fixed, or a tuple of these. The
+        kind of each may depend on the constants only. constants: by name, in the kernel's order. pdl: the launch may
+        begin before the one ahead of it ends; the kernel says where it waits.
+        """
+        options = (device, num_warps, num_stages, pdl, tuple(constants), tuple(constants.values()))
+        family = self._families.get(options)
+        if family is not None and not _hooked():
+            try:
+                key, call = family.bind(args)
+            except (AttributeError, TypeError, ValueError):  # arguments of other kinds
+                key, call = None, ()
+            enter = family.kernels.get(key)
+            if enter is not None:
+                dims = len(grid)
+                y, z = grid[1] if dims > 1 else 1, grid[2] if dims > 2 else 1
+                enter(grid[0], y, z, raw_stream(device), call)
+                return
+        self._launch_plain(grid, args, constants, options)
+
+    def _launch_plain(
+        self, grid: tuple[int, ...], args: tuple[object, ...], constants: Mapping[str, object], options: tuple[Any, ...]
+    ) -> None:
+        """The launch as Triton does it; keeps the compiled kernel."""
+        _, num_warps, num_stages, pdl, *_ = options
+        keywords = {} if self._interpreted else {"num_warps": num_warps, "num_stages": num_stages}
+        if pdl and not self._interpreted:
+            keywords["launch_pdl"] = True
+        compiled = self.kernel[grid](*map(_plain, args), **constants, **keywords)
+        if self._direct:
+            self._keep(compiled, args, len(constants), options)
+
+    def _keep(self, compiled: Any, args: tuple[object, ...], num_constants: int, options: object) -> None:
+        enter = entry(compiled, num_constants)
+        if enter is None:
+            self._direct = False
+            return
+        kinds = kinds_of(args, self.kernel.params)
+        if kinds is None:
+            return
+        family = self._families.setdefault(options, _Family(kinds, _binder(kinds), {}))
+        if family.kinds == kinds:
+            if len(family.kernels) >= MAX_KERNELS:
+                family.kernels.clear()
+            family.kernels[family.bind(args)[0]] = enter
+
+
+def entry(compiled: Any, num_constants: int) -> Enter | None:
+    """The fastest way into a compiled kernel; None when there is none that we know.
+
+    Past `CompiledKernel.run`, whose signature is that of Triton 3.6 to 3.9, lies a C function; its own differs.
+    """
+    compiled = compiled.result() if hasattr(compiled, "result") else compiled
+    try:
+        run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
+    except AttributeError:
+        logger.warning("triton %s has no kernel entry that fxlora knows: launches cost more", triton.__version__)
+        return None
+    tail = (None,) * num_constants
+    needs_scratch = bool(getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1))
+    if not needs_scratch and not getattr(run, "gsan_enabled", False):
+        c_launch, flags = run.launch, (run.launch_cooperative_grid, run.launch_pdl)
+        if _release() == (3, 6):
+            head = (function, *flags, None, None, packed, None, None, None)
+            return lambda x, y, z, stream, call: c_launch(x, y, z, stream, *head, *call, *tail)
+        if _release() == (3, 9):
+            head = (function, *flags, packed, None, None, None, None, None, run.arg_annotations, run.kernel_signature)
+            return lambda x, y, z, stream, call: c_launch(x, y, z, stream, *head, (*call, *tail))
+    return lambda x, y, z, stream, call: run(x, y, z, stream, function, packed, None, None, None, *call, *tail)
+
+
+def _release() -> tuple[int, ...]:
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+def _hooked() -> bool:
+    """Someone wants to hear of launches, or changes how kernels are compiled."""
+    runtime = triton.knobs.runtime
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", True):  # a chain of hooks, or one
+            return True
+    return getattr(runtime, "add_stages_inspection_hook", None) is not None
+
+
+def _plain(arg: object) -> object:
+    """What Triton itself gets."""
+    if isinstance(arg, Fixed):
+        return arg.args
+    return tuple(map(_plain, arg)) if isinstance(arg, tuple) else arg
+
+
+def kinds_of(args: Sequence[object], parameters: Sequence[Any]) -> tuple[object, ...] | None:
+    """Kind of each argument; None when one of them is something that no binder reads."""
+    kinds = tuple(
+        _kind(arg, bool(parameter.do_not_specialize)) for arg, parameter in zip(args, parameters, strict=False)
+    )
+    return None if None in kinds or len(kinds) != len(args) else kinds
+
+
+def _kind(arg: object, unspecialized: bool = False) -> object:
+    """tensor, int, free (an int whose value Triton ignores), none, fixed, or a tuple of these."""
+    if isinstance(arg, torch.Tensor):
+        return "tensor"
+    if isinstance(arg, Fixed):
+        return "fixed"
+    if type(arg) is tuple:
+        kinds = tuple(map(_kind, arg))
+        return None if None in kinds else kinds
+    if type(arg) is int:
+        return "free" if unspecialized else "int"
+    return "none" if arg is None else None
+
+
+def _binder(kinds: tuple[object, ...]) -> Bind:
+    """A function that takes such arguments apart, compiled from text: a loop over kinds takes three times as long."""
+    numbers, statements, keys = count(), [], []
+
+    def visit(kind: object) -> tuple[str, str]:
+        """Pattern that names the leaves, expression of what the kernel gets."""
+        if isinstance(kind, tuple):
+            parts = [visit(part) for part in kind]
+            pattern, value = ("".join(f"{part[side]}, " for part in parts) for side in (0, 1))
+            return (f"({pattern})", f"({value})") if parts else ("[]", "()")
+        name = f"a{next(numbers)}"
+        if kind == "tensor":
+            statements.append(f"p{name} = {name}.data_ptr()")
+            keys.append(f"{name}.dtype, {name}.get_device(), p{name} & 15")
+            return name, f"p{name}"
+        keys.append({"free": f"{name} >> 31", "fixed": f"{name}.token"}.get(str(kind), name))
+        return name, f"{name}.call" if kind == "fixed" else name
+
+    pattern, value = visit(kinds)
+    body = [f"{pattern} = args", *statements, f"return ({''.join(f'{key}, ' for key in keys)}), {value}"]
+    scope: dict[str, Any] = {}
+    exec("\n    ".join(["def bind(args):", *body]), scope)
+    return scope["bind"]
