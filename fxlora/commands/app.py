@@ -30,6 +30,7 @@ class Benchmark(StrEnum):
     """The benchmarks `fxlora bench` can run."""
 
     cpu = "cpu"
+    linear = "linear"
 
 
 @app.command()
@@ -72,13 +73,13 @@ def env() -> None:
     show_environment(Console())
 
 
-@app.command()
-def bench(which: Annotated[Benchmark, typer.Argument(help="Which benchmark.")]) -> None:
-    """Run a benchmark of the repository: works inside a clone."""
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context, which: Annotated[Benchmark, typer.Argument(help="Which benchmark.")]) -> None:
+    """Run a benchmark of the repository: works inside a clone. Options that follow are the benchmark's own."""
     from fxlora.commands.bench import run_benchmark
 
     with refusals():
-        run_benchmark(which.value)
+        run_benchmark(which.value, context.args)
 
 
 @contextmanager

@@ -82,6 +82,17 @@ def test_bench_outside_a_clone_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "runs inside a clone of fxlora" in result.output
 
 
+def test_bench_hands_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr("runpy.run_module", lambda name, **_: ran.append((name, sys.argv[1:])))
+    monkeypatch.chdir(Path(__file__).parents[2])
+    result = run("bench", "linear", "--list", "--cases", "^qkv-M1-")
+    assert result.exit_code == 0, result.output
+    assert ran == [("tests.benchmarks.linear", ["--list", "--cases", "^qkv-M1-"])]
+
+
 def test_unknown_commands_and_models_are_refused(tmp_path: Path) -> None:
     assert run("serve").exit_code == 2
     assert run("inspect", str(tmp_path / "nowhere")).exit_code == 2

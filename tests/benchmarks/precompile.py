@@ -1,0 +1,66 @@
+"""Compiles the kernels of many cases in several processes that share Triton's cache on disk.
+
+Triton compiles on one core. Each process takes the next case, builds it with one weight set and runs everything once on
+the GPU, so that the process that times finds every kernel compiled.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.benchmarks.gpu_timing import GraphClock
+from tests.benchmarks.linear_cases import CASES
+from tests.benchmarks.linear_run import warm_case
+from tests.benchmarks.overheads import run_overhead
+from tests.benchmarks.peers_adapter import load_peers, reason
+
+
+@cache
+def _peers(folder: Path | None) -> Any:
+    return load_peers(folder)
+
+
+def warm(job: tuple[str, Path | None]) -> tuple[str, str | None]:
+    """Run one name once in this process. -> (name, why it failed or None)"""
+    name, folder = job
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            if name in CASES:
+                warm_case(CASES[name], _peers(folder))
+            else:
+                run_overhead(name, GraphClock(), 1)
+        torch.cuda.empty_cache()
+    except Exception as error:
+        return name, reason(error)
+    return name, None
+
+
+def precompile(names: Sequence[str], processes: int, folder: Path | None, deadline: float | None) -> None:
+    """Warm every name, in `processes` spawned processes; starts none after the deadline (of time.monotonic)."""
+    begin = time.monotonic()
+    done = 0
+    with ProcessPoolExecutor(min(processes, len(names)), mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(warm, (name, folder)) for name in names]
+        try:
+            for future in as_completed(futures, None if deadline is None else max(deadline - begin, 0.0)):
+                name, why = future.result()
+                done += 1
+                if why:
+                    print(f"precompile: {name}: {why}", file=sys.stderr, flush=True)
+        except (TimeoutError, BrokenProcessPool) as error:
+            print(f"precompile stopped: {reason(error)}", file=sys.stderr, flush=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+    print(
+        f"compiled {done} of {len(names)} cases in {time.monotonic() - begin:.0f} s, {processes} processes", flush=True
+    )
