@@ -1,9 +1,10 @@
-"""Triton body of `lora_embedding`: rows of the table plus A[id] @ B, one launch.
+"""Triton bodies of `lora_embedding`: rows of the table plus A[id] @ B, one launch.
 
 Stage: run time, first op of a rewritten graph. The pool keeps A as [V, P], so a token's ranks lie side by side and no
-shrink is needed. An id outside the vocabulary gives a row of NaN (the CPU body raises IndexError).
+shrink is needed. Up to ROW_ROWS rows each program serves a piece of one row; above, a tile of rows, where rows of one
+slot share the read of B. An id outside the vocabulary gives a row of NaN (the CPU body raises IndexError).
 
-Letters: T rows, J slots per row, V vocabulary, N width, S slots, P pool rows.
+Letters: T rows, J slots per row, V vocabulary, N width, R rank, S slots, P pool rows.
 """
 
 # ruff: noqa: ANN001 (pointers and blocks of a Triton kernel have no static type)
@@ -15,7 +16,8 @@ import triton
 import triton.language as tl
 
 from fxlora.kernels.checks import check_members, check_rows
-from fxlora.kernels.registry import pools_of
+from fxlora.kernels.launch import Launcher
+from fxlora.kernels.registry import SitePool, pools_of
 from fxlora.kernels.tiles import embedding_tile
 from fxlora.kernels.triton_helpers import (
     add_adapters,
@@ -26,8 +28,72 @@ from fxlora.kernels.triton_helpers import (
     strided,
 )
 
+ROW_ROWS = 128
+"""Batches of up to this many rows go row by row: B is read once per row, which costs less than tiles of few rows."""
+
 
 @triton.jit
+def row_delta(row_id, start, rank, cols, num_cols, a, b_ptr, BN: tl.constexpr, BR: tl.constexpr) -> tl.tensor:
+    """A[id] @ B of one slot for these columns, fp32 [BN]."""
+    a_ptr, a_row_stride = a
+    delta = tl.zeros([BN], tl.float32)
+    for first in range(0, rank, BR):
+        ranks = (first + tl.arange(0, BR)).to(tl.int64)
+        rank_mask = ranks < rank
+        h = tl.load(a_ptr + row_id * a_row_stride + start + ranks, mask=rank_mask, other=0.0)  # [BR]
+        b_at = b_ptr + (start + ranks)[:, None] * num_cols + cols[None, :]
+        b = tl.load(b_at, mask=rank_mask[:, None] & (cols < num_cols)[None, :], other=0.0)  # [BR, BN]
+        delta += tl.sum(h.to(tl.float32)[:, None] * b.to(tl.float32), axis=0)
+    return delta
+
+
+@triton.jit(do_not_specialize=["num_rows", "vocabulary", "max_adapters"])
+def row_kernel(
+    ids,  # [T]: pointer, stride
+    w,  # [V, N]: pointer, strides
+    y_ptr,  # [T, N], contiguous
+    a,  # [V, P]: pointer, row stride
+    slots,  # int32 [T, J]: pointer, strides
+    coeffs,  # fp32 [T, J]: pointer, strides
+    pool,  # B [P, N], start, rank, scaling
+    num_rows,
+    vocabulary,
+    num_cols,
+    max_adapters,
+    J: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    HAS_POOL: tl.constexpr,
+    HAS_COEFFS: tl.constexpr,
+) -> None:
+    """BN columns of one row of y. No other row is read, so none can change this one's bits."""
+    ids_ptr, ids_stride = ids
+    w_ptr, w_row_stride, w_col_stride = w
+    slots_ptr, slots_row_stride, slots_j_stride = slots
+    coeffs_ptr, coeffs_row_stride, coeffs_j_stride = coeffs
+    b_ptr, start_ptr, rank_ptr, scaling_ptr = pool
+    row = tl.program_id(0).to(tl.int64)
+    cols = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)
+    col_mask = cols < num_cols
+    row_id = tl.load(ids_ptr + row * ids_stride).to(tl.int64)
+    known = (row_id >= 0) & (row_id < vocabulary)
+    w_at = w_ptr + row_id * w_row_stride + cols * w_col_stride
+    acc = tl.load(w_at, mask=col_mask & known, other=float("nan")).to(tl.float32)
+    if HAS_POOL:
+        for j in tl.static_range(J):
+            slot = tl.load(slots_ptr + row * slots_row_stride + j * slots_j_stride)
+            served = (slot >= 0) & (slot < max_adapters) & known
+            rank = tl.load(rank_ptr + slot, mask=served, other=0)
+            start = tl.load(start_ptr + slot, mask=served, other=0).to(tl.int64)
+            factor = tl.load(scaling_ptr + slot, mask=served, other=0.0)
+            if rank > 0:
+                if HAS_COEFFS:
+                    factor *= tl.load(coeffs_ptr + row * coeffs_row_stride + j * coeffs_j_stride)
+                acc += factor * row_delta(row_id, start, rank, cols, num_cols, a, b_ptr, BN, BR)
+    tl.store(y_ptr + row * num_cols + cols, acc.to(y_ptr.dtype.element_ty), mask=col_mask)
+
+
+@triton.jit(do_not_specialize=["num_rows", "vocabulary", "max_adapters"])
 def embedding_kernel(
     ids,  # [T]: pointer, stride
     w,  # [V, N]: pointer, strides
@@ -48,7 +114,7 @@ def embedding_kernel(
     HAS_COEFFS: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """One tile of y: rows of the table, adapters, one store."""
+    """One tile of y: rows of the table, adapters, one store. Arguments are those of `row_kernel`."""
     ids_ptr, ids_stride = ids
     w_ptr, w_row_stride, w_col_stride = w
     a_ptr, a_row_stride = a
@@ -70,6 +136,10 @@ def embedding_kernel(
     tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=out_mask)
 
 
+_row_launcher = Launcher(row_kernel)
+_tile_launcher = Launcher(embedding_kernel)
+
+
 def lora_embedding(
     ids: torch.Tensor,
     weight: torch.Tensor,
@@ -83,35 +153,61 @@ def lora_embedding(
     check_members([weight], pools)
     check_rows(ids.numel(), row_slots, row_coeffs)
     pool = pools[0]
-    num_rows, width = row_slots.shape
+    num_rows = row_slots.shape[0]
     vocabulary, num_cols = weight.shape
     y = torch.empty(*ids.shape, num_cols, dtype=weight.dtype, device=weight.device)
     if not y.numel():
         return y
     max_adapters = 0 if pool is None else check_pool(pool, segments, row_slots.numel())
-    ids_T = ids.reshape(-1)
-    tile = embedding_tile(num_rows)
+    args = (
+        strided(ids.reshape(-1)),
+        strided(weight),
+        y,
+        (weight, 0) if pool is None else (pool.a, pool.a.stride(0)),
+        strided(row_slots),
+        strided(row_slots if row_coeffs is None else row_coeffs),
+        pool_arguments(pool, row_slots),
+        num_rows,
+        vocabulary,
+        num_cols,
+        max_adapters,
+    )
     with device_of(ids):
-        embedding_kernel[(triton.cdiv(num_rows, tile.BM), triton.cdiv(num_cols, tile.BN))](
-            strided(ids_T),
-            strided(weight),
-            y,
-            (weight, 0) if pool is None else (pool.a, pool.a.stride(0)),
-            strided(row_slots),
-            strided(row_slots if row_coeffs is None else row_coeffs),
-            pool_arguments(pool, row_slots),
-            num_rows,
-            vocabulary,
-            num_cols,
-            max_adapters,
-            J=width,
-            BM=tile.BM,
-            BN=tile.BN,
-            BR=tile.BR,
-            HAS_POOL=pool is not None,
-            HAS_COEFFS=row_coeffs is not None,
-            PRECISION=expand_precision(weight.dtype),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+        launch = _launch_rows if num_rows <= ROW_ROWS else _launch_tiles
+        launch(args, pool, weight, row_slots, row_coeffs is not None)
     return y
+
+
+def _launch_rows(
+    args: tuple[object, ...], pool: SitePool | None, weight: torch.Tensor, row_slots: torch.Tensor, has_coeffs: bool
+) -> None:
+    num_rows, width = row_slots.shape
+    block = 128 if num_rows <= 16 else 256
+    constants = {
+        "J": width,
+        "BN": block,
+        "BR": 16 if pool is None else max(16, min(64, triton.next_power_of_2(pool.rank_bound))),
+        "HAS_POOL": pool is not None,
+        "HAS_COEFFS": has_coeffs,
+    }
+    grid = (num_rows, triton.cdiv(weight.shape[1], block))
+    _row_launcher.launch(grid, args, constants, device=row_slots.get_device(), num_warps=4, num_stages=1)
+
+
+def _launch_tiles(
+    args: tuple[object, ...], pool: SitePool | None, weight: torch.Tensor, row_slots: torch.Tensor, has_coeffs: bool
+) -> None:
+    num_rows, width = row_slots.shape
+    tile = embedding_tile(num_rows)
+    constants = {
+        "J": width,
+        "BM": tile.BM,
+        "BN": tile.BN,
+        "BR": tile.BR,
+        "HAS_POOL": pool is not None,
+        "HAS_COEFFS": has_coeffs,
+        "PRECISION": expand_precision(weight.dtype),
+    }
+    grid = (triton.cdiv(num_rows, tile.BM), triton.cdiv(weight.shape[1], tile.BN))
+    device = row_slots.get_device()
+    _tile_launcher.launch(grid, args, constants, device=device, num_warps=tile.num_warps, num_stages=tile.num_stages)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from fxlora.kernels import segments as layout
+from fxlora.kernels.launch import Launcher
 from fxlora.kernels.segments import segments_size, tile_bound, tile_count_at
 from fxlora.kernels.triton_helpers import device_of
 
@@ -89,25 +90,31 @@ def segment_rows_kernel(
             position += tl.sum(own, axis=0)
 
 
+_launcher = Launcher(segment_rows_kernel)
+
+
 def segment_rows(row_slots: torch.Tensor, max_adapters: int) -> torch.Tensor:
     """See `ops.segment_rows`."""
     entries = row_slots.numel()
     segments = torch.empty(segments_size(entries, max_adapters), dtype=torch.int32, device=row_slots.device)
     block = min(2048, max(32, triton.next_power_of_2(entries)))  # 32 or more: a full warp of keys to count
+    args = (
+        row_slots,
+        segments,
+        entries,
+        row_slots.stride(0),
+        row_slots.stride(1),
+        max_adapters,
+        tile_count_at(entries, max_adapters),
+        tile_bound(entries, max_adapters, layout.TILE),
+    )
+    constants = {
+        "J": row_slots.shape[1],
+        "BLOCK": block,
+        "BINS": max(32, triton.next_power_of_2(max_adapters + 2)),
+        "TILES": min(block, 128),
+    }
     with device_of(row_slots):
-        segment_rows_kernel[(max_adapters + 1,)](
-            row_slots,
-            segments,
-            entries,
-            row_slots.stride(0),
-            row_slots.stride(1),
-            max_adapters,
-            tile_count_at(entries, max_adapters),
-            tile_bound(entries, max_adapters, layout.TILE),
-            J=row_slots.shape[1],
-            BLOCK=block,
-            BINS=max(32, triton.next_power_of_2(max_adapters + 2)),
-            TILES=min(block, 128),
-            num_warps=max(1, block // 256),
-        )
+        device = row_slots.get_device()
+        _launcher.launch((max_adapters + 1,), args, constants, device=device, num_warps=max(1, block // 256))
     return segments

@@ -84,7 +84,10 @@ def add_adapters(
                 h = tl.load(h_at, mask=here[:, None] & rank_mask[None, :], other=0.0)  # [BM, BR]
                 b_at = b_ptr + (start + ranks)[:, None] * num_cols + cols[None, :]
                 b = tl.load(b_at, mask=rank_mask[:, None] & col_mask[None, :], other=0.0)  # [BR, BN]
-                delta = dot(h.to(tl.float32), b.to(tl.float32), delta, PRECISION)
+                if H_IN_POOL:  # both of the pool's dtype
+                    delta = dot(h, b, delta, PRECISION)
+                else:
+                    delta = dot(h.to(tl.float32), b.to(tl.float32), delta, PRECISION)
             delta *= tl.load(scaling_ptr + slot)
             if HAS_COEFFS:
                 at = coeffs_ptr + rows * coeffs_row_stride + j * coeffs_j_stride

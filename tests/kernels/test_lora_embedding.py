@@ -16,6 +16,13 @@ from tests.kernels.cases import DEVICES, DTYPES, HAS_CUDA, assert_right, make_ca
 pytestmark = pytest.mark.interpreted
 
 
+@pytest.fixture(autouse=True, params=["short batch", "long batch"] if INTERPRET or HAS_CUDA else ["short batch"])
+def both_triton_bodies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs row by row and in tiles, whatever the length of its batch."""
+    if request.param == "long batch":
+        monkeypatch.setattr("fxlora.kernels.lora_embedding.ROW_ROWS", 0)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 9, 40])
@@ -48,6 +55,19 @@ def test_rows_without_an_adapter_are_the_table_to_the_bit(dtype: torch.dtype, de
         case = make_case("embedding", rows=rows, dtype=dtype, device=device, order="shuffled")
         none = case.row_slots[:, 0] < 0
         assert torch.equal(case.run()[0][none], F.embedding(case.x, case.weights[0])[none])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize("width", [1, 2])
+def test_infinities_of_one_adapter_stay_in_its_rows(width: int, value: float, device: str) -> None:
+    case = make_case("embedding", rows=40, width=width, ranks=(8, 16, 3), order="shuffled", device=device)
+    before, (pool,) = case.run()[0], case.pools
+    assert pool is not None
+    pool.write(1, start=int(pool.start[1]), a_RK=torch.ones(16, 40), b_RN=torch.full((16, 24), value), scaling=1.0)
+    after, touched = case.run()[0], (case.row_slots == 1).any(1)
+    assert torch.equal(after[~touched], before[~touched])
+    assert not after[touched].isfinite().any()
 
 
 @pytest.mark.parametrize("device", DEVICES)
