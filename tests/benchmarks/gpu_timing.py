@@ -94,11 +94,14 @@ class GraphClock:
             for i in range(sets):
                 step(i)
         torch.cuda.synchronize()
-        graph, result = torch.cuda.CUDAGraph(), None
-        with torch.cuda.graph(graph, stream=self.stream):
-            for _ in range(repeats):
-                for i in range(sets):
-                    result = step(i)
+        graph, result, outside = torch.cuda.CUDAGraph(), None, torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                for _ in range(repeats):
+                    for i in range(sets):
+                        result = step(i)
+        finally:
+            torch.cuda.set_stream(outside)  # a capture that fails leaves its own stream current
         return Prepared(graph.replay, sets * repeats, result)
 
     def _round(self, prepared: Mapping[str, Prepared]) -> dict[str, float]:

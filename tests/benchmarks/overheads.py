@@ -63,9 +63,13 @@ def host_us(call: Callable[[], object], device: str) -> float:
 
 
 def host_call(name: str, built: Built) -> Callable[[], object]:
+    """The op alone: no list is made and no set is chosen within the call."""
+    weights, rest = [member.weight for member in built.sets[0]], (built.row_slots, None, built.segments)
     if name == "host-segment_rows":
         return partial(ops.segment_rows, built.row_slots, built.case.slots)
-    return partial(built.ours, 0)
+    if built.case.kind == "embedding":
+        return partial(ops.lora_embedding, built.ids[0], weights[0], *rest, built.handles[0])
+    return partial(ops.lora_linear, built.x, weights, [None] * len(weights), *rest, built.handles[0])
 
 
 @torch.no_grad()

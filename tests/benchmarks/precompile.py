@@ -55,9 +55,9 @@ def precompile(names: Sequence[str], processes: int, folder: Path | None, deadli
         try:
             for future in as_completed(futures, None if deadline is None else max(deadline - begin, 0.0)):
                 name, why = future.result()
-                done += 1
                 if why:
                     print(f"precompile: {name}: {why}", file=sys.stderr, flush=True)
+                done += not why
         except (TimeoutError, BrokenProcessPool) as error:
             print(f"precompile stopped: {reason(error)}", file=sys.stderr, flush=True)
             pool.shutdown(wait=False, cancel_futures=True)
