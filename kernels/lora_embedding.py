@@ -21,9 +21,11 @@ from fxlora.kernels.registry import SitePool, pools_of
 from fxlora.kernels.tiles import embedding_tile
 from fxlora.kernels.triton_helpers import (
     add_adapters,
+    cdiv,
     check_pool,
     device_of,
     expand_precision,
+    next_power_of_2,
     pool_arguments,
     strided,
 )
@@ -160,7 +162,7 @@ def lora_embedding(
         return y
     max_adapters = 0 if pool is None else check_pool(pool, segments, row_slots.numel())
     args = (
-        strided(ids.reshape(-1)),
+        strided(ids if ids.dim() == 1 else ids.reshape(-1)),
         strided(weight),
         y,
         (weight, 0) if pool is None else (pool.a, pool.a.stride(0)),
@@ -186,11 +188,11 @@ def _launch_rows(
     constants = {
         "J": width,
         "BN": block,
-        "BR": 16 if pool is None else max(16, min(64, triton.next_power_of_2(pool.rank_bound))),
+        "BR": 16 if pool is None else max(16, min(64, next_power_of_2(pool.rank_bound))),
         "HAS_POOL": pool is not None,
         "HAS_COEFFS": has_coeffs,
     }
-    grid = (num_rows, triton.cdiv(weight.shape[1], block))
+    grid = (num_rows, cdiv(weight.shape[1], block))
     _row_launcher.launch(grid, args, constants, device=row_slots.get_device(), num_warps=4, num_stages=1)
 
 
@@ -208,6 +210,6 @@ def _launch_tiles(
         "HAS_COEFFS": has_coeffs,
         "PRECISION": expand_precision(weight.dtype),
     }
-    grid = (triton.cdiv(num_rows, tile.BM), triton.cdiv(weight.shape[1], tile.BN))
+    grid = (cdiv(num_rows, tile.BM), cdiv(weight.shape[1], tile.BN))
     device = row_slots.get_device()
     _tile_launcher.launch(grid, args, constants, device=device, num_warps=tile.num_warps, num_stages=tile.num_stages)

@@ -16,7 +16,7 @@ import triton.language as tl
 from fxlora.kernels import segments as layout
 from fxlora.kernels.launch import Launcher
 from fxlora.kernels.segments import segments_size, tile_bound, tile_count_at
-from fxlora.kernels.triton_helpers import device_of
+from fxlora.kernels.triton_helpers import device_of, next_power_of_2
 
 TILE = tl.constexpr(layout.TILE)
 
@@ -97,7 +97,7 @@ def segment_rows(row_slots: torch.Tensor, max_adapters: int) -> torch.Tensor:
     """See `ops.segment_rows`."""
     entries = row_slots.numel()
     segments = torch.empty(segments_size(entries, max_adapters), dtype=torch.int32, device=row_slots.device)
-    block = min(2048, max(32, triton.next_power_of_2(entries)))  # 32 or more: a full warp of keys to count
+    block = min(2048, max(32, next_power_of_2(entries)))  # 32 or more: a full warp of keys to count
     args = (
         row_slots,
         segments,
@@ -111,7 +111,7 @@ def segment_rows(row_slots: torch.Tensor, max_adapters: int) -> torch.Tensor:
     constants = {
         "J": row_slots.shape[1],
         "BLOCK": block,
-        "BINS": max(32, triton.next_power_of_2(max_adapters + 2)),
+        "BINS": max(32, next_power_of_2(max_adapters + 2)),
         "TILES": min(block, 128),
     }
     with device_of(row_slots):

@@ -97,6 +97,16 @@ def add_adapters(
     return acc
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. `triton.cdiv`, made to be called from kernels too, takes 1.3 us of host time; this 0.05."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """Smallest power of two that is at least n, 1 for n < 2. As for `cdiv`."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 def strided(tensor: torch.Tensor) -> tuple[torch.Tensor | int, ...]:
     """A kernel argument: the tensor and its strides."""
     return (tensor, *tensor.stride())
