@@ -1,0 +1,395 @@
+"""`lora_linear` for many rows on one GPU: per member one launch with shrink, base GEMM and expand.
+
+Stage: run time. Programs stay resident and share the tiles of y. Those with the fewest of them first run the shrink of
+the row tiles and publish h; each of them needs h only behind the in-features of its first tile. Grids come from shapes
+alone, slots, ranks and scalings are read on the device: a captured CUDA graph serves whatever is loaded at replay.
+
+Arithmetic: h = coeff * (scaling * (x A^T)) in fp32, rounded to the dtype of x; h B is accumulated onto the base result,
+16 ranks at a time, slots ascending. A row of another slot meets zeros in h, which leave its fp32 sum as it is, so its
+bits depend on its own adapters alone; B has to be finite between `start` and `start + rank`, A need not be.
+
+Letters: T rows, J slots per row, K in-features, N out-features, S slots, P pool rows, W columns of h (highest rank of
+the pool, rounded up to 16). A group is 16 ranks of one slot, a row tile's groups are numbered slots ascending.
+"""
+
+# ruff: noqa: ANN001, SIM108 (pointers and blocks have no static type; a choice at compile time is a statement)
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fxlora.kernels.handshake import clear_after_last, leave, raise_counter, resident_programs, wait_for
+from fxlora.kernels.registry import SitePool
+from fxlora.kernels.tiles import Tile
+from fxlora.kernels.triton_helpers import INTERPRET, cdiv, check_pool, device_of, dot, next_power_of_2, next_slot
+
+_FIELDS = tl.constexpr(3)  # int32 per group: slot, first pool row, first column of h + number of ranks - 1
+_BAND = 8  # row tiles whose tiles of y follow each other, so that W and x are read from L2
+_SHRINK_STAGES = 6
+_AHEAD = 6  # loads of the expand are issued this many steps before the last one of the base GEMM
+# A shrink takes about a quarter of the time of a 128 x 256 tile of y, both in proportion to K.
+_SHRINKS_PER_TILE = 3
+
+
+class Adapters(NamedTuple):
+    """What the kernel reads of a member's adapters and rows, and its scratch."""
+
+    a: Any  # [P, K]
+    b: Any  # [P, N]
+    start: Any  # int32 [S]
+    rank: Any  # int32 [S]
+    scaling: Any  # fp32 [S]
+    max_adapters: Any
+    slots: Any  # int32 [T, J], contiguous
+    coeffs: Any  # fp32 [T, J], contiguous
+    h: Any  # [T * J, W], like x
+    width: Any  # W
+    groups: Any  # int32 [row tiles, 3 * capacity + 1]: fields of each group, then their number
+    capacity: Any
+
+
+@triton.jit
+def load_groups(row_tile, first_group, adapters, BR: tl.constexpr) -> tl.tensor:
+    """The fields of a row tile's groups for BR columns, 16 for each group; slot -1 where there is no group."""
+    at = adapters.groups + row_tile * (_FIELDS * adapters.capacity + 1) + first_group + tl.arange(0, BR) // 16
+    slots = tl.load(at, cache_modifier=".cg")
+    pool_rows = tl.load(at + adapters.capacity, cache_modifier=".cg")
+    ranks = tl.load(at + 2 * adapters.capacity, cache_modifier=".cg")
+    return slots, pool_rows, ranks
+
+
+@triton.jit
+def write_groups(row_tile, slots, adapters, BR: tl.constexpr) -> tl.tensor:
+    """Lists the groups of a row tile's slots, ended by groups without a slot. Returns how many there are."""
+    record = adapters.groups + row_tile * (_FIELDS * adapters.capacity + 1)
+    count = 0
+    slot = next_slot(slots, -1, adapters.max_adapters)
+    while slot < adapters.max_adapters:
+        rank = tl.load(adapters.rank + slot)
+        start = tl.load(adapters.start + slot)
+        for first in range(0, rank, 16):
+            tl.store(record + count, slot)
+            tl.store(record + count + adapters.capacity, start + first)
+            tl.store(record + count + 2 * adapters.capacity, first + tl.minimum(rank - first, 16) - 1)
+            count += 1
+        slot = next_slot(slots, slot, adapters.max_adapters)
+    tl.store(record + count + tl.arange(0, BR // 16), tl.full([BR // 16], -1, tl.int32))
+    tl.store(record + _FIELDS * adapters.capacity, count)
+    return count
+
+
+@triton.jit
+def slots_of(rows, j, adapters, num_rows, J: tl.constexpr) -> tl.tensor:
+    """Slot j of each row; -1 past the last row."""
+    return tl.load(adapters.slots + rows * J + j, mask=rows < num_rows, other=-1)
+
+
+@triton.jit
+def shrink_row_tile(
+    row_tile,
+    x_desc,  # [T, K]
+    adapters,
+    num_rows,
+    num_features,
+    J: tl.constexpr,
+    JP: tl.constexpr,  # power of two >= J
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+    STAGES: tl.constexpr,
+    HAS_COEFFS: tl.constexpr,
+) -> None:
+    """Groups of one row tile, and h of its rows: whole groups, zero beyond the rank."""
+    entries = tl.arange(0, BM * JP)
+    entry_slots = slots_of((row_tile * BM + entries // JP).to(tl.int64), entries % JP, adapters, num_rows, J)
+    count = write_groups(row_tile, tl.where(entries % JP < J, entry_slots, -1), adapters, BR)
+    tl.debug_barrier()
+    rows = (row_tile * BM + tl.arange(0, BM)).to(tl.int64)
+    lanes = tl.arange(0, BR) % 16
+    for first_group in tl.range(0, count, BR // 16, num_stages=1):
+        col_slots, pool_rows, ranks = load_groups(row_tile, first_group, adapters, BR)
+        is_rank = (col_slots >= 0) & (lanes <= ranks % 16)
+        a_at = adapters.a + (pool_rows + lanes).to(tl.int64)[:, None] * num_features
+        acc = tl.zeros([BM, BR], tl.float32)
+        for first_k in tl.range(0, num_features, BK, num_stages=STAGES):
+            ks = first_k + tl.arange(0, BK)
+            x_tile = x_desc.load([row_tile * BM, first_k])  # [BM, BK]
+            a_mask = is_rank[:, None] & (ks < num_features)[None, :]
+            a_tile = tl.load(a_at + ks[None, :], mask=a_mask, other=0.0)  # [BR, BK]
+            acc = dot(x_tile, a_tile.T, acc, "ieee")
+        acc *= tl.load(adapters.scaling + col_slots, mask=col_slots >= 0, other=0.0)[None, :]
+        h_cols = ranks - ranks % 16 + lanes
+        for j in tl.static_range(J):
+            own = (col_slots >= 0)[None, :] & (slots_of(rows, j, adapters, num_rows, J)[:, None] == col_slots[None, :])
+            value = acc
+            if HAS_COEFFS:
+                value = acc * tl.load(adapters.coeffs + rows * J + j, mask=rows < num_rows, other=0.0)[:, None]
+            value = tl.where(is_rank[None, :], value, 0.0).to(adapters.h.dtype.element_ty)
+            tl.store(adapters.h + ((rows * J + j) * adapters.width)[:, None] + h_cols[None, :], value, mask=own)
+
+
+@triton.jit
+def load_h(row_tile, columns, adapters, num_rows, J: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr) -> tl.tensor:
+    """h of a row tile's rows, [BM, BR]; zero in the columns of slots that a row does not use."""
+    col_slots, _, ranks = columns
+    # All columns of a group have one slot and lie side by side.
+    col_slots = tl.max_constancy(col_slots, 16)
+    h_cols = tl.max_contiguous(tl.multiple_of(ranks - ranks % 16 + tl.arange(0, BR) % 16, 16), 16)
+    rows = (row_tile * BM + tl.arange(0, BM)).to(tl.int64)
+    for j in tl.static_range(J):
+        own = (col_slots >= 0)[None, :] & (slots_of(rows, j, adapters, num_rows, J)[:, None] == col_slots[None, :])
+        h_at = adapters.h + ((rows * J + j) * adapters.width)[:, None] + h_cols[None, :]
+        part = tl.load(h_at, mask=own, other=0.0, cache_modifier=".cg")
+        if j == 0:
+            h_tile = part
+        else:
+            h_tile = (h_tile.to(tl.float32) + part.to(tl.float32)).to(part.dtype)
+    return h_tile
+
+
+@triton.jit
+def load_b(cols, columns, adapters, num_cols, BR: tl.constexpr) -> tl.tensor:
+    """B of a row tile's groups, [BR, BN]; zero beyond the rank and without a slot."""
+    col_slots, pool_rows, ranks = columns
+    lanes = tl.arange(0, BR) % 16
+    b_at = adapters.b + (pool_rows + lanes).to(tl.int64)[:, None] * num_cols + cols[None, :]
+    mask = ((col_slots >= 0) & (lanes <= ranks % 16))[:, None] & (cols < num_cols)[None, :]
+    return tl.load(b_at, mask=mask, other=0.0)
+
+
+@triton.jit
+def adapted_tile(
+    x_desc,
+    w_desc,
+    row_tile,
+    col_tile,
+    adapters,
+    counters_ptr,
+    place,
+    is_first,
+    num_rows,
+    num_cols,
+    steps,
+    J: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+    STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
+) -> tl.tensor:
+    """x W^T + h B of one tile of y, and this program's place among those that left.
+
+    The loads of the first BR ranks hide behind the last steps of the base GEMM: AHEAD steps before the end the groups
+    are asked for, a step later h and B, and nothing waits for them before the end.
+    """
+    cols = col_tile * BN + tl.arange(0, BN)
+    count = 0
+    col_slots = tl.full([BR], -1, tl.int32)
+    pool_rows = tl.full([BR], 0, tl.int32)
+    ranks = tl.full([BR], 0, tl.int32)
+    h_tile = tl.zeros([BM, BR], adapters.h.dtype.element_ty)
+    b_tile = tl.zeros([BR, BN], adapters.h.dtype.element_ty)
+    acc = tl.zeros([BM, BN], tl.float32)
+    ask_at = tl.maximum(steps - AHEAD, 0)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        x_tile = x_desc.load([row_tile * BM, step * BK])  # [BM, BK]
+        w_tile = w_desc.load([col_tile * BN, step * BK])  # [BN, BK]
+        acc = dot(x_tile, w_tile.T, acc, "ieee")
+        if step == ask_at:
+            if is_first & (not INTERPRET):
+                wait_for(counters_ptr, tl.cdiv(num_rows, BM))
+                place = leave(counters_ptr + 1)
+            count_at = adapters.groups + row_tile * (_FIELDS * adapters.capacity + 1) + _FIELDS * adapters.capacity
+            count = tl.load(count_at, cache_modifier=".cg")
+            col_slots, pool_rows, ranks = load_groups(row_tile, 0, adapters, BR)
+        if step == tl.minimum(ask_at + 1, steps - 1):
+            h_tile = load_h(row_tile, (col_slots, pool_rows, ranks), adapters, num_rows, J, BM, BR)
+            b_tile = load_b(cols, (col_slots, pool_rows, ranks), adapters, num_cols, BR)
+    if count > 0:
+        acc = dot(h_tile, b_tile, acc, "ieee")
+    for first_group in tl.range(BR // 16, count, BR // 16, num_stages=1):
+        columns = load_groups(row_tile, first_group, adapters, BR)
+        more_h = load_h(row_tile, columns, adapters, num_rows, J, BM, BR)
+        acc = dot(more_h, load_b(cols, columns, adapters, num_cols, BR), acc, "ieee")
+    return acc, place
+
+
+@triton.jit
+def store_tile(y_desc, row, col, acc, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr) -> None:
+    """One tile of y; in halves it needs half the shared memory."""
+    if PARTS == 2:
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+        y_desc.store([row, col], left.to(y_desc.dtype))
+        y_desc.store([row, col + BN // 2], right.to(y_desc.dtype))
+    else:
+        y_desc.store([row, col], acc.to(y_desc.dtype))
+
+
+@triton.jit(do_not_specialize=["num_rows", "shrinkers"])
+def prefill_kernel(
+    x_desc,  # [T, K]
+    w_desc,  # [N, K]
+    y_desc,  # [T, N]
+    bias_ptr,  # [N]
+    adapters,
+    counters_ptr,
+    num_rows,
+    feature_octets,  # K / 8
+    col_octets,  # N / 8
+    shrinkers,
+    J: tl.constexpr,
+    JP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+    BAND: tl.constexpr,
+    PARTS: tl.constexpr,  # y is stored in column halves (2) or at once (1)
+    STAGES: tl.constexpr,
+    SHRINK_STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_POOL: tl.constexpr,
+    HAS_COEFFS: tl.constexpr,
+) -> None:
+    """Every tile of y: base GEMM, adapters, bias, one store."""
+    pid, programs = tl.program_id(0), tl.num_programs(0)
+    num_features, num_cols = feature_octets * 8, col_octets * 8
+    tiles_m, tiles_n, steps = tl.cdiv(num_rows, BM), tl.cdiv(num_cols, BN), tl.cdiv(num_features, BK)
+    if HAS_POOL and pid < shrinkers:
+        for row_tile in tl.range(pid, tiles_m, shrinkers, num_stages=1):
+            shrink_row_tile(
+                row_tile, x_desc, adapters, num_rows, num_features, J, JP, BM, BK, BR, SHRINK_STAGES, HAS_COEFFS
+            )
+            raise_counter(counters_ptr)
+    place = -1
+    first_tile = programs - 1 - pid
+    for tile in tl.range(first_tile, tiles_m * tiles_n, programs, num_stages=1):
+        band, in_band = tile // (BAND * tiles_n), tile % (BAND * tiles_n)
+        height = tl.minimum(tiles_m - band * BAND, BAND)
+        row_tile, col_tile = band * BAND + in_band % height, in_band // height
+        if HAS_POOL:
+            acc, place = adapted_tile(
+                x_desc, w_desc, row_tile, col_tile, adapters, counters_ptr, place, tile == first_tile,
+                num_rows, num_cols, steps, J, BM, BN, BK, BR, STAGES, AHEAD,
+            )  # fmt: skip
+        else:
+            acc = tl.zeros([BM, BN], tl.float32)
+            for step in tl.range(0, steps, num_stages=STAGES):
+                x_tile, w_tile = x_desc.load([row_tile * BM, step * BK]), w_desc.load([col_tile * BN, step * BK])
+                acc = dot(x_tile, w_tile.T, acc, "ieee")
+        if HAS_BIAS:
+            cols = col_tile * BN + tl.arange(0, BN)
+            acc += tl.load(bias_ptr + cols, mask=cols < num_cols, other=0.0).to(tl.float32)[None, :]
+        store_tile(y_desc, row_tile * BM, col_tile * BN, acc, BM, BN, PARTS)
+    if HAS_POOL:
+        clear_after_last(counters_ptr, place, programs, first_tile < tiles_m * tiles_n)
+
+
+def prefill(
+    x_TK: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    row_slots: torch.Tensor,
+    row_coeffs: torch.Tensor | None,
+    pools: Sequence[SitePool | None],
+    segments: torch.Tensor,
+    tile: Tile,
+    counters: torch.Tensor,
+) -> list[torch.Tensor]:
+    """x [T, K] contiguous, weights [N, K] each with unit stride along K -> [T, N] per weight; bf16 or fp16.
+
+    K and N are multiples of 8, x and weights 16-byte aligned. tile: BR (16, 32 or 64) ranks are expanded at once.
+    counters: COUNTERS int32, zero, which no other launch uses at the same time.
+    """
+    outputs, rest = [], (row_slots.shape[1], row_coeffs is not None, tile, counters)
+    for weight, bias, pool in zip(weights, biases, pools, strict=True):
+        adapters = None if pool is None else adapters_of(x_TK, row_slots, row_coeffs, pool, segments, tile)
+        outputs.append(linear(x_TK, weight, bias, adapters, *rest))
+    return outputs
+
+
+def linear(
+    x_TK: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    adapters: Adapters | None,
+    num_slots: int,
+    has_coeffs: bool,
+    tile: Tile,
+    counters: torch.Tensor,
+) -> torch.Tensor:
+    """One member of `prefill`; num_slots is J."""
+    (num_rows, num_features), num_cols = x_TK.shape, weight.shape[0]
+    y = torch.empty(num_rows, num_cols, dtype=x_TK.dtype, device=x_TK.device)
+    if not y.numel():
+        return y
+    tiles_m, tiles_n = cdiv(num_rows, tile.BM), cdiv(num_cols, tile.BN)
+    programs = resident_programs(x_TK.device)
+    parts = 2 if tile.BN >= 128 else 1
+    with device_of(x_TK):
+        prefill_kernel[(programs,)](
+            TensorDescriptor.from_tensor(x_TK, [tile.BM, tile.BK]),
+            TensorDescriptor.from_tensor(weight, [tile.BN, tile.BK]),
+            TensorDescriptor.from_tensor(y, [tile.BM, tile.BN // parts]),
+            weight if bias is None else bias,
+            adapters,
+            counters,
+            num_rows,
+            num_features // 8,
+            num_cols // 8,
+            shrinking_programs(tiles_m, tiles_m * tiles_n, programs),
+            J=num_slots,
+            JP=next_power_of_2(num_slots),
+            BM=tile.BM,
+            BN=tile.BN,
+            BK=tile.BK,
+            BR=tile.BR,
+            BAND=_BAND,
+            PARTS=parts,
+            STAGES=tile.num_stages,
+            SHRINK_STAGES=_SHRINK_STAGES,
+            AHEAD=_AHEAD,
+            HAS_BIAS=bias is not None,
+            HAS_POOL=adapters is not None,
+            HAS_COEFFS=has_coeffs,
+            num_warps=tile.num_warps,
+        )
+    return y
+
+
+def adapters_of(
+    x_TK: torch.Tensor,
+    row_slots: torch.Tensor,
+    row_coeffs: torch.Tensor | None,
+    pool: SitePool,
+    segments: torch.Tensor,
+    tile: Tile,
+) -> Adapters:
+    """The kernel's view of a pool and a row map, with new scratch."""
+    num_rows, num_slots = row_slots.shape
+    max_adapters = check_pool(pool, segments, num_rows * num_slots)
+    width = cdiv(pool.rank_bound, 16) * 16
+    h_EW = torch.empty(num_rows * num_slots, width, dtype=x_TK.dtype, device=x_TK.device)
+    most_groups = min(max_adapters, tile.BM * num_slots) * (width // 16)
+    capacity = cdiv(most_groups + tile.BR // 16, 16) * 16
+    record = _FIELDS.value * capacity + 1
+    groups = torch.empty(cdiv(num_rows, tile.BM), record, dtype=torch.int32, device=x_TK.device)
+    rows = (row_slots.contiguous(), row_slots if row_coeffs is None else row_coeffs.contiguous())
+    table = (pool.start, pool.rank, pool.scaling)
+    return Adapters(pool.a, pool.b, *table, max_adapters, *rows, h_EW, width, groups, capacity)
+
+
+def shrinking_programs(tiles_m: int, tiles: int, programs: int) -> int:
+    """How many programs, the first ones, run the shrink: those with a tile of y less than others, if they suffice."""
+    if INTERPRET.value:  # programs run one after another, and the first tile of y needs all of h
+        return 1
+    idle = -tiles % programs
+    return idle if idle * _SHRINKS_PER_TILE >= tiles_m else min(tiles_m, programs)
