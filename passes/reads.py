@@ -142,6 +142,8 @@ class Reader:
             )
         if name in PASS_ON and other is operand(node):
             return None
+        if node.kwargs.get("out") is not None:
+            return Refusal(root, f"{name} puts its result into a tensor that it is given (out=)")
         if self._dim(root) != 2:
             if name in _GROUPED or name in ("bmm", "matmul", "baddbmm", "einsum"):
                 return Refusal(root, f"expert weights ({self._dim(root)}-D), read by {name}")

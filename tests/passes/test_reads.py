@@ -186,6 +186,7 @@ def refused(body: Body, example: torch.Tensor, **members: torch.Tensor) -> str:
         (lambda self, x: torch.addmm(x, x, self.w, alpha=0.5), "alpha or beta"),
         (lambda self, x: self.w.unsqueeze(0) @ x, "leading dims"),
         (lambda self, x: F.linear(x, self.w.repeat(1, 1)), "read by repeat"),
+        (lambda self, x: torch.mm(x, self.w, out=torch.zeros_like(x)), "mm puts its result into a tensor"),
     ],
 )
 def test_other_reads_are_refused_with_their_reason(body: Body, reason: str) -> None:
