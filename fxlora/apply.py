@@ -33,6 +33,7 @@ def apply(
     pool_rows: int | None = None,
     *,
     model: nn.Module | None = None,
+    group_siblings: bool = True,
 ) -> LoraModule:
     """Rewrite a graph so that it serves many LoRA adapters in one batch.
 
@@ -48,6 +49,7 @@ def apply(
         pool_rows: Rank rows per site; by default max_adapters * max_rank, both rounded up to 16.
         model: The module the graph was traced from, where the graph has lost names of its weights (make_fx, or an
             alias that symbolic_trace does not see). Its parameter paths are names that adapters may use.
+        group_siblings: Linears that read one input (q, k and v) become one op. The answers are the same either way.
 
     Returns:
         A LoraModule with the graph's own signature, plus `adapters=`.
@@ -81,6 +83,7 @@ def apply(
         batch_dims=batch_dims,
         targets=targets,
         shape=AdapterShape(max_adapters, max_rank, pool_rows),
+        group_siblings=group_siblings,
     )
     head = kept.get("output_embedding")
     job.output_embedding = (
@@ -88,20 +91,30 @@ def apply(
     )
     plan = analyse(job)
     pool = AdapterPool(
-        plan.sites, digest=plan.digest, max_adapters=max_adapters, max_rank=max_rank, pool_rows=pool_rows
+        plan.sites,
+        digest=plan.digest,
+        max_adapters=max_adapters,
+        max_rank=max_rank,
+        pool_rows=pool_rows,
+        groups=plan.site_groups,
     )
     try:
         rewritten = rewrite(job, pool.handles)
     except BaseException:
         pool.close()
         raise
-    _log.info("%d sites, %d weights skipped, %d nodes", len(plan.sites), len(plan.skipped), len(rewritten.graph.nodes))
-    for words in (*plan.assumed, *plan.mixed_outputs):
-        _log.warning("%s", words)
     lora = LoraModule(gm, rewritten, signature, job, pool)
+    _log_outcome(lora)
+    return lora
+
+
+def _log_outcome(lora: LoraModule) -> None:
+    counts = (len(lora.sites), len(lora.groups), len(lora.skipped), len(lora.graph_module.graph.nodes))
+    _log.info("%d sites in %d ops, %d weights skipped, %d nodes", *counts)
+    for words in (*lora.assumed, *lora.mixed_outputs):
+        _log.warning("%s", words)
     if lora.fixed_sizes:
         _log.info("sizes that tracing fixed: %s", lora.fixed_sizes)
-    return lora
 
 
 def _check_model(gm: fx.GraphModule, model: nn.Module, bound: Iterable[torch.Tensor]) -> None:

@@ -14,6 +14,7 @@ from fxlora.batch import Adapters, slots_of
 from fxlora.binding import bind_adapter
 from fxlora.errors import CallError
 from fxlora.passes.pipeline import Job, PassReport
+from fxlora.passes.plan import Group
 from fxlora.passes.sites import Site, Skipped
 from fxlora.pool import AdapterPool
 from fxlora.signature import Signature
@@ -39,6 +40,7 @@ class LoraModule(nn.Module):
     Attributes:
         graph_module: The rewritten graph: flat inputs, then `adapter_slots` (int32).
         sites: Weights that adapters can reach. skipped: the others, each with its reason.
+        groups: The ops of the graph, in order: the sites that each serves, and why these.
         pool: The adapter memory. reports: what each pass did.
         fixed_sizes: Sizes that tracing fixed, by input name and dim: calls with others are refused.
         assumed: Where isolation of requests is taken on trust. mixed_outputs: outputs that combine requests.
@@ -57,6 +59,7 @@ class LoraModule(nn.Module):
         self._signature = signature
         self.sites: tuple[Site, ...] = job.plan.sites
         self.skipped: tuple[Skipped, ...] = job.plan.skipped
+        self.groups: tuple[Group, ...] = job.plan.groups
         self.reports: tuple[PassReport, ...] = tuple(job.reports)
         self.assumed, self.mixed_outputs = job.plan.assumed, job.plan.mixed_outputs
         self.frozen: bool = job.sizing.frozen
@@ -102,6 +105,11 @@ class LoraModule(nn.Module):
     def row_map(self, site: Site) -> str:
         """How the rows of a site follow from `adapter_slots`: the chain of ops that proved it."""
         return self._row_maps[site]
+
+    def siblings(self, site: Site) -> tuple[Site, ...]:
+        """The other sites that share an op with a site, in order."""
+        found = [other for group in self.groups if site in group.sites for other in group.sites]
+        return tuple(dict.fromkeys(other for other in found if other is not site))
 
     def forward(self, *args: Any, adapters: Adapters = None, **kwargs: Any) -> Any:
         """Run a batch. The graph's own arguments, and what it returns, are unchanged.

@@ -126,11 +126,13 @@ class AdapterPool:
         max_adapters: int,
         max_rank: int,
         pool_rows: int | None = None,
+        groups: Sequence[tuple[Site, ...]] | None = None,
     ) -> None:
-        """Allocates one pool per site (expert sites have none) and registers them, one handle per site.
+        """Allocates one pool per site (expert sites have none) and registers them, one handle per group.
 
         digest: 32 bits that name the plan. pool_rows: rank rows per site, rounded up to 16; by default every slot can
-        hold max_rank. Raises CapacityError when one adapter of max_rank would not fit, ValueError for sizes below 1.
+        hold max_rank. groups: distinct lists of the sites that one op serves, by default each site alone; a site may be
+        in several. Raises CapacityError when one adapter of max_rank would not fit, ValueError for sizes below 1.
         """
         if max_adapters < 1 or max_rank < 1:
             raise ValueError(f"max_adapters is {max_adapters} and max_rank is {max_rank}; both are at least 1")
@@ -143,8 +145,9 @@ class AdapterPool:
         self._rooms = {
             site: _Room(SitePool.allocate(**size), ExtentAllocator(self.pool_rows)) for site, size in sizes.items()
         }
-        handles = register_runtime(digest, [(room.pool,) for room in self._rooms.values()])
-        self.handles: Mapping[Site, int] = MappingProxyType(dict(zip(self._rooms, handles, strict=True)))
+        members = [(site,) for site in self.sites] if groups is None else list(groups)
+        handles = register_runtime(digest, [tuple(self._rooms[site].pool for site in group) for group in members])
+        self.handles: Mapping[tuple[Site, ...], int] = MappingProxyType(dict(zip(members, handles, strict=True)))
         self._loaded: Mapping[str, _Loaded] = {}
         self._lock = threading.Lock()
         self._unregister = weakref.finalize(self, unregister_runtime, handles)

@@ -27,6 +27,7 @@ from fxlora.passes.rewrite import rewrite_sites
 from fxlora.passes.rows.propagate import Prover
 from fxlora.passes.rows.seeds import BatchDims, choose_seeds
 from fxlora.passes.rows.worlds import GraphInput, Sizing, World, size_worlds
+from fxlora.passes.siblings import group_siblings
 from fxlora.passes.sites import Site, Skipped, find_sites
 from fxlora.passes.verify import verify_rewrite
 from fxlora.passes.weights import Weights
@@ -55,6 +56,8 @@ class Job:
         inputs: The caller's inputs; ``bound``: tensors behind placeholders that are weights.
         models: Modules whose parameter paths are names of weights beside the graph's own.
         output_embedding: The weight that makes logits, where the model says so.
+        group_siblings: Whether linears that read one input become one op.
+        results: After the rewrite, what stands in the place of each planned call.
     """
 
     gm: fx.GraphModule
@@ -65,6 +68,7 @@ class Job:
     targets: Targets
     shape: AdapterShape
     output_embedding: torch.Tensor | None = None
+    group_siblings: bool = True
     weights: Weights = field(init=False)
     seeds: dict[fx.Node, tuple[int, ...]] = field(init=False)
     primary: fx.Node = field(init=False)
@@ -74,6 +78,7 @@ class Job:
     sites: list[Site] = field(init=False)
     skipped: list[Skipped] = field(init=False)
     plan: Plan = field(init=False)
+    results: dict[fx.Node, fx.Node] = field(default_factory=dict)
     reports: list[PassReport] = field(default_factory=list)
 
 
@@ -125,27 +130,39 @@ def make_plan(job: Job) -> None:
     job.plan = plan_graph(job.prover, job.sites, job.skipped, job.reader, job.targets, job.shape, outputs)
 
 
+def find_siblings(job: Job) -> None:
+    """Put linears that read one input into one group, unless the job says not to."""
+    if job.group_siblings:
+        job.plan = group_siblings(job.plan, job.sites, job.gm.graph, job.reader)
+
+
 def analyse(job: Job) -> Plan:
     """Everything up to the plan."""
-    for step in (normalize, size_graph, open_calls, find_linear_sites, prove_rows, make_plan):
+    for step in (normalize, size_graph, open_calls, find_linear_sites, prove_rows, make_plan, find_siblings):
         _run(job, step.__name__, step)
     return job.plan
 
 
-def rewrite(job: Job, handles: Mapping[Site, int]) -> fx.GraphModule:
-    """Rewrite the analysed graph; it takes ``adapter_slots`` (int32, the request dims) as its last input."""
+def rewrite(job: Job, handles: Mapping[tuple[Site, ...], int]) -> fx.GraphModule:
+    """Rewrite the analysed graph; it takes ``adapter_slots`` (int32, the request dims) as its last input.
+
+    handles: one for each of the plan's ``site_groups``.
+    """
     placeholders = [n for n in job.gm.graph.nodes if n.op == "placeholder"]
-    names = [n.target for n in placeholders]
+    names = [str(n.target) for n in placeholders]
 
     def edit(job: Job) -> None:
         graph = job.gm.graph
         last = [n for n in graph.nodes if n.op == "placeholder"][-1]
         with graph.inserting_after(last):
             slots = graph.placeholder(SLOTS_NAME)
-        rewrite_sites(job.gm, job.plan, job.reader, job.prover.seed, slots, handles)
+        job.results = rewrite_sites(job.gm, job.plan, job.reader, job.prover.seed, slots, handles)
+
+    def check(job: Job) -> None:
+        verify_rewrite(job.gm, job.plan, job.results, job.weights, handles, [*names, SLOTS_NAME])
 
     _run(job, "rewrite_sites", edit)
-    _run(job, "verify_rewrite", lambda job: verify_rewrite(job.gm, job.plan, names, SLOTS_NAME))  # type: ignore[arg-type]
+    _run(job, "verify_rewrite", check)
     return job.gm
 
 

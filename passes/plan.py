@@ -35,12 +35,32 @@ class AdapterShape:
 
 @dataclass(frozen=True)
 class PlannedUse:
-    """One call to rewrite: the site it reads, the map of its rows, and whether anything reads its result."""
+    """One call to rewrite: the site it reads, the map of its rows, and what reads its result."""
 
     node: fx.Node
     site: Site
     rows: RowMap
-    read: bool = True
+    readers: tuple[fx.Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class Group:
+    """Calls that one op makes: linears that read one input (`siblings.py`), or one call alone.
+
+    Attributes:
+        uses: The calls, in graph order; the op stands where the first stood.
+        reason: Why they are together, or why the call is alone.
+        moved: Nodes that later members need, to be moved before the first call, in this order.
+    """
+
+    uses: tuple[PlannedUse, ...]
+    reason: str = ""
+    moved: tuple[fx.Node, ...] = field(default=(), repr=False)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The members' sites, in order: what the op's handle names."""
+        return tuple(use.site for use in self.uses)
 
 
 @dataclass(frozen=True)
@@ -51,18 +71,25 @@ class Plan:
         sites: Sites that get an op and a pool.
         uses: Their calls, in graph order.
         skipped: Weights that stay as they are, each with its reason.
-        digest: 32 bits over sites, shapes, dtypes, slots and pool rows: part of the compile key.
+        groups: The same calls as ops: every use is in one group.
+        digest: 32 bits over sites, shapes, dtypes, slots, pool rows and groups: part of the compile key.
         assumed: Where isolation is taken on trust (packed attention), in words.
         mixed_outputs: Graph outputs that combine requests, with the op that did it.
     """
 
     sites: tuple[Site, ...]
     uses: tuple[PlannedUse, ...]
+    groups: tuple[Group, ...]
     skipped: tuple[Skipped, ...]
     shape: AdapterShape
     digest: int
     assumed: tuple[str, ...] = ()
     mixed_outputs: tuple[str, ...] = field(default=())
+
+    @property
+    def site_groups(self) -> tuple[tuple[Site, ...], ...]:
+        """The distinct lists of member sites, in order: one handle each."""
+        return tuple(dict.fromkeys(group.sites for group in self.groups))
 
 
 def plan_graph(
@@ -102,7 +129,9 @@ def plan_graph(
     uses.sort(key=lambda use: order[use.node])
     mixed = tuple(words for path, node in outputs if (words := _misplaced(prover, path, node)))
     assumed = tuple(dict.fromkeys(prover.assumed.values()))
-    return Plan(tuple(chosen), tuple(uses), tuple(left), shape, digest_of(chosen, shape), assumed, mixed)
+    groups = tuple(Group((use,), "linears are not grouped") for use in uses)
+    digest = digest_of(chosen, shape, groups)
+    return Plan(tuple(chosen), tuple(uses), groups, tuple(left), shape, digest, assumed, mixed)
 
 
 def _misplaced(prover: Prover, path: str, node: fx.Node) -> str:
@@ -134,7 +163,7 @@ def _plan_uses(prover: Prover, site: Site, reader: Reader) -> tuple[list[Planned
         if any(d >= lead for d in rows.dims):
             return [], "requests run along the dim that the weight sums over"
         flat = moves.flat_rows(prover, read.x, rows, lead, read.x_order)
-        planned.append(PlannedUse(node, site, flat, bool(node.users)))
+        planned.append(PlannedUse(node, site, flat, tuple(node.users)))
     return planned, ""
 
 
@@ -192,10 +221,11 @@ class _Targets:
             )
 
 
-def digest_of(sites: Sequence[Site], shape: AdapterShape) -> int:
-    """32 bits that change whenever sites, their shapes and dtypes, or the adapter memory change."""
+def digest_of(sites: Sequence[Site], shape: AdapterShape, groups: Sequence[Group] = ()) -> int:
+    """32 bits that change whenever sites, their shapes and dtypes, the adapter memory or the groups change."""
     facts = [
         (s.parameter, s.role.value, s.in_features, s.out_features, str(s.dtype), str(s.device.type)) for s in sites
     ]
-    text = repr((facts, shape.max_adapters, shape.max_rank, shape.pool_rows))
+    members = [[(site.parameter, site.role.value) for site in group.sites] for group in groups]
+    text = repr((facts, shape.max_adapters, shape.max_rank, shape.pool_rows, members))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")

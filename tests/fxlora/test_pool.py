@@ -73,7 +73,7 @@ def make_pool(sites: tuple[Site, ...], **options: int) -> AdapterPool:
 
 
 def site_pool(pool: AdapterPool, site: Site) -> SitePool:
-    (found,) = pools_of(pool.handles[site])
+    (found,) = pools_of(pool.handles[(site,)])
     assert found is not None
     return found
 
@@ -171,7 +171,7 @@ def test_expert_sites_own_no_pool() -> None:
     linear, *_ = make_sites()
     experts = make_site("experts", torch.randn(4, 6), Role.EXPERTS)
     pool = make_pool((linear, experts))
-    assert pool.sites == tuple(pool.handles) == (linear,)
+    assert pool.sites == tuple(site for (site,) in pool.handles) == (linear,)
     with pytest.raises(UnboundTensorError, match=r"experts\.lora_A\.weight: site experts \(experts\) owns no pool"):
         pool.load("a", make_bound({linear: 4, experts: 4}))
 
@@ -346,7 +346,7 @@ def test_closing_ends_the_handles() -> None:
     (site, *_) = make_sites()
     pool = make_pool((site,))
     pool.load("a", make_bound({site: 4}))
-    handle = pool.handles[site]
+    handle = pool.handles[(site,)]
     pool.close()
     pool.close()
     assert (pool.names, pool.bytes) == ((), 0)
@@ -360,7 +360,7 @@ def test_closing_ends_the_handles() -> None:
 def test_a_forgotten_pool_lets_its_memory_go() -> None:
     (site, *_) = make_sites()
     pool = make_pool((site,))
-    handle = pool.handles[site]
+    handle = pool.handles[(site,)]
     del pool
     gc.collect()
     with pytest.raises(RuntimeGoneError):
@@ -370,7 +370,7 @@ def test_a_forgotten_pool_lets_its_memory_go() -> None:
 def test_two_pools_of_one_plan_are_apart() -> None:
     (site, *_) = make_sites()
     one, two = make_pool((site,)), make_pool((site,))
-    assert one.handles[site] != two.handles[site]
+    assert one.handles[(site,)] != two.handles[(site,)]
     one.load("a", make_bound({site: 4}))
     assert site_pool(two, site).rank.tolist() == [0, 0, 0]
 

@@ -18,6 +18,7 @@ from fxlora.passes.rows.labels import Label, Mixed, Rows
 from fxlora.passes.rows.propagate import Prover
 from fxlora.passes.rows.seeds import BatchDims, choose_seeds
 from fxlora.passes.rows.worlds import GraphInput, size_worlds
+from fxlora.passes.sites import Site
 from fxlora.passes.weights import Weights
 
 Body = Callable[..., Any]
@@ -58,6 +59,7 @@ def job_of(
     batch_dims: BatchDims = None,
     models: Sequence[nn.Module] = (),
     shape: AdapterShape | None = None,
+    group_siblings: bool = True,
 ) -> Job:
     """A job over a symbolic trace, not analysed yet."""
     gm = traced(target)
@@ -69,6 +71,7 @@ def job_of(
         batch_dims=batch_dims,
         targets=targets,
         shape=shape or AdapterShape(2, 4),
+        group_siblings=group_siblings,
     )
 
 
@@ -82,8 +85,13 @@ def analysed(target: nn.Module | Body, *examples: torch.Tensor, **options: Any) 
 def rewritten(target: nn.Module | Body, *examples: torch.Tensor, **options: Any) -> Job:
     """A job whose graph is rewritten, with handles that stand for no memory."""
     job = analysed(target, *examples, **options)
-    rewrite(job, {site: 100 + i for i, site in enumerate(job.plan.sites)})
+    rewrite(job, handles_of(job))
     return job
+
+
+def handles_of(job: Job) -> dict[tuple[Site, ...], int]:
+    """A handle for each group of sites, behind which no memory is."""
+    return {sites: 100 + i for i, sites in enumerate(job.plan.site_groups)}
 
 
 def proved(target: nn.Module | Body, *examples: torch.Tensor, batch_dims: BatchDims = None) -> Prover:

@@ -54,7 +54,7 @@ def test_handles_do_not_show() -> None:
     for handle in (1, 987654321):
         model = holder(lambda self, ids: self.p(self.e(ids)), e=nn.Embedding(7, 3), p=nn.Linear(3, 4))
         job = analysed(model, torch.randint(0, 7, (2, 4)))
-        rewrite(job, dict.fromkeys(job.plan.sites, handle))
+        rewrite(job, dict.fromkeys(job.plan.site_groups, handle))
         shown.append(graph_text(job.gm))
     assert shown[0] == shown[1]
     assert shown[0].count("<pool>") == 2

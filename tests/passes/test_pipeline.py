@@ -11,9 +11,9 @@ from torch import fx, nn
 import fxlora.passes.pipeline as pipeline
 from fxlora.passes.errors import AlreadyAppliedError, BatchDimsError, GraphError, TargetError
 from fxlora.passes.pipeline import SLOTS_NAME, Job, analyse, rewrite
-from tests.passes.build import analysed, holder, job_of, rewritten
+from tests.passes.build import analysed, handles_of, holder, job_of, rewritten
 
-ANALYSIS = ["normalize", "size_graph", "open_calls", "find_linear_sites", "prove_rows", "make_plan"]
+ANALYSIS = ["normalize", "size_graph", "open_calls", "find_linear_sites", "prove_rows", "make_plan", "find_siblings"]
 EDITS = ["rewrite_sites", "verify_rewrite"]
 
 
@@ -83,23 +83,23 @@ def test_a_defect_inside_a_pass_is_not_dressed_up(monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_edit_that_breaks_the_graph_fails_the_lint_of_its_own_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    def corrupt(gm: fx.GraphModule, *rest: object) -> int:
+    def corrupt(gm: fx.GraphModule, *rest: object) -> dict[fx.Node, fx.Node]:
         output = next(n for n in gm.graph.nodes if n.op == "output")
         output.args = (fx.Graph().placeholder("elsewhere"),)
-        return 0
+        return {}
 
     job = analysed(model(), torch.randn(2, 3))
     monkeypatch.setattr(pipeline, "rewrite_sites", corrupt)
     with pytest.raises(RuntimeError, match="elsewhere"):
-        rewrite(job, dict.fromkeys(job.plan.sites, 1))
-    assert job.reports[-1].name == "make_plan"
+        rewrite(job, handles_of(job))
+    assert job.reports[-1].name == "find_siblings"
 
 
 def test_a_rewrite_that_forgets_a_use_fails_verification(monkeypatch: pytest.MonkeyPatch) -> None:
     job = analysed(model(), torch.randn(2, 3))
-    monkeypatch.setattr(pipeline, "rewrite_sites", lambda *rest: 0)
-    with pytest.raises(GraphError, match="2 uses were planned, 0 fxlora ops"):
-        rewrite(job, dict.fromkeys(job.plan.sites, 1))
+    monkeypatch.setattr(pipeline, "rewrite_sites", lambda *rest: {})
+    with pytest.raises(GraphError, match="2 ops were planned, 0 fxlora ops"):
+        rewrite(job, handles_of(job))
 
 
 def test_applying_twice_is_refused() -> None:

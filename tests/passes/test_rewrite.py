@@ -30,7 +30,7 @@ def texts(model: nn.Module, *examples: torch.Tensor, **options: Any) -> tuple[st
     """Graph text before and after the whole rewrite."""
     job = analysed(model, *examples, **options)
     before = graph_text(job.gm)
-    rewrite(job, dict.fromkeys(job.plan.sites, 1))
+    rewrite(job, dict.fromkeys(job.plan.site_groups, 1))
     return before, graph_text(job.gm)
 
 
@@ -219,9 +219,10 @@ def test_the_slots_are_the_last_input_and_maps_follow_the_batch() -> None:
 @contextmanager
 def served(job: Job) -> Iterator[fx.GraphModule]:
     """The rewritten graph over sites that own no memory: it computes what the base computes."""
-    handles = register_runtime(job.plan.digest, [(None,)] * len(job.plan.sites))
+    groups = job.plan.site_groups
+    handles = register_runtime(job.plan.digest, [(None,) * len(sites) for sites in groups])
     try:
-        yield rewrite(job, dict(zip(job.plan.sites, handles, strict=True)))
+        yield rewrite(job, dict(zip(groups, handles, strict=True)))
     finally:
         unregister_runtime(handles)
 

@@ -12,7 +12,7 @@ from fxlora.passes.errors import VerifyError
 from fxlora.passes.graph import op_name
 from fxlora.passes.pipeline import Job
 from fxlora.passes.verify import verify_rewrite
-from tests.passes.build import holder, rewritten
+from tests.passes.build import handles_of, holder, rewritten
 
 Break = Callable[[Job], None]
 
@@ -24,7 +24,7 @@ def sound() -> Job:
 
 
 def verify(job: Job) -> None:
-    verify_rewrite(job.gm, job.plan, ["x"], "adapter_slots")
+    verify_rewrite(job.gm, job.plan, job.results, job.weights, handles_of(job), ["x", "adapter_slots"])
 
 
 def first(job: Job, name: str) -> fx.Node:
@@ -94,10 +94,10 @@ BREAKS: dict[Break, str] = {
     add_an_input: "signature changed.*extra",
     rename_an_input: r"signature changed.*found \['y'",
     swap_the_inputs: "signature changed",
-    undo_a_use: "2 uses were planned, 1 fxlora ops",
-    add_an_op: "2 uses were planned, 3 fxlora ops",
+    undo_a_use: "2 ops were planned, 1 fxlora ops",
+    add_an_op: "2 ops were planned, 3 fxlora ops",
     keep_a_replaced_call: r"replaced calls still stand in the graph: \['softmax'\]",
-    leave_the_ops_unread: "2 fxlora ops are read by nothing",
+    leave_the_ops_unread: "the result of linear is not member 0 of lora_linear_default",
     read_a_weight_twice: "1 weights are read through more than one node",
 }
 
@@ -107,6 +107,71 @@ def test_each_break_is_caught(damage: Break) -> None:
     job = sound()
     damage(job)
     with pytest.raises(VerifyError, match=BREAKS[damage]):
+        verify(job)
+
+
+def siblings() -> Job:
+    """Two linears of one input, alike in shape, as one op."""
+    model = holder(lambda self, x: self.a(x).relu() + self.b(x).tanh(), a=nn.Linear(3, 4), b=nn.Linear(3, 4))
+    return rewritten(model, torch.randn(2, 3))
+
+
+def picks(job: Job) -> list[fx.Node]:
+    return [n for n in job.gm.graph.nodes if op_name(n) == "getitem"]
+
+
+def swap_the_picks(job: Job) -> None:
+    for node, index in zip(picks(job), (1, 0), strict=True):
+        node.args = (node.args[0], index)
+
+
+def pick_one_twice(job: Job) -> None:
+    picks(job)[1].args = picks(job)[0].args
+
+
+def swap_the_weights(job: Job) -> None:
+    op = first(job, "fxlora::lora_linear")
+    op.args = (op.args[0], op.args[1][::-1], *op.args[2:])
+
+
+def swap_the_readers(job: Job) -> None:
+    relu, tanh = first(job, "relu"), first(job, "tanh")
+    relu.args, tanh.args = tanh.args, relu.args
+
+
+def take_another_handle(job: Job) -> None:
+    op = first(job, "fxlora::lora_linear")
+    op.args = (*op.args[:-1], 7)
+
+
+def leave_a_member_unread(job: Job) -> None:
+    tanh = first(job, "tanh")
+    tanh.args = (picks(job)[0],)
+
+
+def forget_a_member(job: Job) -> None:
+    (group,) = job.plan.groups
+    object.__setattr__(group, "uses", group.uses[:1])
+
+
+GROUP_BREAKS: dict[Break, str] = {
+    swap_the_picks: "the result of linear is not member 0 of",
+    pick_one_twice: "the result of linear_1 is not member 1 of",
+    swap_the_weights: r"does not read the weights of \['a', 'b'\], in order",
+    swap_the_readers: r"is not read by what read linear: \['relu'\]",
+    take_another_handle: r"does not have the handle of \['a', 'b'\]",
+    leave_a_member_unread: r"is not read by what read linear_1: \['tanh'\]",
+    forget_a_member: "the groups do not hold each of the 2 planned uses once",
+}
+
+
+@pytest.mark.parametrize("damage", GROUP_BREAKS, ids=lambda damage: damage.__name__)
+def test_each_break_of_a_group_is_caught(damage: Break) -> None:
+    job = siblings()
+    assert len(job.plan.groups) == 1
+    verify(job)
+    damage(job)
+    with pytest.raises(VerifyError, match=GROUP_BREAKS[damage]):
         verify(job)
 
 
