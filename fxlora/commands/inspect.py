@@ -95,7 +95,8 @@ def _sites(lora: fxlora.LoraModule, *, fold: bool) -> list[Table | Text]:
     numbers: dict[str, str] = {}
     for site in lora.sites:
         numbers.setdefault(lora.row_map(site), str(1 + len(numbers)))
-    table = _table(f"{len(lora.sites)} sites", "site", "role", "out x in", "uses", "rows")
+    title = f"{len(lora.sites)} sites in {len(lora.groups)} ops"
+    table = _table(title, "site", "role", "out x in", "uses", "rows", "one op with")
     rows = (
         (
             site.name,
@@ -104,6 +105,7 @@ def _sites(lora: fxlora.LoraModule, *, fold: bool) -> list[Table | Text]:
             f"{site.out_features} x {site.in_features}",
             str(len(site.uses)),
             numbers[lora.row_map(site)],
+            ", ".join(other.name.rpartition(".")[2] for other in lora.siblings(site)),
         )
         for site in lora.sites
     )
