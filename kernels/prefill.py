@@ -33,8 +33,7 @@ _FIELDS = tl.constexpr(3)  # int32 per group: slot, first pool row, first column
 _BAND = 8  # row tiles whose tiles of y follow each other, so that W and x are read from L2
 _SHRINK_STAGES = 6
 _AHEAD = 6  # loads of the expand are issued this many steps before the last one of the base GEMM
-# A shrink takes about a quarter of the time of a 128 x 256 tile of y, both in proportion to K.
-_SHRINKS_PER_TILE = 3
+_SHRINKS_PER_TILE = 3  # a shrink takes about a quarter of the time of a 128 x 256 tile of y, whatever K
 
 
 class Adapters(NamedTuple):
@@ -47,7 +46,7 @@ class Adapters(NamedTuple):
     scaling: Any  # fp32 [S]
     max_adapters: Any
     slots: Any  # int32 [T, J], contiguous
-    coeffs: Any  # fp32 [T, J], contiguous
+    coeffs: Any  # fp32 [T, J], contiguous; never read without HAS_COEFFS
     h: Any  # [T * J, W], like x
     width: Any  # W
     groups: Any  # int32 [row tiles, 3 * capacity + 1]: fields of each group, then their number
@@ -79,7 +78,7 @@ def write_groups(row_tile, slots, adapters, BR: tl.constexpr) -> tl.tensor:
             tl.store(record + count + 2 * adapters.capacity, first + tl.minimum(rank - first, 16) - 1)
             count += 1
         slot = next_slot(slots, slot, adapters.max_adapters)
-    tl.store(record + count + tl.arange(0, BR // 16), tl.full([BR // 16], -1, tl.int32))
+    tl.store(record + count + tl.arange(0, BR // 8), tl.full([BR // 8], -1, tl.int32))
     tl.store(record + _FIELDS * adapters.capacity, count)
     return count
 
@@ -142,11 +141,12 @@ def load_h(row_tile, columns, adapters, num_rows, J: tl.constexpr, BM: tl.conste
     col_slots = tl.max_constancy(col_slots, 16)
     h_cols = tl.max_contiguous(tl.multiple_of(ranks - ranks % 16 + tl.arange(0, BR) % 16, 16), 16)
     rows = (row_tile * BM + tl.arange(0, BM)).to(tl.int64)
+    h_tile = tl.zeros([BM, BR], adapters.h.dtype.element_ty)
     for j in tl.static_range(J):
         own = (col_slots >= 0)[None, :] & (slots_of(rows, j, adapters, num_rows, J)[:, None] == col_slots[None, :])
         h_at = adapters.h + ((rows * J + j) * adapters.width)[:, None] + h_cols[None, :]
         part = tl.load(h_at, mask=own, other=0.0, cache_modifier=".cg")
-        if j == 0:
+        if J == 1:
             h_tile = part
         else:
             h_tile = (h_tile.to(tl.float32) + part.to(tl.float32)).to(part.dtype)
@@ -183,19 +183,19 @@ def adapted_tile(
     BR: tl.constexpr,
     STAGES: tl.constexpr,
     AHEAD: tl.constexpr,
+    DEPTH: tl.constexpr,
 ) -> tl.tensor:
     """x W^T + h B of one tile of y, and this program's place among those that left.
 
-    The loads of the first BR ranks hide behind the last steps of the base GEMM: AHEAD steps before the end the groups
-    are asked for, a step later h and B, and nothing waits for them before the end.
+    The loads of the first DEPTH times BR ranks hide behind the last steps of the base GEMM: AHEAD steps before the end
+    the groups are asked for, a step later h and B, and nothing waits for them before the end.
     """
     cols = col_tile * BN + tl.arange(0, BN)
     count = 0
-    col_slots = tl.full([BR], -1, tl.int32)
-    pool_rows = tl.full([BR], 0, tl.int32)
-    ranks = tl.full([BR], 0, tl.int32)
-    h_tile = tl.zeros([BM, BR], adapters.h.dtype.element_ty)
-    b_tile = tl.zeros([BR, BN], adapters.h.dtype.element_ty)
+    no_slots, zeros = tl.full([BR], -1, tl.int32), tl.full([BR], 0, tl.int32)
+    columns, more_columns = (no_slots, zeros, zeros), (no_slots, zeros, zeros)
+    h_tile, more_h = tl.zeros([BM, BR], adapters.h.dtype.element_ty), tl.zeros([BM, BR], adapters.h.dtype.element_ty)
+    b_tile, more_b = tl.zeros([BR, BN], adapters.h.dtype.element_ty), tl.zeros([BR, BN], adapters.h.dtype.element_ty)
     acc = tl.zeros([BM, BN], tl.float32)
     ask_at = tl.maximum(steps - AHEAD, 0)
     for step in tl.range(0, steps, num_stages=STAGES):
@@ -206,18 +206,25 @@ def adapted_tile(
             if is_first & (not INTERPRET):
                 wait_for(counters_ptr, tl.cdiv(num_rows, BM))
                 place = leave(counters_ptr + 1)
-            count_at = adapters.groups + row_tile * (_FIELDS * adapters.capacity + 1) + _FIELDS * adapters.capacity
-            count = tl.load(count_at, cache_modifier=".cg")
-            col_slots, pool_rows, ranks = load_groups(row_tile, 0, adapters, BR)
+            record = adapters.groups + row_tile * (_FIELDS * adapters.capacity + 1)
+            count = tl.load(record + _FIELDS * adapters.capacity, cache_modifier=".cg")
+            columns = load_groups(row_tile, 0, adapters, BR)
+            if DEPTH == 2:
+                more_columns = load_groups(row_tile, BR // 16, adapters, BR)
         if step == tl.minimum(ask_at + 1, steps - 1):
-            h_tile = load_h(row_tile, (col_slots, pool_rows, ranks), adapters, num_rows, J, BM, BR)
-            b_tile = load_b(cols, (col_slots, pool_rows, ranks), adapters, num_cols, BR)
+            h_tile = load_h(row_tile, columns, adapters, num_rows, J, BM, BR)
+            b_tile = load_b(cols, columns, adapters, num_cols, BR)
+            if DEPTH == 2:
+                more_h = load_h(row_tile, more_columns, adapters, num_rows, J, BM, BR)
+                more_b = load_b(cols, more_columns, adapters, num_cols, BR)
     if count > 0:
         acc = dot(h_tile, b_tile, acc, "ieee")
-    for first_group in tl.range(BR // 16, count, BR // 16, num_stages=1):
+    if (DEPTH == 2) & (count > BR // 16):
+        acc = dot(more_h, more_b, acc, "ieee")
+    for first_group in tl.range(DEPTH * (BR // 16), count, BR // 16, num_stages=1):
         columns = load_groups(row_tile, first_group, adapters, BR)
-        more_h = load_h(row_tile, columns, adapters, num_rows, J, BM, BR)
-        acc = dot(more_h, load_b(cols, columns, adapters, num_cols, BR), acc, "ieee")
+        h_tile = load_h(row_tile, columns, adapters, num_rows, J, BM, BR)
+        acc = dot(h_tile, load_b(cols, columns, adapters, num_cols, BR), acc, "ieee")
     return acc, place
 
 
@@ -237,8 +244,8 @@ def prefill_kernel(
     x_desc,  # [T, K]
     w_desc,  # [N, K]
     y_desc,  # [T, N]
-    bias_ptr,  # [N]
-    adapters,
+    bias_ptr,  # [N], or None
+    adapters,  # or None
     counters_ptr,
     num_rows,
     feature_octets,  # K / 8
@@ -255,15 +262,14 @@ def prefill_kernel(
     STAGES: tl.constexpr,
     SHRINK_STAGES: tl.constexpr,
     AHEAD: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_POOL: tl.constexpr,
+    DEPTH: tl.constexpr,
     HAS_COEFFS: tl.constexpr,
 ) -> None:
     """Every tile of y: base GEMM, adapters, bias, one store."""
     pid, programs = tl.program_id(0), tl.num_programs(0)
     num_features, num_cols = feature_octets * 8, col_octets * 8
     tiles_m, tiles_n, steps = tl.cdiv(num_rows, BM), tl.cdiv(num_cols, BN), tl.cdiv(num_features, BK)
-    if HAS_POOL and pid < shrinkers:
+    if adapters is not None and pid < shrinkers:
         for row_tile in tl.range(pid, tiles_m, shrinkers, num_stages=1):
             shrink_row_tile(
                 row_tile, x_desc, adapters, num_rows, num_features, J, JP, BM, BK, BR, SHRINK_STAGES, HAS_COEFFS
@@ -275,21 +281,21 @@ def prefill_kernel(
         band, in_band = tile // (BAND * tiles_n), tile % (BAND * tiles_n)
         height = tl.minimum(tiles_m - band * BAND, BAND)
         row_tile, col_tile = band * BAND + in_band % height, in_band // height
-        if HAS_POOL:
+        if adapters is not None:
             acc, place = adapted_tile(
                 x_desc, w_desc, row_tile, col_tile, adapters, counters_ptr, place, tile == first_tile,
-                num_rows, num_cols, steps, J, BM, BN, BK, BR, STAGES, AHEAD,
+                num_rows, num_cols, steps, J, BM, BN, BK, BR, STAGES, AHEAD, DEPTH,
             )  # fmt: skip
         else:
             acc = tl.zeros([BM, BN], tl.float32)
             for step in tl.range(0, steps, num_stages=STAGES):
                 x_tile, w_tile = x_desc.load([row_tile * BM, step * BK]), w_desc.load([col_tile * BN, step * BK])
                 acc = dot(x_tile, w_tile.T, acc, "ieee")
-        if HAS_BIAS:
+        if bias_ptr is not None:
             cols = col_tile * BN + tl.arange(0, BN)
             acc += tl.load(bias_ptr + cols, mask=cols < num_cols, other=0.0).to(tl.float32)[None, :]
         store_tile(y_desc, row_tile * BM, col_tile * BN, acc, BM, BN, PARTS)
-    if HAS_POOL:
+    if adapters is not None:
         clear_after_last(counters_ptr, place, programs, first_tile < tiles_m * tiles_n)
 
 
@@ -339,7 +345,7 @@ def linear(
             TensorDescriptor.from_tensor(x_TK, [tile.BM, tile.BK]),
             TensorDescriptor.from_tensor(weight, [tile.BN, tile.BK]),
             TensorDescriptor.from_tensor(y, [tile.BM, tile.BN // parts]),
-            weight if bias is None else bias,
+            bias,
             adapters,
             counters,
             num_rows,
@@ -357,8 +363,7 @@ def linear(
             STAGES=tile.num_stages,
             SHRINK_STAGES=_SHRINK_STAGES,
             AHEAD=_AHEAD,
-            HAS_BIAS=bias is not None,
-            HAS_POOL=adapters is not None,
+            DEPTH=1 if adapters is None or min(2 * adapters.width, 64) <= tile.BR else 2,
             HAS_COEFFS=has_coeffs,
             num_warps=tile.num_warps,
         )
@@ -379,7 +384,7 @@ def adapters_of(
     width = cdiv(pool.rank_bound, 16) * 16
     h_EW = torch.empty(num_rows * num_slots, width, dtype=x_TK.dtype, device=x_TK.device)
     most_groups = min(max_adapters, tile.BM * num_slots) * (width // 16)
-    capacity = cdiv(most_groups + tile.BR // 16, 16) * 16
+    capacity = cdiv(most_groups + tile.BR // 8, 16) * 16
     record = _FIELDS.value * capacity + 1
     groups = torch.empty(cdiv(num_rows, tile.BM), record, dtype=torch.int32, device=x_TK.device)
     rows = (row_slots.contiguous(), row_slots if row_coeffs is None else row_coeffs.contiguous())
