@@ -8,8 +8,7 @@ Arithmetic: h = coeff * (scaling * (x A^T)) in fp32, rounded to the dtype of x; 
 16 ranks at a time, slots ascending. A row of another slot meets zeros in h, which leave its fp32 sum as it is, so its
 bits depend on its own adapters alone; B has to be finite between `start` and `start + rank`, A need not be.
 
-Letters: T rows, J slots per row, K in-features, N out-features, S slots, P pool rows, W columns of h (highest rank of
-the pool, rounded up to 16). A group is 16 ranks of one slot, a row tile's groups are numbered slots ascending.
+Letters: T rows, J slots per row, K in-features, N out-features.
 """
 
 # ruff: noqa: ANN001, SIM108 (pointers and blocks have no static type; a choice at compile time is a statement)
@@ -17,7 +16,6 @@ the pool, rounded up to 16). A group is 16 ranks of one slot, a row tile's group
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,121 +23,22 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fxlora.kernels.handshake import clear_after_last, leave, raise_counter, resident_programs, wait_for
+from fxlora.kernels.prefill_shrink import FIELDS, Adapters, adapters_of, load_groups, shrink_row_tile, slots_of, spread
 from fxlora.kernels.registry import SitePool
 from fxlora.kernels.tiles import Tile
-from fxlora.kernels.triton_helpers import INTERPRET, cdiv, check_pool, device_of, dot, next_power_of_2, next_slot
+from fxlora.kernels.triton_helpers import INTERPRET, cdiv, device_of, dot, next_power_of_2
 
-_FIELDS = tl.constexpr(3)  # int32 per group: slot, first pool row, first column of h + number of ranks - 1
 _BAND = 8  # row tiles whose tiles of y follow each other, so that W and x are read from L2
 _SHRINK_STAGES = 6
 _AHEAD = 6  # loads of the expand are issued this many steps before the last one of the base GEMM
 _SHRINKS_PER_TILE = 3  # a shrink takes about a quarter of the time of a 128 x 256 tile of y, whatever K
 
 
-class Adapters(NamedTuple):
-    """What the kernel reads of a member's adapters and rows, and its scratch."""
-
-    a: Any  # [P, K]
-    b: Any  # [P, N]
-    start: Any  # int32 [S]
-    rank: Any  # int32 [S]
-    scaling: Any  # fp32 [S]
-    max_adapters: Any
-    slots: Any  # int32 [T, J], contiguous
-    coeffs: Any  # fp32 [T, J], contiguous; never read without HAS_COEFFS
-    h: Any  # [T * J, W], like x
-    width: Any  # W
-    groups: Any  # int32 [row tiles, 3 * capacity + 1]: fields of each group, then their number
-    capacity: Any
-
-
-@triton.jit
-def load_groups(row_tile, first_group, adapters, BR: tl.constexpr) -> tl.tensor:
-    """The fields of a row tile's groups for BR columns, 16 for each group; slot -1 where there is no group."""
-    at = adapters.groups + row_tile * (_FIELDS * adapters.capacity + 1) + first_group + tl.arange(0, BR) // 16
-    slots = tl.load(at, cache_modifier=".cg")
-    pool_rows = tl.load(at + adapters.capacity, cache_modifier=".cg")
-    ranks = tl.load(at + 2 * adapters.capacity, cache_modifier=".cg")
-    return slots, pool_rows, ranks
-
-
-@triton.jit
-def write_groups(row_tile, slots, adapters, BR: tl.constexpr) -> tl.tensor:
-    """Lists the groups of a row tile's slots, ended by groups without a slot. Returns how many there are."""
-    record = adapters.groups + row_tile * (_FIELDS * adapters.capacity + 1)
-    count = 0
-    slot = next_slot(slots, -1, adapters.max_adapters)
-    while slot < adapters.max_adapters:
-        rank = tl.load(adapters.rank + slot)
-        start = tl.load(adapters.start + slot)
-        for first in range(0, rank, 16):
-            tl.store(record + count, slot)
-            tl.store(record + count + adapters.capacity, start + first)
-            tl.store(record + count + 2 * adapters.capacity, first + tl.minimum(rank - first, 16) - 1)
-            count += 1
-        slot = next_slot(slots, slot, adapters.max_adapters)
-    tl.store(record + count + tl.arange(0, BR // 8), tl.full([BR // 8], -1, tl.int32))
-    tl.store(record + _FIELDS * adapters.capacity, count)
-    return count
-
-
-@triton.jit
-def slots_of(rows, j, adapters, num_rows, J: tl.constexpr) -> tl.tensor:
-    """Slot j of each row; -1 past the last row."""
-    return tl.load(adapters.slots + rows * J + j, mask=rows < num_rows, other=-1)
-
-
-@triton.jit
-def shrink_row_tile(
-    row_tile,
-    x_desc,  # [T, K]
-    adapters,
-    num_rows,
-    num_features,
-    J: tl.constexpr,
-    JP: tl.constexpr,  # power of two >= J
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    BR: tl.constexpr,
-    STAGES: tl.constexpr,
-    HAS_COEFFS: tl.constexpr,
-) -> None:
-    """Groups of one row tile, and h of its rows: whole groups, zero beyond the rank."""
-    entries = tl.arange(0, BM * JP)
-    entry_slots = slots_of((row_tile * BM + entries // JP).to(tl.int64), entries % JP, adapters, num_rows, J)
-    count = write_groups(row_tile, tl.where(entries % JP < J, entry_slots, -1), adapters, BR)
-    tl.debug_barrier()
-    rows = (row_tile * BM + tl.arange(0, BM)).to(tl.int64)
-    lanes = tl.arange(0, BR) % 16
-    for first_group in tl.range(0, count, BR // 16, num_stages=1):
-        col_slots, pool_rows, ranks = load_groups(row_tile, first_group, adapters, BR)
-        is_rank = (col_slots >= 0) & (lanes <= ranks % 16)
-        a_at = adapters.a + (pool_rows + lanes).to(tl.int64)[:, None] * num_features
-        acc = tl.zeros([BM, BR], tl.float32)
-        for first_k in tl.range(0, num_features, BK, num_stages=STAGES):
-            ks = first_k + tl.arange(0, BK)
-            x_tile = x_desc.load([row_tile * BM, first_k])  # [BM, BK]
-            a_mask = is_rank[:, None] & (ks < num_features)[None, :]
-            a_tile = tl.load(a_at + ks[None, :], mask=a_mask, other=0.0)  # [BR, BK]
-            acc = dot(x_tile, a_tile.T, acc, "ieee")
-        acc *= tl.load(adapters.scaling + col_slots, mask=col_slots >= 0, other=0.0)[None, :]
-        h_cols = ranks - ranks % 16 + lanes
-        for j in tl.static_range(J):
-            own = (col_slots >= 0)[None, :] & (slots_of(rows, j, adapters, num_rows, J)[:, None] == col_slots[None, :])
-            value = acc
-            if HAS_COEFFS:
-                value = acc * tl.load(adapters.coeffs + rows * J + j, mask=rows < num_rows, other=0.0)[:, None]
-            value = tl.where(is_rank[None, :], value, 0.0).to(adapters.h.dtype.element_ty)
-            tl.store(adapters.h + ((rows * J + j) * adapters.width)[:, None] + h_cols[None, :], value, mask=own)
-
-
 @triton.jit
 def load_h(row_tile, columns, adapters, num_rows, J: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr) -> tl.tensor:
     """h of a row tile's rows, [BM, BR]; zero in the columns of slots that a row does not use."""
     col_slots, _, ranks = columns
-    # All columns of a group have one slot and lie side by side.
-    col_slots = tl.max_constancy(col_slots, 16)
-    h_cols = tl.max_contiguous(tl.multiple_of(ranks - ranks % 16 + tl.arange(0, BR) % 16, 16), 16)
+    col_slots, h_cols = spread(col_slots, ranks, BR)
     rows = (row_tile * BM + tl.arange(0, BM)).to(tl.int64)
     h_tile = tl.zeros([BM, BR], adapters.h.dtype.element_ty)
     for j in tl.static_range(J):
@@ -206,8 +105,8 @@ def adapted_tile(
             if is_first & (not INTERPRET):
                 wait_for(counters_ptr, tl.cdiv(num_rows, BM))
                 place = leave(counters_ptr + 1)
-            record = adapters.groups + row_tile * (_FIELDS * adapters.capacity + 1)
-            count = tl.load(record + _FIELDS * adapters.capacity, cache_modifier=".cg")
+            record = adapters.groups + row_tile * (FIELDS * adapters.capacity + 1)
+            count = tl.load(record + FIELDS * adapters.capacity, cache_modifier=".cg")
             columns = load_groups(row_tile, 0, adapters, BR)
             if DEPTH == 2:
                 more_columns = load_groups(row_tile, BR // 16, adapters, BR)
@@ -260,6 +159,7 @@ def prefill_kernel(
     BAND: tl.constexpr,
     PARTS: tl.constexpr,  # y is stored in column halves (2) or at once (1)
     STAGES: tl.constexpr,
+    SHRINK_BR: tl.constexpr,
     SHRINK_STAGES: tl.constexpr,
     AHEAD: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -272,7 +172,7 @@ def prefill_kernel(
     if adapters is not None and pid < shrinkers:
         for row_tile in tl.range(pid, tiles_m, shrinkers, num_stages=1):
             shrink_row_tile(
-                row_tile, x_desc, adapters, num_rows, num_features, J, JP, BM, BK, BR, SHRINK_STAGES, HAS_COEFFS
+                row_tile, x_desc, adapters, num_rows, num_features, J, JP, BM, BK, SHRINK_BR, SHRINK_STAGES, HAS_COEFFS
             )
             raise_counter(counters_ptr)
     place = -1
@@ -315,10 +215,10 @@ def prefill(
     K and N are multiples of 8, x and weights 16-byte aligned. tile: BR (16, 32 or 64) ranks are expanded at once.
     counters: COUNTERS int32, zero, which no other launch uses at the same time.
     """
-    outputs, rest = [], (row_slots.shape[1], row_coeffs is not None, tile, counters)
+    outputs = []
     for weight, bias, pool in zip(weights, biases, pools, strict=True):
         adapters = None if pool is None else adapters_of(x_TK, row_slots, row_coeffs, pool, segments, tile)
-        outputs.append(linear(x_TK, weight, bias, adapters, *rest))
+        outputs.append(linear(x_TK, weight, bias, adapters, tile, counters))
     return outputs
 
 
@@ -327,16 +227,15 @@ def linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     adapters: Adapters | None,
-    num_slots: int,
-    has_coeffs: bool,
     tile: Tile,
     counters: torch.Tensor,
 ) -> torch.Tensor:
-    """One member of `prefill`; num_slots is J."""
+    """One member of `prefill`."""
     (num_rows, num_features), num_cols = x_TK.shape, weight.shape[0]
     y = torch.empty(num_rows, num_cols, dtype=x_TK.dtype, device=x_TK.device)
     if not y.numel():
         return y
+    num_slots, width = (1, 16) if adapters is None else (adapters.slots.shape[1], adapters.width)
     tiles_m, tiles_n = cdiv(num_rows, tile.BM), cdiv(num_cols, tile.BN)
     programs = resident_programs(x_TK.device)
     parts = 2 if tile.BN >= 128 else 1
@@ -361,35 +260,14 @@ def linear(
             BAND=_BAND,
             PARTS=parts,
             STAGES=tile.num_stages,
+            SHRINK_BR=64 if width <= 64 else 128,
             SHRINK_STAGES=_SHRINK_STAGES,
             AHEAD=_AHEAD,
-            DEPTH=1 if adapters is None or min(2 * adapters.width, 64) <= tile.BR else 2,
-            HAS_COEFFS=has_coeffs,
+            DEPTH=1 if min(2 * width, 64) <= tile.BR else 2,
+            HAS_COEFFS=adapters is not None and adapters.coeffs is not adapters.slots,
             num_warps=tile.num_warps,
         )
     return y
-
-
-def adapters_of(
-    x_TK: torch.Tensor,
-    row_slots: torch.Tensor,
-    row_coeffs: torch.Tensor | None,
-    pool: SitePool,
-    segments: torch.Tensor,
-    tile: Tile,
-) -> Adapters:
-    """The kernel's view of a pool and a row map, with new scratch."""
-    num_rows, num_slots = row_slots.shape
-    max_adapters = check_pool(pool, segments, num_rows * num_slots)
-    width = cdiv(pool.rank_bound, 16) * 16
-    h_EW = torch.empty(num_rows * num_slots, width, dtype=x_TK.dtype, device=x_TK.device)
-    most_groups = min(max_adapters, tile.BM * num_slots) * (width // 16)
-    capacity = cdiv(most_groups + tile.BR // 8, 16) * 16
-    record = _FIELDS.value * capacity + 1
-    groups = torch.empty(cdiv(num_rows, tile.BM), record, dtype=torch.int32, device=x_TK.device)
-    rows = (row_slots.contiguous(), row_slots if row_coeffs is None else row_coeffs.contiguous())
-    table = (pool.start, pool.rank, pool.scaling)
-    return Adapters(pool.a, pool.b, *table, max_adapters, *rows, h_EW, width, groups, capacity)
 
 
 def shrinking_programs(tiles_m: int, tiles: int, programs: int) -> int:

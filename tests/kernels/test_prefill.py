@@ -29,7 +29,7 @@ ERROR = {torch.bfloat16: 8e-3 if INTERPRET else 4e-3, torch.float16: 6e-4}
 
 def small_case(**options: Any) -> Case:
     sizes = (
-        {"rows": 75, "features": 104, "outs": (72,)} if INTERPRET else {"rows": 1100, "features": 1032, "outs": (776,)}
+        {"rows": 75, "features": 72, "outs": (40,)} if INTERPRET else {"rows": 1100, "features": 1032, "outs": (776,)}
     )
     return make_case(**{**sizes, "ranks": RANKS, "dtype": torch.bfloat16, "device": DEVICE, **options})
 
