@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar, cast
 
 import torch
 
 from fxlora.kernels.errors import PlanMismatchError, PoolWriteError, RuntimeGoneError
 
+T = TypeVar("T")
 PoolKind = Literal["linear", "embedding"]
 
 _DIGEST_BITS, _ORDINAL_BITS, _GROUP_BITS = 32, 16, 15
@@ -118,6 +119,8 @@ class SitePool:
     def write(self, slot: int, *, start: int, a_RK: torch.Tensor, b_RN: torch.Tensor, scaling: float) -> None:
         """Copies one adapter into rows `start .. start + R` and publishes it as `slot`, its rank last.
 
+        The adapter owns whole groups of 16 rows from `start` on: B is zero in those past R, for kernels that read them.
+
         a_RK: [R, K] (embedding: [R, V]); b_RN: [R, N]; any float dtype and device, converted to the pool's.
         Raises PoolWriteError when the slot, the rows or the shapes do not fit; nothing is written then.
         """
@@ -129,6 +132,7 @@ class SitePool:
         a_view, b_view = self.a_PK[rows], self.b[rows]
         a_view.copy_(a_RK.detach())
         b_view.copy_(b_RN.detach())
+        self.b[start + rank : start + -(-rank // 16) * 16].zero_()
         self.start[slot] = start
         self.scaling[slot] = scaling
         self.rank[slot] = rank
@@ -174,6 +178,7 @@ Group = tuple[SitePool | None, ...]
 _lock = threading.Lock()
 _made: Counter[int] = Counter()
 _groups: dict[int, Group] = {}
+_derived: dict[int, object] = {}
 
 
 def register_runtime(digest: int, groups: Sequence[Group]) -> tuple[int, ...]:
@@ -204,6 +209,7 @@ def unregister_runtime(handles: Iterable[int]) -> None:
     with _lock:
         for handle in handles:
             _groups.pop(handle, None)
+            _derived.pop(handle, None)
 
 
 def pools_of(handle: int) -> Group:
@@ -214,6 +220,14 @@ def pools_of(handle: int) -> Group:
     """
     group = _groups.get(handle)
     return group if group is not None else _raise_missing(handle)
+
+
+def derived_of(handle: int, make: Callable[[Group], T]) -> T:
+    """make(pools_of(handle)), made once and forgotten with the handle. One `make` only serves a handle."""
+    found = _derived.get(handle)
+    if found is None:
+        found = _derived[handle] = make(pools_of(handle))
+    return cast("T", found)
 
 
 def _raise_missing(handle: int) -> Group:

@@ -24,6 +24,61 @@ class Tile:
     num_stages: int
 
 
+@dataclass(frozen=True)
+class ShrinkTile:
+    """Of shrink.py: TM (1 or 4) entries share one read of A; `parts` programs share an entry."""
+
+    TM: int
+    BR: int
+    BK: int
+    parts: int
+
+
+@dataclass(frozen=True)
+class DeltaTile:
+    """Of delta.py, for each member: at most so many programs shrink, so many expand; fused: in one launch."""
+
+    BR: int
+    BN: int
+    fused: bool
+    shrinkers: int
+    expanders: int
+    num_warps: int
+    shrink: ShrinkTile
+
+
+@dataclass(frozen=True)
+class GemmTile:
+    """Of decode_gemm.py: SPLIT programs share the in-features of a tile; SWAP lays W along wgmma's A operand."""
+
+    BM: int
+    BN: int
+    BK: int
+    SPLIT: int
+    SWAP: bool
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class DecodeTiles:
+    """Both parts of a linear over few rows."""
+
+    delta: DeltaTile
+    gemm: GemmTile
+
+
+@dataclass(frozen=True)
+class GemvTile:
+    """Of gemv.py; delta: how h is had. num_stages 0: a program asks for all of its W at once."""
+
+    BN: int
+    BK: int
+    num_warps: int
+    num_stages: int
+    delta: DeltaTile
+
+
 # Keys are the most rows a choice serves. First choices, not yet tuned. Microseconds of op (beside F.linear) for bf16
 # linears of rank 16, shrink and GEMM together; NVIDIA H100 80GB HBM3, torch 2.11.0, triton 3.6.0, 2026-11-24:
 #     rows  adapters   4096x4096       4096x14336      14336x4096      2048x128 (K x N)

@@ -1,0 +1,100 @@
+"""One call of a linear on the device: its tensors as kernel arguments, shared by every kernel the call launches.
+
+Stage: run time, first thing in a Triton body. Letters: T rows, J slots per row, K in-features, N out-features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fxlora.kernels.checks import check_members, check_rows
+from fxlora.kernels.launch import Fixed, Launcher, raw_stream
+from fxlora.kernels.overlap import can_overlap
+from fxlora.kernels.registry import Group, SitePool
+from fxlora.kernels.triton_helpers import check_pool, expand_precision, strided
+
+PoolArguments = tuple[torch.Tensor | None, ...]
+
+
+class Members:
+    """What a group's pools contribute to every call: arguments that never move, examined once.
+
+    A member without a pool has None in the argument tuples and False in `has_pool`; kernels never touch those.
+    """
+
+    def __init__(self, pools: Group) -> None:
+        self.pools = pools
+        self.owned = [pool for pool in pools if pool is not None]
+        self.has_pool = tuple(pool is not None for pool in pools)
+        self.has_pools = bool(self.owned)
+        self.h_width = max((pool.rank_bound for pool in self.owned), default=1)
+        self.max_adapters = self.owned[0].start.numel() if self.owned else 1
+        self.a_pools = Fixed(tuple(map(_a_arguments, pools)))  # A, start, rank, scaling of each member
+        self.b_pools = Fixed(tuple([None if pool is None else pool.b for pool in pools]))
+
+
+def _a_arguments(pool: SitePool | None) -> PoolArguments:
+    return (None,) * 4 if pool is None else (pool.a, pool.start, pool.rank, pool.scaling)
+
+
+class LinearCall:
+    """x [T, K] with adjacent columns, weights, row map and pools, as the kernels of this call take them."""
+
+    def __init__(
+        self,
+        x: torch.Tensor,
+        weights: Sequence[torch.Tensor],
+        biases: Sequence[torch.Tensor | None],
+        row_slots: torch.Tensor,
+        row_coeffs: torch.Tensor | None,
+        segments: torch.Tensor,
+        members: Members,
+    ) -> None:
+        check_members(weights, members.pools)
+        self.features = x.shape[-1]
+        self.rows, self.width = row_slots.shape
+        check_rows(x.numel() // self.features if self.features else self.rows, row_slots, row_coeffs)
+        self.entries = self.rows * self.width
+        for pool in members.owned:
+            check_pool(pool, segments, self.entries)
+        self.leading = x.shape[:-1]
+        x_TK = x if x.dim() == 2 else x.reshape(self.rows, self.features)
+        self.x = x_TK if x_TK.stride(1) == 1 else x_TK.contiguous()
+        self.weights, self.biases, self.members = weights, biases, members
+        self.segments, self.row_slots, self.row_coeffs = segments, row_slots, row_coeffs
+        self.widths = tuple([weight.shape[0] for weight in weights])
+        self.has_bias = tuple([bias is not None for bias in biases])
+        self.has_coeffs = row_coeffs is not None
+        self.slots = strided(row_slots)
+        self.coeffs = self.slots if row_coeffs is None else strided(row_coeffs)
+        self.overlap = can_overlap(x.device)
+        self.precision = expand_precision(x.dtype)
+        self.device_index = x.get_device()
+
+    @property
+    def stream(self) -> int:
+        """Raw handle of the current stream; 0 on CPU (interpreted kernels)."""
+        return raw_stream(self.device_index) if self.device_index >= 0 else 0
+
+    @property
+    def strided_weights(self) -> tuple[tuple[torch.Tensor | int, ...], ...]:
+        """Pointer and both strides of each weight."""
+        return tuple([strided(weight) for weight in self.weights])
+
+    @property
+    def strided_biases(self) -> tuple[tuple[torch.Tensor | int | None, ...], ...]:
+        """Pointer and stride of each bias."""
+        return tuple([(None, 0) if bias is None else (bias, bias.stride(0)) for bias in self.biases])
+
+    def new_outputs(self) -> list[torch.Tensor]:
+        """[..., N] of each member, uninitialised."""
+        return [self.x.new_empty(*self.leading, n) for n in self.widths]
+
+    def launch(
+        self, launcher: Launcher, grid: tuple[int, ...], args: tuple[object, ...], num_warps: int, **constants: object
+    ) -> None:
+        """Launches one kernel of the call; with PDL it may start while the one before it on the stream still runs."""
+        pdl = bool(constants["PDL"])
+        launcher.launch(grid, args, constants, device=self.device_index, num_warps=num_warps, pdl=pdl)

@@ -1,0 +1,174 @@
+"""h = coeff * scaling * (x A^T) of every entry, by matrix-vector products: the device functions of all decode kernels.
+
+Stage: run time, batches of few rows. No matrix unit: a program streams a few rank rows of A once, for one entry or for
+up to four entries of the same slot. A row's bits follow from its own x and adapter alone.
+
+h is fp32, TAGGED for programs of the same launch (see overlap.py) or plain for a later launch.
+
+Letters: T rows, J slots per row, E = T * J entries, K in-features, W words of an entry's h, S slots.
+"""
+
+# ruff: noqa: ANN001 (pointers and blocks of a Triton kernel have no static type)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fxlora.kernels.overlap import tag
+
+
+@triton.jit
+def slot_of(entry, slots, max_adapters, J: tl.constexpr) -> tl.tensor:
+    """Slot of an entry, -1 for none."""
+    slot = tl.load(slots[0] + (entry // J).to(tl.int64) * slots[1] + (entry % J) * slots[2])
+    return tl.where((slot >= 0) & (slot < max_adapters), slot, -1)
+
+
+@triton.jit
+def adapter_of(slot, site) -> tl.tensor:
+    """Rank (0 without an adapter), first pool row and scaling at this site: A, start, rank, scaling."""
+    known = slot >= 0
+    rank = tl.load(site[2] + slot, mask=known, other=0)
+    return rank, tl.load(site[1] + slot, mask=known, other=0), tl.load(site[3] + slot, mask=known, other=0.0)
+
+
+@triton.jit
+def factor_of(entry, scaling, coeffs, J: tl.constexpr, HAS_COEFFS: tl.constexpr) -> tl.tensor:
+    """What an entry's h is multiplied with."""
+    if HAS_COEFFS:
+        scaling *= tl.load(coeffs[0] + (entry // J).to(tl.int64) * coeffs[1] + (entry % J) * coeffs[2])
+    return scaling
+
+
+@triton.jit
+def store_h(h_at, ranks, rank, values, number, TAGGED: tl.constexpr) -> None:
+    """Some ranks of one entry's h."""
+    if TAGGED:
+        tl.store(h_at + ranks, tag(values, number), mask=ranks < rank)
+    else:
+        tl.store(h_at + ranks, values, mask=ranks < rank)
+
+
+@triton.jit
+def rank_products(
+    x_at, a_ptr, start, rank, first, num_features, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr
+) -> tl.tensor:
+    """[BR] fp32: a row of x times ranks first .. first + BR of an adapter's A."""
+    ranks = first + tl.arange(0, BR)
+    ks = tl.arange(0, BK)
+    a_at = a_ptr + (start + ranks).to(tl.int64) * num_features
+    acc = tl.zeros([BR, BK], tl.float32)
+    for at in tl.static_range(0, K, BK):
+        inside = at + ks < num_features
+        a = tl.load(a_at[:, None] + (at + ks)[None, :], mask=(ranks < rank)[:, None] & inside[None, :], other=0.0)
+        acc += a.to(tl.float32) * tl.load(x_at + at + ks, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return tl.sum(acc, axis=1)
+
+
+@triton.jit
+def shrink_entry(
+    entry, part, parts, x, h_ptr, h_stride, slots, coeffs, site, number, num_features, max_adapters,
+    J: tl.constexpr, SHRINK: tl.constexpr, HAS_COEFFS: tl.constexpr, TAGGED: tl.constexpr,
+) -> None:  # fmt: skip
+    """Part `part` of one entry's h: ranks part * BR .., (part + parts) * BR .., ..."""
+    K: tl.constexpr = SHRINK[0]
+    BR: tl.constexpr = SHRINK[1]
+    BK: tl.constexpr = SHRINK[2]
+    rank, start, scaling = adapter_of(slot_of(entry, slots, max_adapters, J), site)
+    factor = factor_of(entry, scaling, coeffs, J, HAS_COEFFS)
+    x_at = x[0] + (entry // J).to(tl.int64) * x[1]
+    for first in range(part * BR, rank, parts * BR):
+        values = rank_products(x_at, site[0], start, rank, first, num_features, K, BR, BK) * factor
+        store_h(h_ptr + entry.to(tl.int64) * h_stride, first + tl.arange(0, BR), rank, values, number, TAGGED)
+
+
+@triton.jit
+def tile_of(tile, segments_ptr, num_entries, max_adapters) -> tl.tensor:
+    """Slot of a tile of the table (segments.py), and the positions [first, end) of its up to 16 entries."""
+    table = num_entries + max_adapters + 2
+    bound = tl.cdiv(num_entries, 16) + max_adapters
+    slot = tl.load(segments_ptr + table + 1 + tile)
+    first = tl.load(segments_ptr + table + 1 + bound + tile)
+    return slot, first, tl.minimum(first + 16, tl.load(segments_ptr + num_entries + slot + 1))
+
+
+@triton.jit
+def neighbour(
+    position, end, x, h_ptr, h_stride, scaling, coeffs, segments_ptr, rank, num_features, J: tl.constexpr,
+    HAS_COEFFS: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Of the entry at a position of the sorted order: its x, h and factor, and K and rank (0 past the end)."""
+    inside = position < end
+    entry = tl.load(segments_ptr + position, mask=inside, other=0)
+    factor = factor_of(entry, scaling, coeffs, J, HAS_COEFFS)
+    x_at = x[0] + (entry // J).to(tl.int64) * x[1]
+    h_at = h_ptr + entry.to(tl.int64) * h_stride
+    return x_at, h_at, factor, tl.where(inside, num_features, 0), tl.where(inside, rank, 0)
+
+
+@triton.jit
+def shrink_quarters(
+    tile, part, parts, x, h_ptr, h_stride, coeffs, segments_ptr, site, number, num_entries, num_features,
+    max_adapters, J: tl.constexpr, SHRINK: tl.constexpr, HAS_COEFFS: tl.constexpr, TAGGED: tl.constexpr,
+) -> None:  # fmt: skip
+    """As shrink_entry for all entries of a tile of the table, four at a time: A is loaded once for the four."""
+    K: tl.constexpr = SHRINK[0]
+    BR: tl.constexpr = SHRINK[1]
+    BK: tl.constexpr = SHRINK[2]
+    slot, first_position, end = tile_of(tile, segments_ptr, num_entries, max_adapters)
+    rank, start, scaling = adapter_of(slot, site)
+    ks = tl.arange(0, BK)
+    for at in range(first_position, end, 4):
+        x0, h0, f0, n0, r0 = neighbour(
+            at, end, x, h_ptr, h_stride, scaling, coeffs, segments_ptr, rank, num_features, J, HAS_COEFFS
+        )
+        x1, h1, f1, n1, r1 = neighbour(
+            at + 1, end, x, h_ptr, h_stride, scaling, coeffs, segments_ptr, rank, num_features, J, HAS_COEFFS
+        )
+        x2, h2, f2, n2, r2 = neighbour(
+            at + 2, end, x, h_ptr, h_stride, scaling, coeffs, segments_ptr, rank, num_features, J, HAS_COEFFS
+        )
+        x3, h3, f3, n3, r3 = neighbour(
+            at + 3, end, x, h_ptr, h_stride, scaling, coeffs, segments_ptr, rank, num_features, J, HAS_COEFFS
+        )
+        for first in range(part * BR, rank, parts * BR):
+            ranks = first + tl.arange(0, BR)
+            a_at = site[0] + (start + ranks).to(tl.int64) * num_features
+            acc0 = tl.zeros([BR, BK], tl.float32)
+            acc1 = tl.zeros([BR, BK], tl.float32)
+            acc2 = tl.zeros([BR, BK], tl.float32)
+            acc3 = tl.zeros([BR, BK], tl.float32)
+            for block in tl.static_range(0, K, BK):
+                k = block + ks
+                mask = (ranks < rank)[:, None] & (k < num_features)[None, :]
+                a = tl.load(a_at[:, None] + k[None, :], mask=mask, other=0.0).to(tl.float32)
+                acc0 += a * tl.load(x0 + k, mask=k < n0, other=0.0).to(tl.float32)[None, :]
+                acc1 += a * tl.load(x1 + k, mask=k < n1, other=0.0).to(tl.float32)[None, :]
+                acc2 += a * tl.load(x2 + k, mask=k < n2, other=0.0).to(tl.float32)[None, :]
+                acc3 += a * tl.load(x3 + k, mask=k < n3, other=0.0).to(tl.float32)[None, :]
+            store_h(h0, ranks, r0, tl.sum(acc0, axis=1) * f0, number, TAGGED)
+            store_h(h1, ranks, r1, tl.sum(acc1, axis=1) * f1, number, TAGGED)
+            store_h(h2, ranks, r2, tl.sum(acc2, axis=1) * f2, number, TAGGED)
+            store_h(h3, ranks, r3, tl.sum(acc3, axis=1) * f3, number, TAGGED)
+
+
+@triton.jit
+def shrink_share(
+    program, programs, x, h_ptr, h_stride, slots, coeffs, segments_ptr, site, number, num_entries, num_features,
+    max_adapters, parts, J: tl.constexpr, SHRINK: tl.constexpr, HAS_COEFFS: tl.constexpr, TAGGED: tl.constexpr,
+) -> None:  # fmt: skip
+    """One program's share of one member's h. SHRINK: K rounded up to a multiple of BK, BR, BK, entries per read of A."""
+    if SHRINK[3] == 1:
+        for item in tl.range(program, num_entries * parts, programs, num_stages=1):
+            shrink_entry(
+                item // parts, item % parts, parts, x, h_ptr, h_stride, slots, coeffs, site, number, num_features,
+                max_adapters, J, SHRINK, HAS_COEFFS, TAGGED,
+            )  # fmt: skip
+    else:
+        count = tl.load(segments_ptr + num_entries + max_adapters + 2)
+        for item in tl.range(program, count * parts, programs, num_stages=1):
+            shrink_quarters(
+                item // parts, item % parts, parts, x, h_ptr, h_stride, coeffs, segments_ptr, site, number, num_entries,
+                num_features, max_adapters, J, SHRINK, HAS_COEFFS, TAGGED,
+            )  # fmt: skip
