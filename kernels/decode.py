@@ -1,7 +1,6 @@
-"""A linear over few rows, host side: the adapters' part and the base product, launched to run at the same time.
+"""A linear over few rows, host side: shrink, expand and the base product, three launches that run at the same time.
 
-Stage: run time, between `lora_linear.py`, which picks the tiles, and the two kernels. Members of a group share both
-launches.
+Stage: run time, between `lora_linear.py`, which picks the tiles, and the kernels. Members of a group share the launches.
 
 Letters: T rows, J slots per row, E = T * J entries, K in-features, N out-features.
 """
@@ -12,10 +11,11 @@ import torch
 
 from fxlora.kernels.call import LinearCall
 from fxlora.kernels.decode_gemm import gemm_kernel
-from fxlora.kernels.delta import compute_delta
+from fxlora.kernels.expand import expand
 from fxlora.kernels.launch import Launcher
+from fxlora.kernels.shrink import shrink
 from fxlora.kernels.tiles import DecodeTiles, GemmTile
-from fxlora.kernels.triton_helpers import cdiv
+from fxlora.kernels.triton_helpers import cdiv, next_power_of_2
 from fxlora.kernels.workspace import counters
 
 _launcher = Launcher(gemm_kernel)
@@ -23,14 +23,19 @@ _launcher = Launcher(gemm_kernel)
 
 def decode(call: LinearCall, tiles: DecodeTiles) -> list[torch.Tensor]:
     """The members' outputs for `call`."""
+    members = call.members
     columns = sum(call.widths)
     split = tiles.gemm.SPLIT
-    has_pools = call.members.has_pools
-    delta_size = cdiv(call.entries * columns, 4) * 4 if has_pools else 0  # what follows starts at 16 bytes
-    parts_size = split * call.rows * columns if split > 1 else 0
-    delta, parts = call.x.new_empty(delta_size + parts_size, dtype=torch.float32).split((delta_size, parts_size))
-    if has_pools:
-        compute_delta(call, delta, tiles.delta)
+    stride = max(16, next_power_of_2(members.h_width))
+    sizes = (
+        cdiv(call.entries * columns, 4) * 4 if members.has_pools else 0,  # what follows starts at 16 bytes
+        len(call.widths) * call.entries * stride if members.has_pools else 0,
+        split * call.rows * columns if split > 1 else 0,
+    )
+    delta, h, parts = call.x.new_empty(sum(sizes), dtype=torch.float32).split(sizes)
+    if members.has_pools:
+        shrink(call, h, stride, tiles.shrink)
+        expand(call, delta, h, stride, tiles.expand)
     outputs = call.new_outputs()
     _gemm(call, outputs, delta, parts, tiles.gemm)
     return outputs

@@ -1,9 +1,7 @@
-"""h = coeff * scaling * (x A^T) of every entry, by matrix-vector products: the device functions of all decode kernels.
+"""First launch of a linear over few rows: h = coeff * scaling * (x A^T) of every entry, by matrix-vector products.
 
-Stage: run time, batches of few rows. No matrix unit: a program streams a few rank rows of A once, for one entry or for
-up to four entries of the same slot. A row's bits follow from its own x and adapter alone.
-
-h is fp32, TAGGED for programs of the same launch (see overlap.py) or plain for a later launch.
+Stage: run time. No matrix unit: a program streams a few rank rows of A once, for one entry or for up to four entries
+of the same slot. A row's bits follow from its own x and adapter alone.
 
 Letters: T rows, J slots per row, E = T * J entries, K in-features, W words of an entry's h, S slots.
 """
@@ -12,10 +10,16 @@ Letters: T rows, J slots per row, E = T * J entries, K in-features, W words of a
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
-from fxlora.kernels.overlap import tag
+from fxlora.kernels.call import LinearCall
+from fxlora.kernels.launch import Launcher
+from fxlora.kernels.overlap import let_later_start, wait_for_earlier
+from fxlora.kernels.segments import TILE, tile_bound
+from fxlora.kernels.tiles import ShrinkTile
+from fxlora.kernels.triton_helpers import cdiv
 
 
 @triton.jit
@@ -42,15 +46,6 @@ def factor_of(entry, scaling, coeffs, J: tl.constexpr, HAS_COEFFS: tl.constexpr)
 
 
 @triton.jit
-def store_h(h_at, ranks, rank, values, number, TAGGED: tl.constexpr) -> None:
-    """Some ranks of one entry's h."""
-    if TAGGED:
-        tl.store(h_at + ranks, tag(values, number), mask=ranks < rank)
-    else:
-        tl.store(h_at + ranks, values, mask=ranks < rank)
-
-
-@triton.jit
 def rank_products(
     x_at, a_ptr, start, rank, first, num_features, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr
 ) -> tl.tensor:
@@ -68,8 +63,8 @@ def rank_products(
 
 @triton.jit
 def shrink_entry(
-    entry, part, parts, x, h_ptr, h_stride, slots, coeffs, site, number, num_features, max_adapters,
-    J: tl.constexpr, SHRINK: tl.constexpr, HAS_COEFFS: tl.constexpr, TAGGED: tl.constexpr,
+    entry, part, parts, x, h_ptr, h_stride, slots, coeffs, site, num_features, max_adapters,
+    J: tl.constexpr, SHRINK: tl.constexpr, HAS_COEFFS: tl.constexpr,
 ) -> None:  # fmt: skip
     """Part `part` of one entry's h: ranks part * BR .., (part + parts) * BR .., ..."""
     K: tl.constexpr = SHRINK[0]
@@ -80,7 +75,8 @@ def shrink_entry(
     x_at = x[0] + (entry // J).to(tl.int64) * x[1]
     for first in range(part * BR, rank, parts * BR):
         values = rank_products(x_at, site[0], start, rank, first, num_features, K, BR, BK) * factor
-        store_h(h_ptr + entry.to(tl.int64) * h_stride, first + tl.arange(0, BR), rank, values, number, TAGGED)
+        ranks = first + tl.arange(0, BR)
+        tl.store(h_ptr + entry.to(tl.int64) * h_stride + ranks, values, mask=ranks < rank)
 
 
 @triton.jit
@@ -109,8 +105,8 @@ def neighbour(
 
 @triton.jit
 def shrink_quarters(
-    tile, part, parts, x, h_ptr, h_stride, coeffs, segments_ptr, site, number, num_entries, num_features,
-    max_adapters, J: tl.constexpr, SHRINK: tl.constexpr, HAS_COEFFS: tl.constexpr, TAGGED: tl.constexpr,
+    tile, part, parts, x, h_ptr, h_stride, coeffs, segments_ptr, site, num_entries, num_features,
+    max_adapters, J: tl.constexpr, SHRINK: tl.constexpr, HAS_COEFFS: tl.constexpr,
 ) -> None:  # fmt: skip
     """As shrink_entry for all entries of a tile of the table, four at a time: A is loaded once for the four."""
     K: tl.constexpr = SHRINK[0]
@@ -147,28 +143,93 @@ def shrink_quarters(
                 acc1 += a * tl.load(x1 + k, mask=k < n1, other=0.0).to(tl.float32)[None, :]
                 acc2 += a * tl.load(x2 + k, mask=k < n2, other=0.0).to(tl.float32)[None, :]
                 acc3 += a * tl.load(x3 + k, mask=k < n3, other=0.0).to(tl.float32)[None, :]
-            store_h(h0, ranks, r0, tl.sum(acc0, axis=1) * f0, number, TAGGED)
-            store_h(h1, ranks, r1, tl.sum(acc1, axis=1) * f1, number, TAGGED)
-            store_h(h2, ranks, r2, tl.sum(acc2, axis=1) * f2, number, TAGGED)
-            store_h(h3, ranks, r3, tl.sum(acc3, axis=1) * f3, number, TAGGED)
+            tl.store(h0 + ranks, tl.sum(acc0, axis=1) * f0, mask=ranks < r0)
+            tl.store(h1 + ranks, tl.sum(acc1, axis=1) * f1, mask=ranks < r1)
+            tl.store(h2 + ranks, tl.sum(acc2, axis=1) * f2, mask=ranks < r2)
+            tl.store(h3 + ranks, tl.sum(acc3, axis=1) * f3, mask=ranks < r3)
 
 
 @triton.jit
 def shrink_share(
-    program, programs, x, h_ptr, h_stride, slots, coeffs, segments_ptr, site, number, num_entries, num_features,
-    max_adapters, parts, J: tl.constexpr, SHRINK: tl.constexpr, HAS_COEFFS: tl.constexpr, TAGGED: tl.constexpr,
+    program, programs, x, h_ptr, h_stride, slots, coeffs, segments_ptr, site, num_entries, num_features,
+    max_adapters, parts, J: tl.constexpr, SHRINK: tl.constexpr, HAS_COEFFS: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program's share of one member's h. SHRINK: K rounded up to a multiple of BK, BR, BK, entries per read of A."""
     if SHRINK[3] == 1:
         for item in tl.range(program, num_entries * parts, programs, num_stages=1):
             shrink_entry(
-                item // parts, item % parts, parts, x, h_ptr, h_stride, slots, coeffs, site, number, num_features,
-                max_adapters, J, SHRINK, HAS_COEFFS, TAGGED,
+                item // parts, item % parts, parts, x, h_ptr, h_stride, slots, coeffs, site, num_features,
+                max_adapters, J, SHRINK, HAS_COEFFS,
             )  # fmt: skip
     else:
         count = tl.load(segments_ptr + num_entries + max_adapters + 2)
         for item in tl.range(program, count * parts, programs, num_stages=1):
             shrink_quarters(
-                item // parts, item % parts, parts, x, h_ptr, h_stride, coeffs, segments_ptr, site, number, num_entries,
-                num_features, max_adapters, J, SHRINK, HAS_COEFFS, TAGGED,
+                item // parts, item % parts, parts, x, h_ptr, h_stride, coeffs, segments_ptr, site, num_entries,
+                num_features, max_adapters, J, SHRINK, HAS_COEFFS,
             )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_entries", "max_adapters", "parts"])
+def shrink_kernel(
+    x,  # [T, K]: pointer, row stride
+    h_ptr,  # fp32 [members, E, W]
+    h_stride,  # W
+    slots,  # int32 [T, J]: pointer, strides
+    coeffs,  # fp32 [T, J]: pointer, strides
+    segments_ptr,
+    sites,  # of each member: A [P, K], start, rank, scaling
+    num_entries,
+    num_features,
+    max_adapters,
+    parts,  # programs that share the ranks of one entry
+    HAS_POOL: tl.constexpr,  # one flag for each member
+    J: tl.constexpr,
+    SHRINK: tl.constexpr,
+    HAS_COEFFS: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """Program (share of the work, member)."""
+    wait_for_earlier(PDL)
+    let_later_start(PDL)
+    for member in tl.static_range(len(HAS_POOL)):
+        if HAS_POOL[member]:
+            if tl.program_id(1) == member:
+                shrink_share(
+                    tl.program_id(0), tl.num_programs(0), x, h_ptr + member * num_entries.to(tl.int64) * h_stride,
+                    h_stride, slots, coeffs, segments_ptr, sites[member], num_entries, num_features, max_adapters,
+                    parts, J, SHRINK, HAS_COEFFS,
+                )  # fmt: skip
+
+
+_launcher = Launcher(shrink_kernel)
+
+
+def shrink(call: LinearCall, h: torch.Tensor, stride: int, tile: ShrinkTile) -> None:
+    """Fills h, fp32 [members, E, stride], as far as each entry's rank."""
+    members = call.members
+    items = call.entries if tile.TM == 1 else min(call.entries, tile_bound(call.entries, members.max_adapters, TILE))
+    parts = min(cdiv(members.h_width, tile.BR), tile.parts)
+    call.launch(
+        _launcher,
+        (min(items * parts, tile.programs), len(call.widths)),
+        (
+            (call.x, call.x.stride(0)),
+            h,
+            stride,
+            call.slots,
+            call.coeffs,
+            call.segments,
+            members.a_pools,
+            call.entries,
+            call.features,
+            members.max_adapters,
+            parts,
+        ),
+        tile.num_warps,
+        HAS_POOL=members.has_pool,
+        J=call.width,
+        SHRINK=(cdiv(call.features, tile.BK) * tile.BK, tile.BR, tile.BK, tile.TM),
+        HAS_COEFFS=call.has_coeffs,
+        PDL=call.overlap,
+    )

@@ -26,25 +26,24 @@ class Tile:
 
 @dataclass(frozen=True)
 class ShrinkTile:
-    """Of shrink.py: TM (1 or 4) entries share one read of A; `parts` programs share an entry."""
+    """Of shrink.py: TM (1 or 4) entries share one read of A, `parts` programs an entry; `programs` of each member."""
 
     TM: int
     BR: int
     BK: int
     parts: int
+    programs: int
+    num_warps: int
 
 
 @dataclass(frozen=True)
-class DeltaTile:
-    """Of delta.py, for each member: at most so many programs shrink, so many expand; fused: in one launch."""
+class ExpandTile:
+    """Of expand.py: so many programs share all tiles of the batch."""
 
     BR: int
     BN: int
-    fused: bool
-    shrinkers: int
-    expanders: int
+    programs: int
     num_warps: int
-    shrink: ShrinkTile
 
 
 @dataclass(frozen=True)
@@ -62,21 +61,22 @@ class GemmTile:
 
 @dataclass(frozen=True)
 class DecodeTiles:
-    """Both parts of a linear over few rows."""
+    """The three launches of a linear over few rows."""
 
-    delta: DeltaTile
+    shrink: ShrinkTile
+    expand: ExpandTile
     gemm: GemmTile
 
 
 @dataclass(frozen=True)
 class GemvTile:
-    """Of gemv.py; delta: how h is had. num_stages 0: a program asks for all of its W at once."""
+    """Of gemv.py. num_stages 0: a program asks for all of its W at once."""
 
     BN: int
     BK: int
     num_warps: int
     num_stages: int
-    delta: DeltaTile
+    shrink: ShrinkTile
 
 
 # Keys are the most rows a choice serves. First choices, not yet tuned. Microseconds of op (beside F.linear) for bf16

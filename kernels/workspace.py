@@ -31,20 +31,6 @@ def counters(words: int, device: torch.device, stream: int) -> torch.Tensor:
     return _grown((device, stream), words, device)
 
 
-def sync(programs: int, words: int, device: torch.device, stream: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """int64 [16] counts for overlap.py's `enter` and int64 [words] to tag; `programs` is the grid, part of the identity.
-
-    stream: as for `counters`.
-    """
-    size = 2 * (16 + words)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        found = _private(size, device)
-    else:
-        found = _grown((programs, words, device, stream), size, device)
-    found = found.view(torch.int64)
-    return found[:16], found[16:]
-
-
 def _grown(key: Hashable, words: int, device: torch.device) -> torch.Tensor:
     found = _of_stream.get(key)
     if found is None or found.numel() < words:
