@@ -28,12 +28,13 @@ def b_block(b_ptr, start, rank, first, cols, num_cols, BR: tl.constexpr) -> tl.t
     """[BR, BN]: ranks first .. first + BR of B for these columns."""
     ranks = first + tl.arange(0, BR)
     at = b_ptr + (start + ranks)[:, None].to(tl.int64) * num_cols + cols[None, :]
-    return tl.load(at, mask=(ranks < rank)[:, None] & (cols < num_cols)[None, :], other=0.0)
+    b = tl.load(at, mask=(ranks < rank)[:, None] & (cols < num_cols)[None, :], other=0.0)
+    return b.to(tl.float32) if b.dtype == tl.float16 else b  # tf32 holds fp16's digits, and h may pass fp16's range
 
 
 @triton.jit
 def h_block(h_ptr, h_stride, entries, entry_mask, rank, first, dtype: tl.constexpr, BR: tl.constexpr) -> tl.tensor:
-    """[16, BR]: ranks first .. first + BR of a tile's h, rounded to the pool's dtype as PEFT's own linears round it."""
+    """[16, BR]: ranks first .. first + BR of a tile's h, in the dtype of the dot."""
     ranks = first + tl.arange(0, BR)
     mask = entry_mask[:, None] & (ranks < rank)[None, :]
     at = h_ptr + entries[:, None].to(tl.int64) * h_stride + ranks[None, :]

@@ -1,144 +1,41 @@
-"""Triton body of `lora_linear`: per member a shrink into fp32 h, then the base GEMM with h @ B added before the one
-store.
+"""Triton bodies of `lora_linear` and `lora_logits`: which body serves a call.
 
-Stage: run time. The shrink runs over the sorted entries (tiles of one slot each, segments.py); the GEMM runs over
-rows as they lie, so a row's tile does not depend on the batch's slots. Grids come from shapes alone, the tables are
-read on the device: a captured CUDA graph serves whatever is loaded at replay.
+Stage: run time. The choice follows from shapes, strides and dtypes alone, so a batch's bits never depend on what it
+holds:
+    one row, or a few over few columns     gemv.py      shrink, matrix-vector products
+    up to DECODE_ROWS rows                 decode.py    shrink, expand, base product side by side
+    more rows, where TMA can read it all   prefill.py   one persistent launch for each member
+    everything else                        general.py
 
-Letters: T rows, J slots per row, E = T * J entries, K in-features, N out-features, R rank, S slots, P pool rows, W
-columns of h (highest rank of the pool).
+Letters: T rows, J slots per row, K in-features, N out-features, V vocabulary.
 """
-
-# ruff: noqa: ANN001 (pointers and blocks of a Triton kernel have no static type)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-import triton
-import triton.language as tl
 
-from fxlora.kernels.checks import check_members, check_rows
-from fxlora.kernels.registry import SitePool, pools_of
-from fxlora.kernels.segments import tile_bound
-from fxlora.kernels.tiles import Tile, gemm_tile, shrink_tile
-from fxlora.kernels.triton_helpers import (
-    add_adapters,
-    check_pool,
-    device_of,
-    dot,
-    expand_precision,
-    pool_arguments,
-    strided,
-)
+from fxlora.kernels.call import LinearCall, Members
+from fxlora.kernels.decode import decode
+from fxlora.kernels.errors import OpInputError
+from fxlora.kernels.gemv import gemv
+from fxlora.kernels.general import general
+from fxlora.kernels.handshake import COUNTERS
+from fxlora.kernels.prefill import prefill
+from fxlora.kernels.registry import Group, derived_of
+from fxlora.kernels.tiles import decode_tiles, gemv_tile, prefill_tile
+from fxlora.kernels.triton_helpers import INTERPRET, device_of
+from fxlora.kernels.workspace import counters
 
+DECODE_ROWS = 256
+GEMV_ROWS, GEMV_COLUMNS = 16, 512
+"""Most rows and columns of a batch that matrix-vector products serve; one row is served whatever its columns."""
 
-@triton.jit
-def shrink_kernel(
-    x,  # [T, K]: pointer, strides
-    a_ptr,  # [P, K]
-    h_ptr,  # fp32 [E, W]
-    h_entry_stride,
-    segments_ptr,
-    start_ptr,
-    rank_ptr,
-    num_entries,
-    num_features,
-    max_adapters,
-    J: tl.constexpr,
-    SLOTS: tl.constexpr,  # power of two > S
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    BR: tl.constexpr,
-) -> None:
-    """h of one tile of sorted entries, all of one slot."""
-    x_ptr, x_row_stride, x_col_stride = x
-    tile = tl.program_id(0)
-    slots = tl.arange(0, SLOTS)
-    starts_ptr = segments_ptr + num_entries
-    starts = tl.load(starts_ptr + slots, mask=slots <= max_adapters, other=0)
-    begins = tl.where(slots <= max_adapters, starts // BM + slots, 2147483647)
-    slot = tl.sum((begins <= tile).to(tl.int32), axis=0) - 1
-    if slot >= max_adapters:
-        return
-    begin = tl.load(starts_ptr + slot)
-    end = tl.load(starts_ptr + slot + 1)
-    first = begin + (tile - (begin // BM + slot)) * BM
-    rank = tl.load(rank_ptr + slot)
-    if (first >= end) | (rank == 0):
-        return
-    positions = first + tl.arange(0, BM)
-    row_mask = positions < end
-    entries = tl.load(segments_ptr + positions, mask=row_mask, other=0).to(tl.int64)
-    x_at = x_ptr + (entries // J) * x_row_stride
-    a_at = a_ptr + tl.load(start_ptr + slot).to(tl.int64) * num_features
-    for first_rank in range(0, rank, BR):
-        ranks = (first_rank + tl.arange(0, BR)).to(tl.int64)
-        acc = tl.zeros([BM, BR], tl.float32)
-        for first_k in range(0, num_features, BK):
-            ks = (first_k + tl.arange(0, BK)).to(tl.int64)
-            k_mask = ks < num_features
-            x_mask = row_mask[:, None] & k_mask[None, :]
-            x_tile = tl.load(x_at[:, None] + ks[None, :] * x_col_stride, mask=x_mask, other=0.0)  # [BM, BK]
-            a_mask = k_mask[:, None] & (ranks < rank)[None, :]
-            a_tile = tl.load(a_at + ranks[None, :] * num_features + ks[:, None], mask=a_mask, other=0.0)  # [BK, BR]
-            acc = dot(x_tile, a_tile, acc, "ieee")
-        h_at = h_ptr + entries[:, None] * h_entry_stride + ranks[None, :]
-        tl.store(h_at, acc, mask=row_mask[:, None] & (ranks < rank)[None, :])
+MOST_MEMBERS = 4
+"""Members that share a launch: each one's code is compiled into it."""
 
-
-@triton.jit
-def linear_kernel(
-    x,  # [T, K]: pointer, strides
-    w,  # [N, K]: pointer, strides
-    bias,  # [N]: pointer, stride
-    y_ptr,  # [T, N], contiguous
-    h_ptr,  # fp32 [E, W]
-    h_entry_stride,
-    slots,
-    coeffs,
-    pool,
-    num_rows,
-    num_features,
-    num_cols,
-    max_adapters,
-    J: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    BR: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_POOL: tl.constexpr,
-    HAS_COEFFS: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> None:
-    """One tile of y: base GEMM, bias, adapters, one store."""
-    x_ptr, x_row_stride, x_col_stride = x
-    w_ptr, w_row_stride, w_col_stride = w
-    tiles_m = tl.cdiv(num_rows, BM)
-    rows = ((tl.program_id(0) % tiles_m) * BM + tl.arange(0, BM)).to(tl.int64)
-    cols = ((tl.program_id(0) // tiles_m) * BN + tl.arange(0, BN)).to(tl.int64)
-    row_mask = rows < num_rows
-    col_mask = cols < num_cols
-    acc = tl.zeros([BM, BN], tl.float32)
-    for first_k in range(0, num_features, BK):
-        ks = (first_k + tl.arange(0, BK)).to(tl.int64)
-        k_mask = ks < num_features
-        x_at = x_ptr + rows[:, None] * x_row_stride + ks[None, :] * x_col_stride
-        x_tile = tl.load(x_at, mask=row_mask[:, None] & k_mask[None, :], other=0.0)  # [BM, BK]
-        w_at = w_ptr + cols[None, :] * w_row_stride + ks[:, None] * w_col_stride
-        w_tile = tl.load(w_at, mask=k_mask[:, None] & col_mask[None, :], other=0.0)  # [BK, BN]
-        acc = dot(x_tile, w_tile, acc, "ieee")
-    if HAS_BIAS:
-        acc += tl.load(bias[0] + cols * bias[1], mask=col_mask, other=0.0).to(tl.float32)[None, :]
-    if HAS_POOL:
-        acc = add_adapters(
-            acc, rows, cols, h_ptr, rows * J * h_entry_stride, h_entry_stride, slots, coeffs, pool,
-            num_rows, num_cols, max_adapters, J, BM, BN, BR, HAS_COEFFS, False, PRECISION,
-        )  # fmt: skip
-    y_at = y_ptr + rows[:, None] * num_cols + cols[None, :]
-    tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=row_mask[:, None] & col_mask[None, :])
+Body = Callable[[LinearCall], list[torch.Tensor]]
 
 
 def lora_linear(
@@ -151,88 +48,57 @@ def lora_linear(
     group: int,
 ) -> list[torch.Tensor]:
     """See `ops.lora_linear`."""
-    pools = pools_of(group)
-    check_members(weights, pools)
-    check_rows(x.numel() // x.shape[-1], row_slots, row_coeffs)
-    tile = gemm_tile(row_slots.shape[0], x.dtype)
-    return [
-        linear(x, weight, bias, row_slots, row_coeffs, segments, pool, tile)
-        for weight, bias, pool in zip(weights, biases, pools, strict=True)
-    ]
-
-
-def linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    row_slots: torch.Tensor,
-    row_coeffs: torch.Tensor | None,
-    segments: torch.Tensor,
-    pool: SitePool | None,
-    tile: Tile,
-) -> torch.Tensor:
-    """One member: x [..., K], weight [N, K] of any strides -> [..., N]."""
-    num_rows, width = row_slots.shape
-    num_cols, num_features = weight.shape
-    y = torch.empty(*x.shape[:-1], num_cols, dtype=x.dtype, device=x.device)
-    if not y.numel():
-        return y
-    x_TK = x.reshape(num_rows, num_features)
-    h_EW = y if pool is None else shrink(x_TK, row_slots, segments, pool)
+    runs = derived_of(group, _runs_of)
+    if len(weights) != sum([len(run.pools) for run in runs]):
+        raise OpInputError(
+            f"the op got {len(weights)} weights, its group has {sum(len(run.pools) for run in runs)} members"
+        )
+    outputs: list[torch.Tensor] = []
     with device_of(x):
-        linear_kernel[(triton.cdiv(num_rows, tile.BM) * triton.cdiv(num_cols, tile.BN),)](
-            strided(x_TK),
-            strided(weight),
-            (weight, 0) if bias is None else strided(bias),
-            y,
-            h_EW,
-            h_EW.stride(0),
-            strided(row_slots),
-            strided(row_slots if row_coeffs is None else row_coeffs),
-            pool_arguments(pool, row_slots),
-            num_rows,
-            num_features,
-            num_cols,
-            0 if pool is None else pool.start.numel(),
-            J=width,
-            BM=tile.BM,
-            BN=tile.BN,
-            BK=tile.BK,
-            BR=tile.BR,
-            HAS_BIAS=bias is not None,
-            HAS_POOL=pool is not None,
-            HAS_COEFFS=row_coeffs is not None,
-            PRECISION=expand_precision(x.dtype),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
-    return y
+        for members in runs:
+            part = slice(len(outputs), len(outputs) + len(members.pools))
+            call = LinearCall(x, weights[part], biases[part], row_slots, row_coeffs, segments, members)
+            outputs += body_of(call)(call) if call.rows else call.new_outputs()
+    return outputs
 
 
-def shrink(x_TK: torch.Tensor, row_slots: torch.Tensor, segments: torch.Tensor, pool: SitePool) -> torch.Tensor:
-    """h = x A^T of each entry's slot, fp32 [E, W]; only the columns below the slot's rank are written."""
-    entries, num_features = row_slots.numel(), x_TK.shape[1]
-    max_adapters = check_pool(pool, segments, entries)
-    tile = shrink_tile(entries)
-    h_EW = torch.empty(entries, pool.rank_bound, dtype=torch.float32, device=x_TK.device)
-    with device_of(x_TK):
-        shrink_kernel[(tile_bound(entries, max_adapters, tile.BM),)](
-            strided(x_TK),
-            pool.a,
-            h_EW,
-            h_EW.stride(0),
-            segments,
-            pool.start,
-            pool.rank,
-            entries,
-            num_features,
-            max_adapters,
-            J=row_slots.shape[1],
-            SLOTS=triton.next_power_of_2(max_adapters + 1),
-            BM=tile.BM,
-            BK=tile.BK,
-            BR=tile.BR,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
-    return h_EW
+def _runs_of(pools: Group) -> list[Members]:
+    """A group's members, as many as share a launch at a time."""
+    return [Members(pools[first : first + MOST_MEMBERS]) for first in range(0, len(pools), MOST_MEMBERS)]
+
+
+def body_of(call: LinearCall) -> Body:
+    """The body that serves a call."""
+    columns = sum(call.widths)
+    few = call.rows == 1 or (call.rows <= GEMV_ROWS and columns <= GEMV_COLUMNS)
+    if few and all([weight.stride(1) == 1 for weight in call.weights]):
+        return _gemv
+    if call.rows <= DECODE_ROWS:
+        return _decode
+    return _prefill if _tma_reads(call) else general
+
+
+def _gemv(call: LinearCall) -> list[torch.Tensor]:
+    return gemv(call, gemv_tile(call.features, sum(call.widths)))
+
+
+def _decode(call: LinearCall) -> list[torch.Tensor]:
+    return decode(call, decode_tiles(call.rows, call.features, sum(call.widths), call.x.dtype))
+
+
+def _prefill(call: LinearCall) -> list[torch.Tensor]:
+    words = counters(COUNTERS, call.x.device, call.stream)
+    tile = prefill_tile(call.rows, max(call.widths), call.members.h_width)
+    arguments = (call.row_slots, call.row_coeffs, call.members.pools, call.segments, tile, words)
+    outputs = prefill(call.x, call.weights, call.biases, *arguments)
+    return [y.view(*call.leading, y.shape[1]) for y in outputs]
+
+
+def _tma_reads(call: LinearCall) -> bool:
+    """Half precision, rows of x and of all weights adjacent inside and 16 bytes apart, on a GPU that has TMA."""
+    if call.x.dtype == torch.float32 or not (call.overlap or INTERPRET.value):
+        return False
+    matrices = (call.x, *call.weights)
+    return all([m.stride(1) == 1 and m.stride(0) % 8 == 0 and m.data_ptr() % 16 == 0 for m in matrices]) and not any(
+        [n % 8 for n in (call.features, *call.widths)]
+    )

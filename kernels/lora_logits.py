@@ -1,4 +1,4 @@
-"""Triton body of `lora_logits`: the linear over the vocabulary, with a tile choice of its own.
+"""Triton body of `lora_logits`: the linear over the vocabulary.
 
 Stage: run time, last op of a rewritten graph. Letters: T rows, J slots per row, K in-features, V vocabulary.
 """
@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from fxlora.kernels.checks import check_members, check_rows
-from fxlora.kernels.lora_linear import linear
-from fxlora.kernels.registry import pools_of
-from fxlora.kernels.tiles import logits_tile
+from fxlora.kernels.lora_linear import lora_linear
 
 
 def lora_logits(
@@ -23,8 +20,4 @@ def lora_logits(
     group: int,
 ) -> torch.Tensor:
     """See `ops.lora_logits`."""
-    pools = pools_of(group)
-    check_members([weight], pools)
-    check_rows(x.numel() // x.shape[-1], row_slots, row_coeffs)
-    tile = logits_tile(row_slots.shape[0], x.dtype)
-    return linear(x, weight, bias, row_slots, row_coeffs, segments, pools[0], tile)
+    return lora_linear(x, [weight], [bias], row_slots, row_coeffs, segments, group)[0]

@@ -260,7 +260,7 @@ def linear(
             BAND=_BAND,
             PARTS=parts,
             STAGES=tile.num_stages,
-            SHRINK_BR=64 if width <= 64 else 128,
+            SHRINK_BR=32 if width <= 32 else 64 if width <= 64 else 128,
             SHRINK_STAGES=_SHRINK_STAGES,
             AHEAD=_AHEAD,
             DEPTH=1 if min(2 * width, 64) <= tile.BR else 2,

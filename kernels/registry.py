@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple, TypeVar, cast
 import torch
 
 from fxlora.kernels.errors import PlanMismatchError, PoolWriteError, RuntimeGoneError
+from fxlora.kernels.workspace import prepare
 
 T = TypeVar("T")
 PoolKind = Literal["linear", "embedding"]
@@ -89,6 +90,7 @@ class SitePool:
         max_rank: int | None = None,
     ) -> SitePool:
         """Empty pool: every slot has rank 0. `in_features` is K, or V for an embedding."""
+        prepare(torch.device(device))
         shape_a = (pool_rows, in_features) if kind == "linear" else (in_features, pool_rows)
         return cls(
             a=torch.zeros(shape_a, dtype=dtype, device=device),

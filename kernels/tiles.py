@@ -7,9 +7,13 @@ BR ranks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TypeVar
 
 import torch
+
+from fxlora.kernels.triton_helpers import next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -79,37 +83,78 @@ class GemvTile:
     shrink: ShrinkTile
 
 
-# Keys are the most rows a choice serves. First choices, not yet tuned. Microseconds of op (beside F.linear) for bf16
-# linears of rank 16, shrink and GEMM together; NVIDIA H100 80GB HBM3, torch 2.11.0, triton 3.6.0, 2026-11-24:
-#     rows  adapters   4096x4096       4096x14336      14336x4096      2048x128 (K x N)
-#        1         1    23.8 (9.9)      58.7 (41.8)     95.6 (44.8)    13.1 (5.1)
-#       16        16    39.2 (9.3)      72.9 (42.7)    108.3 (45.3)    21.0 (5.1)
-#       64         8    40.3 (8.7)      75.1 (44.4)    132.2 (47.6)    25.0 (5.3)
-#     2048         8   176.8 (89.7)    567.3 (354.8)   577.3 (336.1)   26.6 (6.7)
+# Microseconds (bf16, rank 16 and most rank 16, M rows over as many adapters; CUDA-graph replay behind a kernel that
+# overlaps nothing) beside torch.mm in the same run; NVIDIA H200, torch 2.11.0, triton 3.6.0, 2026-11-24. Wider and
+# fp32 tiles were not measured.
+_GEMV = GemvTile(4, 2048, 4, 0, ShrinkTile(1, 4, 2048, 16, 528, 4))
+_GEMV_TALL = GemvTile(8, 1024, 4, 0, ShrinkTile(1, 4, 2048, 16, 528, 4))
+_FEW = ShrinkTile(1, 4, 2048, 16, 528, 4)
+_MANY = ShrinkTile(4, 2, 1024, 8, 528, 4)
+_EXPAND = ExpandTile(64, 128, 264, 4)
+_FP32 = {16: GemmTile(16, 64, 32, 1, False, 4, 3), None: GemmTile(64, 64, 32, 1, False, 4, 3)}
+WIDE, TALL = 20000, 8192
+"""Out-features from which every multiprocessor has tiles enough; in-features above which two share a tile's."""
+
+# What the general body uses; not tuned.
 _SHRINK = {16: Tile(16, 16, 128, 16, 4, 3), 64: Tile(32, 16, 128, 16, 4, 3), None: Tile(64, 16, 64, 16, 4, 3)}
 _GEMM_HALF = {16: Tile(16, 64, 128, 16, 4, 4), 64: Tile(64, 64, 64, 16, 4, 4), None: Tile(128, 128, 64, 16, 8, 3)}
-# Not measured.
 _GEMM_FP32 = {16: Tile(16, 64, 32, 16, 4, 2), 64: Tile(32, 64, 32, 16, 4, 2), None: Tile(64, 64, 32, 16, 4, 2)}
 _EMBEDDING = {16: Tile(16, 128, 16, 16, 4, 2), None: Tile(32, 128, 16, 16, 4, 2)}
+_PREFILL = ((128, 256, 8, 3), (128, 128, 4, 4), (64, 128, 4, 4))  # BM, BN, num_warps, num_stages
+
+Choice = TypeVar("Choice")
 
 
-def _pick(table: dict[int | None, Tile], rows: int) -> Tile:
-    return next(tile for bound, tile in table.items() if bound is None or rows <= bound)
+def _pick(table: dict[int | None, Choice], rows: int) -> Choice:
+    return next(choice for bound, choice in table.items() if bound is None or rows <= bound)
+
+
+def _narrow(tile: ShrinkTile, features: int) -> ShrinkTile:
+    """The tile with BK no wider than the in-features."""
+    return replace(tile, BK=min(tile.BK, max(32, next_power_of_2(features))))
+
+
+@cache
+def gemv_tile(features: int, columns: int) -> GemvTile:
+    """Tile of matrix-vector products over N columns in all."""
+    tile = _GEMV_TALL if 2048 < features <= TALL and columns <= WIDE else _GEMV
+    width = min(tile.BK, max(32, next_power_of_2(features)))
+    return replace(tile, BK=width, shrink=_narrow(tile.shrink, features))
+
+
+@cache
+def decode_tiles(rows: int, features: int, columns: int, dtype: torch.dtype) -> DecodeTiles:
+    """Tiles of a linear of up to 256 rows over N columns in all."""
+    shrink = _narrow(_FEW if rows <= 64 else _MANY, features)
+    if dtype == torch.float32:
+        return DecodeTiles(shrink, _EXPAND, _pick(_FP32, rows))
+    tall = features > TALL
+    if rows <= 16:
+        wide, small = GemmTile(16, 128, 128, 1, True, 4, 3), GemmTile(16, 64, 128, 1, True, 4, 6)
+        gemm = wide if columns > WIDE else small if features <= 2048 or columns > 5000 else replace(small, SPLIT=2)
+    elif rows <= 64:
+        wide, small = GemmTile(64, 128, 64, 1, False, 4, 4), GemmTile(64, 32, 128, 1, False, 4, 6)
+        gemm = wide if columns > WIDE else GemmTile(64, 64, 128, 2, True, 4, 4) if tall else small
+    else:
+        gemm = GemmTile(128, 128, 64, 2, False, 8, 4) if tall else GemmTile(128, 64, 64, 1, False, 4, 5)
+    return DecodeTiles(shrink, _EXPAND, gemm)
+
+
+def prefill_tile(rows: int, columns: int, width: int) -> Tile:
+    """Tile of a linear of many rows: the largest that gives every multiprocessor work. width: most ranks of a slot."""
+    fits = (t for t in _PREFILL if -(-rows // t[0]) * -(-columns // t[1]) >= 120)
+    bm, bn, warps, stages = next(fits, _PREFILL[-1])
+    return Tile(bm, bn, 64, 32 if width <= 64 else 64, warps, stages)
 
 
 def shrink_tile(rows: int) -> Tile:
-    """Tile of the shrink for this many rows."""
+    """Of the general body: tile of the shrink for this many entries."""
     return _pick(_SHRINK, rows)
 
 
 def gemm_tile(rows: int, dtype: torch.dtype) -> Tile:
-    """Tile of the base GEMM with the expand in its epilogue."""
+    """Of the general body: tile of the base GEMM with the expand in its epilogue."""
     return _pick(_GEMM_FP32 if dtype == torch.float32 else _GEMM_HALF, rows)
-
-
-def logits_tile(rows: int, dtype: torch.dtype) -> Tile:
-    """As `gemm_tile`, where N is a vocabulary."""
-    return gemm_tile(rows, dtype)
 
 
 def embedding_tile(rows: int) -> Tile:

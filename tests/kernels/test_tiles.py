@@ -2,24 +2,48 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
-from fxlora.kernels.tiles import Tile, embedding_tile, gemm_tile, logits_tile, shrink_tile
+from fxlora.kernels.tiles import decode_tiles, embedding_tile, gemm_tile, gemv_tile, prefill_tile, shrink_tile
+
+WIDTHS = (1, 3, 64, 2048, 4096, 14336, 28672, 151936)
+DTYPES = (torch.float32, torch.bfloat16)
 
 
-def choices(rows: int) -> list[Tile]:
-    halves = [pick(rows, dtype) for pick in (gemm_tile, logits_tile) for dtype in (torch.float32, torch.bfloat16)]
-    return [shrink_tile(rows), embedding_tile(rows), *halves]
+def power_of_two(value: int) -> bool:
+    return value > 0 and value & (value - 1) == 0
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 256])
+def test_sides_of_the_decode_tiles_are_what_a_dot_accepts(rows: int) -> None:
+    for features, columns, dtype in itertools.product(WIDTHS, WIDTHS, DTYPES):
+        tiles = decode_tiles(rows, features, columns, dtype)
+        sides = (tiles.gemm.BM, tiles.gemm.BN, tiles.gemm.BK, tiles.expand.BR, tiles.expand.BN)
+        assert all(power_of_two(side) and side >= 16 for side in sides)
+        assert tiles.shrink.TM in (1, 4)
+        assert power_of_two(tiles.shrink.BR)
+        assert power_of_two(tiles.shrink.BK)
+
+
+@pytest.mark.parametrize("features", WIDTHS)
+def test_blocks_of_a_vector_product_are_powers_of_two_no_wider_than_they_need(features: int) -> None:
+    tile = gemv_tile(features, 128)
+    for block in (tile.BK, tile.shrink.BK):
+        assert power_of_two(block)
+        assert block < max(64, 2 * features)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 8192])
-def test_sides_are_powers_of_two_that_a_dot_accepts(rows: int) -> None:
-    for tile in choices(rows):
-        for side in (tile.BM, tile.BN, tile.BK, tile.BR):
-            assert side >= 16
-            assert side & (side - 1) == 0
+def test_sides_of_all_other_tiles_are_what_a_dot_accepts(rows: int) -> None:
+    halves = [gemm_tile(rows, dtype) for dtype in DTYPES]
+    for tile in (shrink_tile(rows), embedding_tile(rows), prefill_tile(rows, 4096, 64), *halves):
+        assert all(power_of_two(side) and side >= 16 for side in (tile.BM, tile.BN, tile.BK, tile.BR))
 
 
-def test_table_is_total_and_the_same_at_each_call() -> None:
-    assert [choices(rows) for rows in range(1, 300)] == [choices(rows) for rows in range(1, 300)]
+def test_a_prefill_tile_shrinks_before_multiprocessors_idle() -> None:
+    assert prefill_tile(8192, 4096, 16).BN == 256
+    assert prefill_tile(512, 4096, 16).BN == 128
+    assert prefill_tile(300, 512, 16).BM == 64
