@@ -1,9 +1,11 @@
 """A linear over few rows, host side: shrink, expand and the base product, three launches that run at the same time.
 
-Stage: run time, between `lora_linear.py`, which picks the tiles, and the kernels. Members of a group share the launches.
+Stage: run time, between `lora_linear.py`, which picks the tiles, and the kernels. A group's members share the launches.
 
 Letters: T rows, J slots per row, E = T * J entries, K in-features, N out-features.
 """
+
+# ruff: noqa: C419 (a list costs less host time than a generator)
 
 from __future__ import annotations
 

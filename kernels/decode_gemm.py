@@ -6,7 +6,7 @@ split over programs; whichever of a tile ends last adds the parts in order, so t
 Letters: T rows, J slots per row, E = T * J entries, K in-features, N out-features.
 """
 
-# ruff: noqa: ANN001, SIM108 (pointers and blocks have no static type; a choice at compile time is a statement)
+# ruff: noqa: ANN001 (pointers and blocks of a Triton kernel have no static type)
 
 from __future__ import annotations
 
@@ -95,6 +95,7 @@ def gemm_tile(
     cols = (tile // tiles_m) * BN + tl.arange(0, BN)
     row_mask = rows < num_rows
     col_mask = cols < num_cols
+    has = row_mask
     if HAS_POOL:
         has = has_adapter(slots, rank_ptr, rows, row_mask, 0, max_adapters)
     each = tl.cdiv(tl.cdiv(num_features, BK), SPLIT) * BK

@@ -7,7 +7,7 @@ adapter alone, and nothing of one slot ever meets another's.
 Letters: T rows, J slots per row, E = T * J entries, N out-features, W words of an entry's h, S slots.
 """
 
-# ruff: noqa: ANN001 (pointers and blocks of a Triton kernel have no static type)
+# ruff: noqa: ANN001, SIM102 (pointers and blocks have no static type; a choice at compile time is an `if` of its own)
 
 from __future__ import annotations
 

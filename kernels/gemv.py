@@ -5,7 +5,8 @@ Stage: run time, the second launch of such a linear: shrink.py's runs before, an
 Letters: T rows, J slots per row, E = T * J entries, K in-features, N out-features, C columns of h, R ranks, S slots.
 """
 
-# ruff: noqa: ANN001 (pointers and blocks of a Triton kernel have no static type)
+# ruff: noqa: ANN001, RET505, C419 (pointers and blocks have no static type; Triton compiles one branch of a constexpr,
+# so both stay; a list costs less host time than a generator)
 
 from __future__ import annotations
 
@@ -82,6 +83,7 @@ def gemv_tile(
     w_tile = tl.zeros([BN, BK], w[0].dtype.element_ty)
     if STAGES == 0:
         w_tile = load_w(w_at, col_mask, ks < num_features, EVEN)
+    rank, start, b = 0, 0, w_tile
     if HAS_POOL:
         rank, start, _ = adapter_of(slot_of(row * J, slots, max_adapters, J), site)
         b = load_b(b_ptr, start, rank, 0, cols, col_mask, num_cols, BR)

@@ -6,7 +6,7 @@ of the same slot. A row's bits follow from its own x and adapter alone.
 Letters: T rows, J slots per row, E = T * J entries, K in-features, W words of an entry's h, S slots.
 """
 
-# ruff: noqa: ANN001 (pointers and blocks of a Triton kernel have no static type)
+# ruff: noqa: ANN001, SIM102 (pointers and blocks have no static type; a choice at compile time is an `if` of its own)
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def shrink_share(
     program, programs, x, h_ptr, h_stride, slots, coeffs, segments_ptr, site, num_entries, num_features,
     max_adapters, parts, J: tl.constexpr, SHRINK: tl.constexpr, HAS_COEFFS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One program's share of one member's h. SHRINK: K rounded up to a multiple of BK, BR, BK, entries per read of A."""
+    """One program's share of one member's h. SHRINK: K rounded up to multiples of BK, BR, BK, entries per read of A."""
     if SHRINK[3] == 1:
         for item in tl.range(program, num_entries * parts, programs, num_stages=1):
             shrink_entry(
