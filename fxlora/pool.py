@@ -193,7 +193,7 @@ class AdapterPool:
             self._check_entries(bound)
             slot = self._free_slot()
             starts = {site: self._find(site, entry.rank) for site, entry in bound.entries.items()}
-            staged = [self._stage(site, entry) for site, entry in bound.entries.items()]
+            staged = [self._stage(name, site, entry) for site, entry in bound.entries.items()]
             self._write(slot, starts, staged)
             for item in staged:
                 self._rooms[item.site].extents.take(starts[item.site], len(item.a_RK))
@@ -270,16 +270,18 @@ class AdapterPool:
             raise CapacityError(message, unit="pool rows", asked=asked, free=free, largest_free=largest)
         return start
 
-    def _stage(self, site: Site, entry: Entry) -> _Staged:
-        a_RK = self._convert(site, "A", entry.a_RK, entry.keys)
-        return _Staged(site, a_RK, self._convert(site, "B", entry.b_RN, entry.keys), entry.scaling)
+    def _stage(self, name: str, site: Site, entry: Entry) -> _Staged:
+        a_RK = self._convert(name, site, "A", entry.a_RK, entry.keys)
+        return _Staged(site, a_RK, self._convert(name, site, "B", entry.b_RN, entry.keys), entry.scaling)
 
-    def _convert(self, site: Site, half: str, tensor: torch.Tensor, keys: tuple[str, ...]) -> torch.Tensor:
+    def _convert(self, name: str, site: Site, half: str, tensor: torch.Tensor, keys: tuple[str, ...]) -> torch.Tensor:
         if tensor.dtype != site.dtype:
             _log.debug("%s at site %s: %s stored as %s", half, site.name, tensor.dtype, site.dtype)
         converted = tensor.detach().to(site.device, site.dtype)
         if bad := count_nonfinite(converted):
-            raise NonFiniteError(f"{bad} values of {half} at site {site.name} ({keys}) are not finite in {site.dtype}")
+            raise NonFiniteError(
+                f"adapter {name!r}: {bad} values of {half} at site {site.name} ({keys}) are not finite in {site.dtype}"
+            )
         return converted
 
     def _write(self, slot: int, starts: Mapping[Site, int], staged: Sequence[_Staged]) -> None:

@@ -121,24 +121,34 @@ class SitePool:
     def write(self, slot: int, *, start: int, a_RK: torch.Tensor, b_RN: torch.Tensor, scaling: float) -> None:
         """Copies one adapter into rows `start .. start + R` and publishes it as `slot`, its rank last.
 
-        The adapter owns whole groups of 16 rows from `start` on: B is zero in those past R, for kernels that read them.
-
         a_RK: [R, K] (embedding: [R, V]); b_RN: [R, N]; any float dtype and device, converted to the pool's.
-        Raises PoolWriteError when the slot, the rows or the shapes do not fit; nothing is written then.
+        Raises PoolWriteError when the slot, the rows or the shapes do not fit, or when B is not finite in the pool's
+        dtype; nothing is written then.
         """
         rank = self._check(slot, start, a_RK, b_RN)
+        b_RN = self._finite(b_RN)
         self.clear(slot)
         if not rank:
             return
         rows = slice(start, start + rank)
         a_view, b_view = self.a_PK[rows], self.b[rows]
         a_view.copy_(a_RK.detach())
-        b_view.copy_(b_RN.detach())
-        self.b[start + rank : start + -(-rank // 16) * 16].zero_()
+        b_view.copy_(b_RN)
         self.start[slot] = start
         self.scaling[slot] = scaling
         self.rank[slot] = rank
         self.extents[slot] = self._extent(start, rank, float(scaling))
+
+    def _finite(self, b_RN: torch.Tensor) -> torch.Tensor:
+        """B as the pool will hold it."""
+        converted = b_RN.detach().to(self.b)
+        bad = converted.numel() - int(converted.isfinite().sum())
+        if bad:
+            raise PoolWriteError(
+                f"{bad} of {converted.numel()} values of B are not finite in {self.b.dtype}: prefill multiplies B by "
+                "zero in the neighbours' rows of a batch, and they would become NaN"
+            )
+        return converted
 
     def _extent(self, start: int, rank: int, scaling: float) -> Extent:
         b_RN = self.b[start : start + rank]
@@ -228,7 +238,10 @@ def derived_of(handle: int, make: Callable[[Group], T]) -> T:
     """make(pools_of(handle)), made once and forgotten with the handle. One `make` only serves a handle."""
     found = _derived.get(handle)
     if found is None:
-        found = _derived[handle] = make(pools_of(handle))
+        found = make(pools_of(handle))
+        with _lock:
+            if handle in _groups:  # not if it was unregistered meanwhile
+                _derived[handle] = found
     return cast("T", found)
 
 

@@ -279,6 +279,23 @@ def test_every_refused_load_leaves_every_byte_as_it_was() -> None:
     assert snapshot(pool) != before
 
 
+def test_values_that_are_not_finite_are_refused_by_the_names_of_adapter_site_and_tensor() -> None:
+    linear, _, head = sites = make_sites(torch.float16)
+    pool = make_pool(sites)
+    before, good = snapshot(pool), make_bound(dict.fromkeys(sites, 4))
+    for half, width in (("a_RK", head.in_features), ("b_RN", head.out_features)):
+        values = torch.ones(4, width)
+        values[2, :3] = 7e4  # finite, but not in fp16
+        with pytest.raises(NonFiniteError, match=f"adapter 'sql': 3 values of {half[0].upper()}.*float16") as caught:
+            pool.load("sql", broken(good, head, **{half: values}))
+        assert head.name in str(caught.value)
+        assert all(key in str(caught.value) for key in good.entries[head].keys)
+        assert snapshot(pool) == before
+        assert pool.names == ()
+    assert pool.load("sql", good) == 0
+    assert int(site_pool(pool, linear).rank[0]) == 4
+
+
 def test_a_write_that_fails_midway_publishes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     *_, head = sites = make_sites()
     pool = make_pool(sites)

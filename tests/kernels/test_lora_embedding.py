@@ -64,7 +64,9 @@ def test_infinities_of_one_adapter_stay_in_its_rows(width: int, value: float, de
     case = make_case("embedding", rows=40, width=width, ranks=(8, 16, 3), order="shuffled", device=device)
     before, (pool,) = case.run()[0], case.pools
     assert pool is not None
-    pool.write(1, start=int(pool.start[1]), a_RK=torch.ones(16, 40), b_RN=torch.full((16, 24), value), scaling=1.0)
+    start = int(pool.start[1])
+    pool.write(1, start=start, a_RK=torch.ones(16, 40), b_RN=torch.ones(16, 24), scaling=1.0)
+    pool.b[start : start + 16] = value  # `write` would refuse it
     after, touched = case.run()[0], (case.row_slots == 1).any(1)
     assert torch.equal(after[~touched], before[~touched])
     assert not after[touched].isfinite().any()

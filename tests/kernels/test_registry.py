@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from fxlora.kernels.errors import FxloraError, PlanMismatchError, PoolWriteError, RuntimeGoneError
-from fxlora.kernels.registry import PoolKind, SitePool, pools_of, register_runtime, unregister_runtime
+from fxlora.kernels.registry import (
+    Group,
+    PoolKind,
+    SitePool,
+    derived_of,
+    pools_of,
+    register_runtime,
+    unregister_runtime,
+)
 from tests.kernels.cases import DEVICES
 
 
@@ -88,6 +96,51 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(
     assert pool.rank.tolist() == [2, 0, 0]
     with pytest.raises(PoolWriteError, match="slot 7"):
         pool.clear(7)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf, torch.finfo(torch.float32).max])
+def test_b_that_is_not_finite_in_the_dtype_of_the_pool_is_refused_and_nothing_changes(
+    value: float, device: str
+) -> None:
+    pool = allocate(device=device)
+    pool.write(0, start=16, a_RK=torch.ones(2, 6), b_RN=torch.ones(2, 5), scaling=1.0)
+    tensors = (pool.a, pool.b, pool.start, pool.rank, pool.scaling)
+    before, extents = [tensor.clone() for tensor in tensors], list(pool.extents)
+    b_RN = torch.ones(4, 5)
+    b_RN[1, 2] = b_RN[3, 0] = value
+    for slot in (0, 1):
+        with pytest.raises(PoolWriteError, match=r"2 of 20 values of B are not finite in torch\.bfloat16"):
+            pool.write(slot, start=0, a_RK=torch.zeros(4, 6), b_RN=b_RN, scaling=2.0)
+        assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, before, strict=True))
+        assert pool.extents == extents
+
+
+def test_a_may_be_anything_and_rows_past_the_rank_stay() -> None:
+    pool = allocate()
+    pool.b.fill_(7)
+    pool.write(0, start=16, a_RK=torch.full((3, 6), torch.inf), b_RN=torch.ones(3, 5), scaling=1.0)
+    assert (pool.b[19:] == 7).all()
+    assert (pool.b[:16] == 7).all()
+
+
+def test_what_was_derived_from_a_group_is_made_once_and_forgotten_with_its_handle() -> None:
+    pool, made = allocate(), list[Group]()
+
+    def make(group: Group) -> int:
+        made.append(group)
+        return len(made)
+
+    (handle,) = register_runtime(0xABC, [(pool, None)])
+    assert [derived_of(handle, make) for _ in range(3)] == [1, 1, 1]
+    assert made == [(pool, None)]
+    unregister_runtime([handle])
+    with pytest.raises(RuntimeGoneError):
+        derived_of(handle, make)
+    (again,) = register_runtime(0xABC, [(None,)])
+    assert derived_of(again, make) == 2
+    assert made[1] == (None,)
+    unregister_runtime([again])
 
 
 def test_handles_name_plan_runtime_and_group() -> None:
