@@ -5,17 +5,33 @@ Stage: run time, first thing in a Triton body. Letters: T rows, J slots per row,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
 from fxlora.kernels.checks import check_members, check_rows
-from fxlora.kernels.launch import Fixed, Launcher, raw_stream
+from fxlora.kernels.launch import Fixed, Launcher, Variant, raw_stream
 from fxlora.kernels.overlap import can_overlap
 from fxlora.kernels.registry import Group, SitePool
 from fxlora.kernels.triton_helpers import check_pool, expand_precision, strided
 
 PoolArguments = tuple[torch.Tensor | None, ...]
+
+MAX_PLANS = 4096
+"""Plans kept for a group; past that they are dropped and made again."""
+
+
+class Plan(NamedTuple):
+    """One launch: compiled constants, grid, and the numbers among its arguments that follow from the shapes."""
+
+    variant: Variant
+    grid: tuple[int, ...]
+    numbers: tuple[int, ...]
+
+    def launch(self, *args: object) -> None:
+        """Launches it with these arguments."""
+        self.variant.launch(self.grid, args)
 
 
 class Members:
@@ -31,6 +47,7 @@ class Members:
         self.has_pools = bool(self.owned)
         self.h_width = max((pool.rank_bound for pool in self.owned), default=1)
         self.max_adapters = self.owned[0].start.numel() if self.owned else 1
+        self.plans: dict[object, tuple[object, Plan]] = {}
         self.a_pools = Fixed(tuple(map(_a_arguments, pools)))  # A, start, rank, scaling of each member
         self.b_pools = Fixed(tuple([None if pool is None else pool.b for pool in pools]))
 
@@ -72,6 +89,10 @@ class LinearCall:
         self.overlap = can_overlap(x.device)
         self.precision = expand_precision(x.dtype)
         self.device_index = x.get_device()
+        self.signature = (
+            self.rows, self.width, self.features, self.widths, self.has_bias, self.has_coeffs, x.dtype,
+            self.device_index, self.overlap,
+        )  # fmt: skip
 
     @property
     def stream(self) -> int:
@@ -92,9 +113,29 @@ class LinearCall:
         """[..., N] of each member, uninitialised."""
         return [self.x.new_empty(*self.leading, n) for n in self.widths]
 
-    def launch(
-        self, launcher: Launcher, grid: tuple[int, ...], args: tuple[object, ...], num_warps: int, **constants: object
-    ) -> None:
-        """Launches one kernel of the call; with PDL it may start while the one before it on the stream still runs."""
+    def plan(self, launcher: Launcher, tile: object, make: Callable[[], Plan]) -> Plan:
+        """What one launch of the call does not owe to its tensors, made once for calls of this shape and tile.
+
+        make: returns it.
+        """
+        plans = self.members.plans
+        key = (launcher, self.signature)
+        found = plans.get(key)
+        if found is None or (found[0] is not tile and found[0] != tile):
+            if len(plans) >= MAX_PLANS:
+                plans.clear()
+            found = plans[key] = (tile, make())
+        return found[1]
+
+    def planned(
+        self,
+        launcher: Launcher,
+        grid: tuple[int, ...],
+        numbers: tuple[int, ...],
+        num_warps: int,
+        **constants: object,
+    ) -> Plan:
+        """A plan. With PDL the launch may start while the one before it on the stream still runs."""
         pdl = bool(constants["PDL"])
-        launcher.launch(grid, args, constants, device=self.device_index, num_warps=num_warps, pdl=pdl)
+        variant = launcher.variant(constants, device=self.device_index, num_warps=num_warps, pdl=pdl)
+        return Plan(variant, grid, numbers)

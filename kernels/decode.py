@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from fxlora.kernels.call import LinearCall
+from fxlora.kernels.call import LinearCall, Plan
 from fxlora.kernels.decode_gemm import gemm_kernel
 from fxlora.kernels.expand import expand
 from fxlora.kernels.launch import Launcher
@@ -26,46 +26,45 @@ _launcher = Launcher(gemm_kernel)
 def decode(call: LinearCall, tiles: DecodeTiles) -> list[torch.Tensor]:
     """The members' outputs for `call`."""
     members = call.members
-    columns = sum(call.widths)
-    split = tiles.gemm.SPLIT
-    stride = max(16, next_power_of_2(members.h_width))
-    sizes = (
-        cdiv(call.entries * columns, 4) * 4 if members.has_pools else 0,  # what follows starts at 16 bytes
-        len(call.widths) * call.entries * stride if members.has_pools else 0,
-        split * call.rows * columns if split > 1 else 0,
-    )
-    delta, h, parts = call.x.new_empty(sum(sizes), dtype=torch.float32).split(sizes)
+    plan = call.plan(_launcher, tiles.gemm, lambda: _plan(call, tiles.gemm))
+    *numbers, tile_count, stride, delta_size, h_size, parts_size = plan.numbers
+    sizes = (delta_size, h_size, parts_size)
+    delta, h, parts = torch.split_with_sizes(call.x.new_empty(sum(sizes), dtype=torch.float32), sizes)
     if members.has_pools:
         shrink(call, h, stride, tiles.shrink)
         expand(call, delta, h, stride, tiles.expand)
     outputs = call.new_outputs()
-    _gemm(call, outputs, delta, parts, tiles.gemm)
+    plan.launch(
+        (call.x, *call.x.stride()),
+        call.strided_weights,
+        call.strided_biases,
+        tuple(outputs),
+        delta,
+        parts,
+        counters(tile_count, call.x.device, call.stream) if parts_size else call.segments,
+        call.slots,
+        members.a_pools,
+        call.widths,
+        *numbers,
+    )
     return outputs
 
 
-def _gemm(
-    call: LinearCall, outputs: list[torch.Tensor], delta: torch.Tensor, parts: torch.Tensor, tile: GemmTile
-) -> None:
+def _plan(call: LinearCall, tile: GemmTile) -> Plan:
+    """Of the base product; its numbers end with the count of tiles, the stride of h and the sizes of the scratch."""
     members = call.members
+    columns = sum(call.widths)
     tiles = sum([cdiv(n, tile.BN) for n in call.widths]) * cdiv(call.rows, tile.BM)
-    call.launch(
+    stride = max(16, next_power_of_2(members.h_width))
+    sizes = (
+        cdiv(call.entries * columns, 4) * 4 if members.has_pools else 0,  # what follows starts at 16 bytes
+        len(call.widths) * call.entries * stride if members.has_pools else 0,
+        tile.SPLIT * call.rows * columns if tile.SPLIT > 1 else 0,
+    )
+    return call.planned(
         _launcher,
         (tiles * tile.SPLIT,),
-        (
-            (call.x, *call.x.stride()),
-            call.strided_weights,
-            call.strided_biases,
-            tuple(outputs),
-            delta,
-            parts,
-            counters(tiles, call.x.device, call.stream) if tile.SPLIT > 1 else call.segments,
-            call.slots,
-            members.a_pools,
-            call.widths,
-            call.rows,
-            call.features,
-            members.max_adapters,
-        ),
+        (call.rows, call.features, members.max_adapters, tiles, stride, *sizes),
         tile.num_warps,
         J=call.width,
         BM=tile.BM,

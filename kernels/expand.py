@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fxlora.kernels.call import LinearCall
+from fxlora.kernels.call import LinearCall, Plan
 from fxlora.kernels.launch import Launcher
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
 from fxlora.kernels.shrink import tile_of
@@ -115,23 +115,18 @@ _launcher = Launcher(expand_kernel)
 def expand(call: LinearCall, delta: torch.Tensor, h: torch.Tensor, stride: int, tile: ExpandTile) -> None:
     """Fills delta, fp32, the members' [E, N] one after another, in the rows of entries that have an adapter."""
     members = call.members
+    plan = call.plan(_launcher, tile, lambda: _plan(call, stride, tile))
+    plan.launch(delta, h, stride, call.segments, members.a_pools, members.b_pools, call.widths, *plan.numbers)
+
+
+def _plan(call: LinearCall, stride: int, tile: ExpandTile) -> Plan:
     block_ranks = max(16, min(tile.BR, stride))
-    call.launch(
+    return call.planned(
         _launcher,
         (max(1, tile.programs // len(call.widths)), len(call.widths)),
-        (
-            delta,
-            h,
-            stride,
-            call.segments,
-            members.a_pools,
-            members.b_pools,
-            call.widths,
-            call.entries,
-            members.max_adapters,
-        ),
+        (call.entries, call.members.max_adapters),
         tile.num_warps,
-        HAS_POOL=members.has_pool,
+        HAS_POOL=call.members.has_pool,
         BR=block_ranks,
         BN=tile.BN,
         ONE_CHUNK=stride <= block_ranks,

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fxlora.kernels.call import LinearCall
+from fxlora.kernels.call import LinearCall, Plan
 from fxlora.kernels.launch import Launcher
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
 from fxlora.kernels.shrink import adapter_of, shrink, slot_of
@@ -158,24 +158,29 @@ def gemv(call: LinearCall, tile: GemvTile) -> list[torch.Tensor]:
     if members.has_pools:
         shrink(call, h, stride, tile.shrink)
     outputs = call.new_outputs()
-    call.launch(
+    plan = call.plan(_launcher, tile, lambda: _plan(call, stride, tile))
+    plan.launch(
+        (call.x, call.x.stride(0)),
+        tuple([(weight, weight.stride(0)) for weight in call.weights]),
+        call.strided_biases,
+        tuple(outputs),
+        h,
+        stride,
+        call.slots,
+        members.a_pools,
+        members.b_pools,
+        call.widths,
+        *plan.numbers,
+    )
+    return outputs
+
+
+def _plan(call: LinearCall, stride: int, tile: GemvTile) -> Plan:
+    members = call.members
+    return call.planned(
         _launcher,
         (sum([cdiv(n, tile.BN) for n in call.widths]) * call.rows,),
-        (
-            (call.x, call.x.stride(0)),
-            tuple([(weight, weight.stride(0)) for weight in call.weights]),
-            call.strided_biases,
-            tuple(outputs),
-            h,
-            stride,
-            call.slots,
-            members.a_pools,
-            members.b_pools,
-            call.widths,
-            call.rows,
-            call.features,
-            members.max_adapters,
-        ),
+        (call.rows, call.features, members.max_adapters),
         tile.num_warps,
         J=call.width,
         K=cdiv(call.features, tile.BK) * tile.BK,
@@ -188,4 +193,3 @@ def gemv(call: LinearCall, tile: GemvTile) -> list[torch.Tensor]:
         STAGES=tile.num_stages,
         PDL=call.overlap and members.has_pools,
     )
-    return outputs

@@ -70,12 +70,41 @@ class _Family(NamedTuple):
     kernels: dict[object, Enter]
 
 
+class Variant:
+    """One choice of constants and options of a kernel, for launches that come again and again."""
+
+    __slots__ = ("constants", "device", "family", "launcher", "options")
+
+    def __init__(self, launcher: Launcher, constants: Mapping[str, object], options: tuple[Any, ...]) -> None:
+        self.launcher = launcher
+        self.constants = constants
+        self.options = options
+        self.device: int = options[0]
+        self.family: _Family | None = None
+
+    def launch(self, grid: tuple[int, ...], args: tuple[object, ...]) -> None:
+        """As `Launcher.launch`."""
+        family = self.family
+        if family is not None and not _hooked():
+            try:
+                key, call = family.bind(args)
+            except (AttributeError, TypeError, ValueError):  # arguments of other kinds
+                key, call = None, ()
+            enter = family.kernels.get(key)
+            if enter is not None:
+                dims = len(grid)
+                y, z = grid[1] if dims > 1 else 1, grid[2] if dims > 2 else 1
+                enter(grid[0], y, z, raw_stream(self.device), call)
+                return
+        self.launcher.launch_plain(grid, args, self)
+
+
 class Launcher:
     """Launches of one kernel, whose constexpr parameters come last."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        self._families: dict[object, _Family] = {}
+        self._variants: dict[object, Variant] = {}
         self._interpreted = bool(INTERPRET.value)
         self._direct = not self._interpreted and not getattr(kernel, "pre_run_hooks", None)
 
@@ -96,42 +125,45 @@ class Launcher:
         kind of each may depend on the constants only. constants: by name, in the kernel's order. pdl: the launch may
         begin before the one ahead of it ends; the kernel says where it waits.
         """
-        options = (device, num_warps, num_stages, pdl, tuple(constants), tuple(constants.values()))
-        family = self._families.get(options)
-        if family is not None and not _hooked():
-            try:
-                key, call = family.bind(args)
-            except (AttributeError, TypeError, ValueError):  # arguments of other kinds
-                key, call = None, ()
-            enter = family.kernels.get(key)
-            if enter is not None:
-                dims = len(grid)
-                y, z = grid[1] if dims > 1 else 1, grid[2] if dims > 2 else 1
-                enter(grid[0], y, z, raw_stream(device), call)
-                return
-        self._launch_plain(grid, args, constants, options)
+        self.variant(constants, device=device, num_warps=num_warps, num_stages=num_stages, pdl=pdl).launch(grid, args)
 
-    def _launch_plain(
-        self, grid: tuple[int, ...], args: tuple[object, ...], constants: Mapping[str, object], options: tuple[Any, ...]
-    ) -> None:
+    def variant(
+        self,
+        constants: Mapping[str, object],
+        *,
+        device: int,
+        num_warps: int = 4,
+        num_stages: int = 3,
+        pdl: bool = False,
+    ) -> Variant:
+        """The choice of constants and options, the same object at each call."""
+        options = (device, num_warps, num_stages, pdl, tuple(constants), tuple(constants.values()))
+        found = self._variants.get(options)
+        if found is None:
+            found = self._variants[options] = Variant(self, constants, options)
+        return found
+
+    def launch_plain(self, grid: tuple[int, ...], args: tuple[object, ...], variant: Variant) -> None:
         """The launch as Triton does it; keeps the compiled kernel."""
-        _, num_warps, num_stages, pdl, *_ = options
+        _, num_warps, num_stages, pdl, *_ = variant.options
         keywords = {} if self._interpreted else {"num_warps": num_warps, "num_stages": num_stages}
         if pdl and not self._interpreted:
             keywords["launch_pdl"] = True
-        compiled = self.kernel[grid](*map(_plain, args), **constants, **keywords)
+        compiled = self.kernel[grid](*map(_plain, args), **variant.constants, **keywords)
         if self._direct:
-            self._keep(compiled, args, len(constants), options)
+            self._keep(compiled, args, variant)
 
-    def _keep(self, compiled: Any, args: tuple[object, ...], num_constants: int, options: object) -> None:
-        enter = entry(compiled, num_constants)
+    def _keep(self, compiled: Any, args: tuple[object, ...], variant: Variant) -> None:
+        enter = entry(compiled, len(variant.constants))
         if enter is None:
             self._direct = False
             return
         kinds = kinds_of(args, self.kernel.params)
         if kinds is None:
             return
-        family = self._families.setdefault(options, _Family(kinds, _binder(kinds), {}))
+        family = variant.family
+        if family is None:
+            family = variant.family = _Family(kinds, _binder(kinds), {})
         if family.kinds == kinds:
             if len(family.kernels) >= MAX_KERNELS:
                 family.kernels.clear()

@@ -30,7 +30,9 @@ from fxlora.kernels.tiles import decode_tiles, gemv_tile, prefill_tile
 from fxlora.kernels.triton_helpers import INTERPRET, device_of
 from fxlora.kernels.workspace import counters
 
-DECODE_ROWS = 256
+DECODE_ROWS, SLOW_DECODE_ROWS = 128, 256
+"""Most rows of decode.py; the second where TMA cannot read the call."""
+
 GEMV_ROWS, GEMV_COLUMNS = 16, 512
 """Most rows and columns of a batch that matrix-vector products serve; one row is served whatever its columns."""
 
@@ -75,13 +77,13 @@ def body_of(call: LinearCall) -> Body:
     few = call.rows == 1 or (call.rows <= GEMV_ROWS and columns <= GEMV_COLUMNS)
     if few and all([weight.stride(1) == 1 for weight in call.weights]):
         return _gemv
-    if call.rows <= DECODE_ROWS:
-        return _decode
-    return _prefill if _tma_reads(call) else general
+    if call.rows > DECODE_ROWS and _tma_reads(call):
+        return _prefill
+    return _decode if call.rows <= SLOW_DECODE_ROWS else general
 
 
 def _gemv(call: LinearCall) -> list[torch.Tensor]:
-    return gemv(call, gemv_tile(call.features, sum(call.widths)))
+    return gemv(call, gemv_tile(call.features))
 
 
 def _decode(call: LinearCall) -> list[torch.Tensor]:

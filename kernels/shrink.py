@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fxlora.kernels.call import LinearCall
+from fxlora.kernels.call import LinearCall, Plan
 from fxlora.kernels.launch import Launcher
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
 from fxlora.kernels.segments import TILE, tile_bound
@@ -207,25 +207,27 @@ _launcher = Launcher(shrink_kernel)
 
 def shrink(call: LinearCall, h: torch.Tensor, stride: int, tile: ShrinkTile) -> None:
     """Fills h, fp32 [members, E, stride], as far as each entry's rank."""
+    plan = call.plan(_launcher, tile, lambda: _plan(call, tile))
+    plan.launch(
+        (call.x, call.x.stride(0)),
+        h,
+        stride,
+        call.slots,
+        call.coeffs,
+        call.segments,
+        call.members.a_pools,
+        *plan.numbers,
+    )
+
+
+def _plan(call: LinearCall, tile: ShrinkTile) -> Plan:
     members = call.members
     items = call.entries if tile.TM == 1 else min(call.entries, tile_bound(call.entries, members.max_adapters, TILE))
     parts = min(cdiv(members.h_width, tile.BR), tile.parts)
-    call.launch(
+    return call.planned(
         _launcher,
         (min(items * parts, tile.programs), len(call.widths)),
-        (
-            (call.x, call.x.stride(0)),
-            h,
-            stride,
-            call.slots,
-            call.coeffs,
-            call.segments,
-            members.a_pools,
-            call.entries,
-            call.features,
-            members.max_adapters,
-            parts,
-        ),
+        (call.entries, call.features, members.max_adapters, parts),
         tile.num_warps,
         HAS_POOL=members.has_pool,
         J=call.width,

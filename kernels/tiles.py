@@ -83,14 +83,19 @@ class GemvTile:
     shrink: ShrinkTile
 
 
-# Microseconds (bf16, rank 16 and most rank 16, M rows over as many adapters; CUDA-graph replay behind a kernel that
-# overlaps nothing) beside torch.mm in the same run; NVIDIA H200, torch 2.11.0, triton 3.6.0, 2026-11-24. Wider and
-# fp32 tiles were not measured.
-_GEMV = GemvTile(4, 2048, 4, 0, ShrinkTile(1, 4, 2048, 16, 528, 4))
-_GEMV_TALL = GemvTile(8, 1024, 4, 0, ShrinkTile(1, 4, 2048, 16, 528, 4))
+# Chosen for bf16 by CUDA-graph replay over weights that do not fit L2, adapters of rank 16 (most rank 16), in
+# microseconds behind a kernel that overlaps nothing, beside torch.mm in the same run; NVIDIA H200, torch 2.11.0,
+# triton 3.6.0, 2026-11-24. fp32 tiles were not measured, nor M 128 to 256 (M 320 was: 32.1 beside 17.8).
+#     K x N            M 1           M 16, 16 adapters   M 64, 8 adapters   M 2048, 8 adapters
+#     4096 x 4096      10.7 (12.5)   15.1 (13.5)         19.3 (12.3)        115.1 (91.5)
+#     2048 x 4096       7.8 (7.3)    10.2 (7.3)          13.7 (7.5)
+#     14336 x 4096     30.9 (31.3)   38.6 (32.2)         44.2 (36.1)
+#     4096 x 28672     55.7 (54.8)   67.2 (56.1)         74.2 (60.6)        738 (680)
+#     2048 x 128        3.2 (4.8)     4.1 (4.9)
 _FEW = ShrinkTile(1, 4, 2048, 16, 528, 4)
 _MANY = ShrinkTile(4, 2, 1024, 8, 528, 4)
-_EXPAND = ExpandTile(64, 128, 264, 4)
+_GEMV = {2048: GemvTile(4, 2048, 4, 0, _FEW), 8192: GemvTile(4, 1024, 2, 0, _FEW), None: GemvTile(8, 512, 2, 0, _FEW)}
+_EXPAND = {16: ExpandTile(64, 128, 264, 4), 64: ExpandTile(64, 256, 132, 8), None: ExpandTile(64, 128, 264, 4)}
 _FP32 = {16: GemmTile(16, 64, 32, 1, False, 4, 3), None: GemmTile(64, 64, 32, 1, False, 4, 3)}
 WIDE, TALL = 20000, 8192
 """Out-features from which every multiprocessor has tiles enough; in-features above which two share a tile's."""
@@ -109,35 +114,42 @@ def _pick(table: dict[int | None, Choice], rows: int) -> Choice:
     return next(choice for bound, choice in table.items() if bound is None or rows <= bound)
 
 
+def _warps(elements: int, most: int) -> int:
+    """Warps for a block: none whose threads would only repeat what others hold (16 bytes a thread)."""
+    return max(1, min(most, elements // 256))
+
+
 def _narrow(tile: ShrinkTile, features: int) -> ShrinkTile:
     """The tile with BK no wider than the in-features."""
-    return replace(tile, BK=min(tile.BK, max(32, next_power_of_2(features))))
+    width = min(tile.BK, max(32, next_power_of_2(features)))
+    return replace(tile, BK=width, num_warps=_warps(tile.BR * width, tile.num_warps))
 
 
 @cache
-def gemv_tile(features: int, columns: int) -> GemvTile:
-    """Tile of matrix-vector products over N columns in all."""
-    tile = _GEMV_TALL if 2048 < features <= TALL and columns <= WIDE else _GEMV
+def gemv_tile(features: int) -> GemvTile:
+    """Tile of matrix-vector products."""
+    tile = _pick(_GEMV, features)
     width = min(tile.BK, max(32, next_power_of_2(features)))
-    return replace(tile, BK=width, shrink=_narrow(tile.shrink, features))
+    warps = _warps(tile.BN * width, tile.num_warps)
+    return replace(tile, BK=width, num_warps=warps, shrink=_narrow(tile.shrink, features))
 
 
 @cache
 def decode_tiles(rows: int, features: int, columns: int, dtype: torch.dtype) -> DecodeTiles:
     """Tiles of a linear of up to 256 rows over N columns in all."""
-    shrink = _narrow(_FEW if rows <= 64 else _MANY, features)
+    shrink, expand = _narrow(_FEW if rows <= 64 else _MANY, features), _pick(_EXPAND, rows)
     if dtype == torch.float32:
-        return DecodeTiles(shrink, _EXPAND, _pick(_FP32, rows))
+        return DecodeTiles(shrink, expand, _pick(_FP32, rows))
     tall = features > TALL
     if rows <= 16:
         wide, small = GemmTile(16, 128, 128, 1, True, 4, 3), GemmTile(16, 64, 128, 1, True, 4, 6)
-        gemm = wide if columns > WIDE else small if features <= 2048 or columns > 5000 else replace(small, SPLIT=2)
+        gemm = wide if columns > WIDE else replace(small, SPLIT=2) if tall else small
     elif rows <= 64:
         wide, small = GemmTile(64, 128, 64, 1, False, 4, 4), GemmTile(64, 32, 128, 1, False, 4, 6)
         gemm = wide if columns > WIDE else GemmTile(64, 64, 128, 2, True, 4, 4) if tall else small
     else:
         gemm = GemmTile(128, 128, 64, 2, False, 8, 4) if tall else GemmTile(128, 64, 64, 1, False, 4, 5)
-    return DecodeTiles(shrink, _EXPAND, gemm)
+    return DecodeTiles(shrink, expand, gemm)
 
 
 def prefill_tile(rows: int, columns: int, width: int) -> Tile:

@@ -30,7 +30,7 @@ def test_sides_of_the_decode_tiles_are_what_a_dot_accepts(rows: int) -> None:
 
 @pytest.mark.parametrize("features", WIDTHS)
 def test_blocks_of_a_vector_product_are_powers_of_two_no_wider_than_they_need(features: int) -> None:
-    tile = gemv_tile(features, 128)
+    tile = gemv_tile(features)
     for block in (tile.BK, tile.shrink.BK):
         assert power_of_two(block)
         assert block < max(64, 2 * features)
