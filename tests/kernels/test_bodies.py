@@ -1,0 +1,338 @@
+"""Every Triton body of lora_linear, called directly on the same calls: against the reference and against each other.
+
+Interpreted on the CPU with tiny tiles, so that few rows already make several tiles, splits and shares; compiled on a
+GPU with the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from fxlora.kernels import ops
+from fxlora.kernels.ops import INTERPRET
+from fxlora.kernels.segments import segments_size
+from fxlora.kernels.tiles import DecodeTiles, ExpandTile, GemmTile, GemvTile, ShrinkTile, Tile
+from tests.kernels.cases import HAS_CUDA, TOLERANCE, Case, assert_right, equal_bits, make_case, registered, row_errors
+
+if TYPE_CHECKING:
+    from fxlora.kernels.call import LinearCall
+
+pytestmark = [
+    pytest.mark.interpreted,
+    pytest.mark.filterwarnings("ignore:invalid value encountered in matmul"),
+    pytest.mark.skipif(not (HAS_CUDA or INTERPRET) or find_spec("triton") is None, reason="needs a GPU or interpreter"),
+]
+DEVICE = "cuda" if HAS_CUDA else "cpu"
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# The interpreter cuts bf16 off instead of rounding it.
+LIMIT = {**TOLERANCE, BF16: 1.2e-2} if INTERPRET else TOLERANCE
+
+# Fewer programs than there is work, so that each loops: shares of some ranks of one entry or of four.
+ONE_BY_ONE, FOUR_BY_FOUR = ShrinkTile(1, 8, 64, 2, 5, 4), ShrinkTile(4, 4, 64, 3, 7, 4)
+EXPAND = ExpandTile(16, 16, 6, 4)
+DECODE = {
+    "plain": DecodeTiles(ONE_BY_ONE, EXPAND, GemmTile(16, 16, 16, 1, False, 4, 2)),
+    "swap": DecodeTiles(FOUR_BY_FOUR, ExpandTile(32, 32, 1, 4), GemmTile(16, 32, 32, 1, True, 4, 2)),
+    "split": DecodeTiles(FOUR_BY_FOUR, EXPAND, GemmTile(32, 16, 16, 2, False, 4, 2)),
+    "split and swap": DecodeTiles(ONE_BY_ONE, EXPAND, GemmTile(16, 16, 16, 2, True, 4, 2)),
+}
+GEMV = {
+    "all at once": GemvTile(16, 64, 4, 0, ONE_BY_ONE),
+    "in a loop": GemvTile(8, 32, 4, 2, FOUR_BY_FOUR),
+}
+PREFILL = Tile(32, 32, 32, 16, 4, 3) if INTERPRET else Tile(64, 64, 64, 16, 4, 3)
+
+BODIES = ("gemv", "decode", "prefill", "general")
+ANY_STRIDE = ("decode", "general")
+ANY_WIDTH = ("gemv", "decode", "general")
+
+
+def linear_call(case: Case) -> LinearCall:
+    from fxlora.kernels.call import LinearCall, Members
+
+    segments = ops.segment_rows(case.row_slots, case.max_adapters)
+    rest = (case.row_slots, case.row_coeffs, segments, Members(case.pools))
+    return LinearCall(case.x, case.weights, case.biases, *rest)
+
+
+def run(body: str, case: Case, tile: Any = None) -> list[torch.Tensor]:
+    """The members' outputs; fails when counters are left behind."""
+    from fxlora.kernels import decode, gemv, general, handshake, prefill, workspace
+
+    call = linear_call(case)
+    if body == "gemv":
+        return gemv.gemv(call, tile or GEMV["all at once"])
+    if body == "decode":
+        outputs = decode.decode(call, tile or DECODE["split"])
+        assert not workspace.counters(1, call.x.device, call.stream).any()
+        return outputs
+    if body == "general":
+        return general.general(call)
+    words = torch.zeros(handshake.COUNTERS, dtype=torch.int32, device=DEVICE)
+    rest = (call.row_slots, call.row_coeffs, case.pools, call.segments, tile or PREFILL, words)
+    outputs = prefill.prefill(call.x, call.weights, call.biases, *rest)
+    assert not words.any()
+    return outputs
+
+
+def assert_close(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], limit: float, name: str = "") -> None:
+    for y, truth in zip(found, expected, strict=True):
+        assert y.shape == truth.shape
+        errors = row_errors(y, truth)
+        worst = int(errors.nan_to_num(torch.inf).argmax())
+        assert errors[worst] <= limit, f"{name} row {worst}: relative error {errors[worst]:.2e}"
+
+
+def check(body: str, case: Case, tile: Any = None, bare: bool = True) -> list[torch.Tensor]:
+    """Near the reference; rows without an adapter have the bits of a batch without any (`bare`)."""
+    found, dtype = run(body, case, tile), case.x.dtype
+    assert {y.dtype for y in found} == {dtype}
+    assert all(y.is_contiguous() for y in found)
+    assert_close(found, case.expected(), LIMIT[dtype])
+    plain = (case.row_slots < 0).all(1)
+    if bare and plain.any():
+        without = run(body, case.with_slots(torch.full_like(case.row_slots, -1)), tile)
+        assert equal_bits(found, without, plain)
+    return found
+
+
+def small_case(**options: Any) -> Case:
+    sizes = {"rows": 21, "features": 40, "outs": (24,), "ranks": (8, 16, 0, 3), "dtype": BF16, "device": DEVICE}
+    return make_case(**{**sizes, **options})
+
+
+CALLS: dict[str, dict[str, Any]] = {
+    "runs": {"bias": True},
+    "shuffled": {"order": "shuffled"},
+    "last slot alone": {"order": "one"},
+    "two adapters and coefficients": {"width": 2, "bias": True},
+    "two adapters shuffled": {"width": 2, "order": "shuffled"},
+    "ranks up to 100": {"ranks": (100, 0, 17, 64, 1), "order": "shuffled"},
+    "one row": {"rows": 1, "ranks": (3, 20)},
+    "three members, one without a pool": {"outs": (24, 16, 40), "none_members": (1,), "bias": True},
+    "members without pools": {"outs": (24, 16), "none_members": (0, 1)},
+    "no features to spare": {"features": 8, "outs": (8,)},
+}
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_all_bodies_agree_with_the_reference_and_each_other(name: str, dtype: torch.dtype) -> None:
+    case = small_case(dtype=dtype, **CALLS[name])
+    found = {body: check(body, case) for body in BODIES if body != "prefill" or dtype != FP32}
+    for body, outputs in found.items():
+        assert_close(outputs, [y.float() for y in found["decode"]], 2 * LIMIT[dtype], body)
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_batches_without_any_adapter(body: str) -> None:
+    case = small_case(rows=9, outs=(24, 16))
+    base = run(body, replace(case, pools=(None, None)))
+    for slots in (torch.full_like(case.row_slots, -1), torch.full_like(case.row_slots, 2)):  # no slot; a rank of 0
+        found = check(body, case.with_slots(slots))
+        assert equal_bits(found, base, slice(None))
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_one_slot_twice_and_coefficients_at_one_adapter(body: str) -> None:
+    case = small_case(rows=9, width=2)
+    check(body, case.with_slots(torch.ones_like(case.row_slots)))
+    check(body, replace(small_case(rows=9, order="shuffled"), row_coeffs=torch.randn(9, 1, device=DEVICE)))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize(("features", "out"), [(1, 1), (37, 19), (19, 33)])
+@pytest.mark.parametrize("body", ANY_WIDTH)
+def test_odd_widths(body: str, features: int, out: int, dtype: torch.dtype) -> None:
+    for rows in (1, 18):
+        check(body, small_case(rows=rows, features=features, outs=(out, 5), ranks=(5, 17), dtype=dtype, bias=True))
+
+
+def wider(tensor: torch.Tensor, extra: int, skip: int = 0) -> torch.Tensor:
+    """The same values as columns of a wider matrix."""
+    rows, columns = tensor.shape
+    wide = torch.full((rows, columns + extra), torch.nan, dtype=tensor.dtype, device=tensor.device)
+    wide[:, skip : skip + columns] = tensor
+    return wide[:, skip : skip + columns]
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_strides_do_not_change_a_bit(body: str) -> None:
+    case = small_case(rows=5, width=2, order="shuffled", bias=True)
+    x, weight, slots, coeffs = case.x, case.weights[0], case.row_slots, case.row_coeffs
+    assert coeffs is not None
+    variants = {
+        "x every second column": replace(case, x=torch.stack([x, -x], 2).flatten(1)[:, ::2]),
+        "x in wider rows": replace(case, x=wider(x, 8)),
+        "weight in wider rows": replace(case, weights=[wider(weight, 16, 8)]),
+        "row map transposed": replace(case, row_slots=slots.t().contiguous().t()),
+        "coefficients transposed": replace(case, row_coeffs=coeffs.t().contiguous().t()),
+    }
+    if body != "prefill":
+        variants["x in odd rows"] = replace(case, x=wider(x, 3, 1))
+        variants["weight in odd rows"] = replace(case, weights=[wider(weight, 5, 3)])
+        variants["bias strided"] = replace(case, biases=[case.biases[0].repeat_interleave(2)[::2]])
+    if body in ANY_STRIDE:
+        variants["weight transposed"] = replace(case, weights=[weight.t().contiguous().t()])
+        variants["weight every second column"] = replace(case, weights=[weight.repeat_interleave(2, 1)[:, ::2]])
+    expected = check(body, case)
+    for name, variant in variants.items():
+        assert_close(run(body, variant), [y.float() for y in expected], LIMIT[BF16] if INTERPRET else 1e-6, name)
+
+
+@pytest.mark.parametrize("tiles", DECODE)
+@pytest.mark.parametrize("rows", [1, 17, 65, 200])
+def test_decode_tiles(rows: int, tiles: str) -> None:
+    tile = DECODE[tiles]
+    if rows > 64:  # fewer programs to interpret
+        tile = replace(tile, gemm=replace(tile.gemm, BM=64))
+    case = small_case(rows=rows, features=72, outs=(24, 40), ranks=(3, 0, 20), none_members=(0,), order="shuffled")
+    check("decode", case, tile, bare=rows < 64)
+
+
+@pytest.mark.parametrize("tiles", GEMV)
+@pytest.mark.parametrize("rows", [1, 16])
+def test_gemv_tiles(rows: int, tiles: str) -> None:
+    case = small_case(rows=rows, features=72, outs=(8, 18), ranks=(3, 0, 80), width=2, none_members=(0,), bias=True)
+    check("gemv", case, GEMV[tiles], bare=False)
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_a_row_keeps_its_bits_whatever_the_others_use(body: str) -> None:
+    rows = 12 if INTERPRET and body == "gemv" else 35
+    case = small_case(rows=rows, order="shuffled", ranks=(8, 16, 0, 3, 40))
+    mine = torch.arange(rows, device=DEVICE) % 3 == 1
+    before = run(body, case)
+    for seed in range(1 if INTERPRET else 3):
+        others = torch.randint(-1, 5, case.row_slots.shape, generator=torch.Generator().manual_seed(seed))
+        found = run(body, case.with_slots(torch.where(mine[:, None], case.row_slots, others.to(case.row_slots))))
+        if INTERPRET and body in ("decode", "general"):  # numpy's dot: bits depend on the place in a tile
+            assert_close([y[mine] for y in found], [y[mine].float() for y in before], LIMIT[BF16])
+        else:
+            assert equal_bits(before, found, mine)
+        assert not equal_bits(before, found, slice(None))
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_adapters_of_neighbours_may_hold_anything_in_a(body: str) -> None:
+    case = small_case(order="shuffled", ranks=(8, 8))
+    pool, clean = case.pools[0], run(body, case)
+    assert pool is not None
+    pool.a[int(pool.start[1])] = torch.nan
+    others = case.row_slots[:, 0] != 1
+    found = run(body, case)
+    if INTERPRET:
+        assert_close([y[others] for y in found], [y[others].float() for y in clean], LIMIT[BF16])
+    else:
+        assert equal_bits(clean, found, others)
+    assert found[0][~others].isnan().all()
+
+
+def test_two_runs_are_equal() -> None:
+    case = small_case(rows=18, order="shuffled", ranks=(8, 3, 30))
+    for body in BODIES:
+        assert equal_bits(run(body, case), run(body, case), slice(None)), body
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_more_members_than_share_a_launch(rows: int) -> None:
+    from fxlora.kernels.lora_linear import MOST_MEMBERS, _runs_of
+
+    outs = (24, 8, 16, 9, 40, 3)
+    case = small_case(rows=rows, outs=outs, none_members=(2, 4), ranks=(4, 17), dtype=FP32, bias=True)
+    assert [len(members.pools) for members in _runs_of(case.pools)] == [MOST_MEMBERS, 2]
+    assert [y.shape[1] for y in assert_right(case)] == list(outs)
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_one_pool_twice_in_a_group(rows: int) -> None:
+    case = small_case(rows=rows, outs=(24, 24), ranks=(4, 17), dtype=FP32, order="one")
+    case = replace(case, pools=(case.pools[1], case.pools[1]), weights=[case.weights[0], case.weights[0]])
+    first, second = assert_right(case)
+    assert torch.equal(first, second)
+
+
+def choice(case: Case) -> Callable[..., object]:
+    """The body that would serve a call; nothing is computed."""
+    from fxlora.kernels.call import LinearCall, Members
+    from fxlora.kernels.lora_linear import body_of
+
+    segments = torch.zeros(segments_size(case.row_slots.numel(), case.max_adapters), dtype=torch.int32, device=DEVICE)
+    rest = (case.row_slots, case.row_coeffs, segments, Members(case.pools))
+    return body_of(LinearCall(case.x, case.weights, case.biases, *rest))
+
+
+def test_which_body_serves_what() -> None:
+    from fxlora.kernels import lora_linear
+    from fxlora.kernels.general import general
+    from fxlora.kernels.overlap import can_overlap
+
+    gemv, decode = lora_linear._gemv, lora_linear._decode
+    many = lora_linear._prefill if INTERPRET or can_overlap(torch.device(DEVICE)) else general
+    for rows, outs, dtype, body in (
+        (1, (4096,), BF16, gemv), (1, (5,), FP32, gemv), (16, (512,), BF16, gemv), (16, (256, 256), FP32, gemv),
+        (16, (256, 257), BF16, decode), (17, (24,), BF16, decode), (256, (24,), FP32, decode),
+        (257, (24,), FP32, general), (257, (24, 16), BF16, many), (257, (24,), FP16, many),
+        (257, (24, 17), BF16, general),
+    ):  # fmt: skip
+        assert choice(small_case(rows=rows, outs=outs, dtype=dtype)) is body, (rows, outs, dtype)
+    assert choice(small_case(rows=257, features=44)) is general
+    case, few = small_case(rows=257), small_case(rows=1)
+    transposed = [case.weights[0].t().contiguous().t()]
+    assert choice(replace(few, weights=transposed)) is decode
+    assert choice(replace(case, weights=transposed)) is general
+    assert choice(replace(case, weights=[wider(case.weights[0], 8)])) is many
+    assert choice(replace(case, weights=[wider(case.weights[0], 4)])) is general
+    assert choice(replace(case, weights=[wider(case.weights[0], 8, 1)])) is general
+    assert choice(replace(case, x=wider(case.x, 3))) is general
+    assert choice(replace(case, x=case.x.t().contiguous().t())) is many  # made contiguous first
+
+
+def test_the_choice_does_not_follow_what_the_batch_holds() -> None:
+    for rows in (1, 16, 17, 256, 257):
+        case = small_case(rows=rows)
+        chosen = choice(case)
+        for slot in range(-1, 4):
+            assert choice(case.with_slots(torch.full_like(case.row_slots, slot))) is chosen
+
+
+def test_counters_are_zero_words_that_grow() -> None:
+    from fxlora.kernels.workspace import counters, prepare
+
+    device, stream = torch.device(DEVICE), 0 if DEVICE == "cpu" else torch.cuda.current_stream().cuda_stream
+    device = torch.device("cuda", torch.cuda.current_device()) if DEVICE == "cuda" else device
+    few = counters(3, device, stream)
+    assert few.dtype == torch.int32
+    assert few.numel() >= 3
+    assert counters(few.numel(), device, stream).data_ptr() == few.data_ptr()
+    more = counters(few.numel() + 1, device, stream)
+    assert more.numel() > few.numel()
+    assert not few.any()
+    assert not more.any()
+    assert counters(3, device, stream).data_ptr() == more.data_ptr()
+    prepare(device)
+
+
+@pytest.mark.skipif(not INTERPRET, reason="the CPU alone")
+def test_nothing_is_prepared_on_the_cpu() -> None:
+    from fxlora.kernels import workspace
+
+    before = (dict(workspace._free), list(workspace._kept))
+    workspace.prepare(torch.device("cpu"))
+    assert (workspace._free, workspace._kept) == before
+
+
+def test_what_a_call_finds_out_about_its_group_goes_with_the_handle() -> None:
+    from fxlora.kernels import registry
+
+    case = small_case(rows=1)
+    with registered(case.pools) as handle:
+        case.call(ops.segment_rows(case.row_slots, case.max_adapters), handle)
+        assert handle in registry._derived
+    assert handle not in registry._derived
