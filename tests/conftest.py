@@ -14,6 +14,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import random
+import sys
 import types
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -24,6 +25,7 @@ import pytest
 import torch
 
 INT_POISON = 1 << 30
+POISONING = {"on": True}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def poison(tensor: torch.Tensor) -> torch.Tensor:
     """Fills uninitialised memory so that reading it shows: NaN, or an integer no table or id reaches."""
-    if type(tensor) is not torch.Tensor or tensor.is_meta:
+    if not POISONING["on"] or type(tensor) is not torch.Tensor or tensor.is_meta:
         return tensor
     if tensor.is_floating_point():
         return tensor.fill_(float("nan"))
@@ -60,9 +62,22 @@ def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     return lambda *args, **kwargs: poison(make(*args, **kwargs))
 
 
+def new_empty_for_kernels(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Tensor.new_empty whose memory is poisoned where fxlora.kernels asked for it, and plain for everyone else."""
+
+    def new_empty(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        made = plain(self, *args, **kwargs)
+        return poison(made) if sys._getframe(1).f_globals.get("__name__", "").startswith("fxlora.kernels.") else made
+
+    return new_empty
+
+
 @pytest.fixture(scope="session", autouse=True)
 def poison_empty_memory_of_the_kernels() -> Iterator[None]:
-    """Replaces the name `torch` inside every module of fxlora.kernels; elsewhere dynamo must see the real one."""
+    """Replaces the name `torch` inside every module of fxlora.kernels; elsewhere dynamo must see the real one.
+
+    Where Triton bodies run, `Tensor.new_empty` too: the CPU bodies do without it.
+    """
     kernels = import_module("fxlora.kernels")
     fake = PoisonedTorch("torch")
     patched = []
@@ -76,9 +91,18 @@ def poison_empty_memory_of_the_kernels() -> Iterator[None]:
         if getattr(module, "torch", None) is torch:
             patched.append(module)
             module.torch = fake
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+            patch.setattr(torch.Tensor, "new_empty", new_empty_for_kernels(torch.Tensor.new_empty))
+        yield
     for module in patched:
         module.torch = torch
+
+
+@pytest.fixture
+def plain_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No poison: the launches that write it would keep those of an op from overlapping."""
+    monkeypatch.setitem(POISONING, "on", False)
 
 
 @pytest.fixture(autouse=True)

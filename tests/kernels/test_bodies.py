@@ -258,6 +258,11 @@ def test_one_pool_twice_in_a_group(rows: int) -> None:
     assert torch.equal(first, second)
 
 
+def test_memory_that_no_kernel_wrote_is_poisoned() -> None:
+    """So whatever a kernel misses shows in every test here."""
+    assert all(y.isnan().all() for y in linear_call(small_case(outs=(24, 16))).new_outputs())
+
+
 def choice(case: Case) -> Callable[..., object]:
     """The body that would serve a call; nothing is computed."""
     from fxlora.kernels.call import LinearCall, Members

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import TypeVar
 
 import pytest
 import torch
@@ -14,20 +17,27 @@ from tests.kernels.cases import TOLERANCE, Case, assert_near, draw_slots, equal_
 
 pytestmark = pytest.mark.gpu
 KINDS = ("linear", "logits", "embedding")
+BF16 = torch.bfloat16
+Result = TypeVar("Result")
 
 
-def capture(case: Case, handle: int) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
-    def forward() -> list[torch.Tensor]:
-        return case.call(ops.segment_rows(case.row_slots, case.max_adapters), handle)
-
-    stream = torch.cuda.Stream()
+def capture(
+    forward: Callable[[], Result], stream: torch.cuda.Stream | None = None
+) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """A graph of `forward`, captured on `stream` or one of its own, and the outputs that its replays fill."""
+    stream = stream or torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         forward()
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         outputs = forward()
     return graph, outputs
+
+
+def forward_of(case: Case, handle: int) -> Callable[[], list[torch.Tensor]]:
+    return lambda: case.call(ops.segment_rows(case.row_slots, case.max_adapters), handle)
 
 
 def change_adapters(case: Case) -> None:
@@ -51,7 +61,7 @@ def test_a_captured_graph_serves_whatever_is_loaded_at_replay(kind: str, rows: i
     outs = (200, 72) if kind == "linear" else (200,)
     case = make_case(kind, rows=rows, features=136, outs=outs, ranks=(16,) * 5, width=width, device="cuda")
     with registered(case.pools) as handle:
-        graph, outputs = capture(case, handle)
+        graph, outputs = capture(forward_of(case, handle))
         for _ in range(4):
             change_adapters(case)
             case.row_slots.copy_(draw_slots(rows, width, 5, "shuffled"))
@@ -133,3 +143,114 @@ def test_compiled_with_cuda_graphs_sees_adapters_change() -> None:
             torch.testing.assert_close(
                 compiled(case.x, case.row_slots), forward(case.x, case.row_slots), rtol=1e-4, atol=1e-4
             )
+
+
+def nothing() -> None:
+    """Where a test could wait for the GPU, and does not."""
+
+
+def chain_of(rows: int, features: int) -> list[Case]:
+    """Three linears that share one row map: each one's output is meant to be the next one's x."""
+    first, *others = (
+        make_case(rows=rows, features=features, outs=(features,), ranks=(16,) * 5, dtype=BF16, device="cuda")
+        for _ in range(3)
+    )
+    return [first, *(other.with_slots(first.row_slots) for other in others)]
+
+
+def run_chain(chain: Sequence[Case], handles: Sequence[int], between: Callable[[], None] = nothing) -> torch.Tensor:
+    segments = ops.segment_rows(chain[0].row_slots, chain[0].max_adapters)
+    y = chain[0].x
+    for case, handle in zip(chain, handles, strict=True):
+        (y,) = replace(case, x=y).call(segments, handle)
+        between()
+    return y
+
+
+@contextmanager
+def all_registered(cases: Sequence[Case]) -> Iterator[list[int]]:
+    with ExitStack() as stack:
+        yield [stack.enter_context(registered(case.pools)) for case in cases]
+
+
+@pytest.mark.usefixtures("plain_memory")
+@pytest.mark.parametrize("features", [1024, 4096])
+@pytest.mark.parametrize("rows", [1, 16, 64, 300])
+def test_chained_ops_of_a_graph_serve_whatever_is_loaded_at_replay(rows: int, features: int) -> None:
+    chain = chain_of(rows, features)
+    with all_registered(chain) as handles:
+        graph, y = capture(lambda: run_chain(chain, handles))
+        for _ in range(50):
+            for case in chain:
+                change_adapters(case)
+            chain[0].row_slots.copy_(draw_slots(rows, 1, 5, random.choice(("runs", "shuffled", "one"))))
+            chain[0].x.normal_()
+            graph.replay()
+            apart = run_chain(chain, handles, torch.cuda.synchronize)
+            assert apart.isfinite().all()
+            assert torch.equal(y, apart)
+            assert torch.equal(run_chain(chain, handles), apart)
+
+
+@pytest.mark.usefixtures("plain_memory")
+@pytest.mark.parametrize("rows", [16, 300])
+def test_graphs_of_one_stream_replayed_side_by_side(rows: int) -> None:
+    """Captured one after the other on one stream: they must not share the words through which programs meet."""
+    cases = [
+        make_case(rows=rows, features=4096, outs=(1024,), dtype=BF16, device="cuda", order="shuffled") for _ in range(2)
+    ]
+    truths = [case.run()[0] for case in cases]
+    stream, others = torch.cuda.Stream(), [torch.cuda.Stream(), torch.cuda.Stream()]
+    with all_registered(cases) as handles:
+        graphs = [capture(forward_of(case, handle), stream) for case, handle in zip(cases, handles, strict=True)]
+        torch.cuda.synchronize()
+        for _ in range(20):
+            for _, (y,) in graphs:
+                y.fill_(torch.nan)
+            torch.cuda.synchronize()
+            for _ in range(5):
+                for (graph, _), other in zip(graphs, others, strict=True):
+                    with torch.cuda.stream(other):
+                        graph.replay()
+            torch.cuda.synchronize()
+            assert all(torch.equal(y, truth) for (_, (y,)), truth in zip(graphs, truths, strict=True))
+
+
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("rows", [1, 16, 64, 200, 600])
+def test_a_row_keeps_its_bits_whatever_the_others_use(rows: int, width: int) -> None:
+    case = make_case(
+        rows=rows, features=1024, outs=(768, 200), ranks=(8, 16, 0, 64, 40), dtype=BF16, device="cuda", bias=True,
+        width=width, order="shuffled",
+    )  # fmt: skip
+    kept, first = torch.arange(0, rows, 5, device="cuda"), case.run()
+    assert equal_bits(first, case.run(), slice(None)), "two runs differ"
+    for order in ("runs", "shuffled", "one"):
+        slots = draw_slots(rows, width, case.max_adapters, order).to("cuda")
+        slots[kept] = case.row_slots[kept]
+        assert equal_bits(case.with_slots(slots).run(), first, kept), order
+
+
+@pytest.mark.usefixtures("plain_memory")
+@pytest.mark.parametrize("rows", [1, 16, 64, 300])
+def test_torch_kernels_around_an_op_keep_their_order(rows: int) -> None:
+    """x is written right before the op and spoilt right after it, y is read right after it."""
+    case = make_case(rows=rows, features=1024, outs=(4096,), dtype=BF16, device="cuda", order="shuffled")
+    inputs = [torch.randn_like(case.x) for _ in range(8)]
+    with registered(case.pools) as handle:
+        segments = ops.segment_rows(case.row_slots, case.max_adapters)
+
+        def step(values: torch.Tensor, between: Callable[[], None]) -> torch.Tensor:
+            case.x.copy_(values)
+            between()
+            (y,) = case.call(segments, handle)
+            between()
+            doubled = y + y
+            between()
+            case.x.fill_(torch.nan)
+            return doubled
+
+        truths = [step(values, torch.cuda.synchronize) for values in inputs]
+        found = [step(inputs[index % 8], nothing) for index in range(200)]
+    assert all(truth.isfinite().all() for truth in truths)
+    assert all(torch.equal(y, truths[index % 8]) for index, y in enumerate(found))
