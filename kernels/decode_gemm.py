@@ -1,4 +1,4 @@
-"""The base product of a linear over few rows, W read once: y = x W^T + bias + delta. It runs beside delta.py's launch.
+"""The base product of a linear over few rows, W read once: y = x W^T + bias + delta. It runs beside expand.py's.
 
 Stage: run time. delta is looked at only once the product is done; rows without an adapter get nothing added. K may be
 split over programs; whichever of a tile ends last adds the parts in order, so the bits do not depend on timing.
@@ -46,7 +46,7 @@ def product(
         x_mask = row_mask[:, None] if EVEN else row_mask[:, None] & inside[None, :]
         x = tl.load(x_at[:, None] + ks[None, :] * x_col_stride, mask=x_mask, other=0.0)  # [BM, BK]
         if EVEN:
-            w = tl.load(w_at[:, None] + ks[None, :] * w_col_stride)  # [BN, BK]
+            w = tl.load(w_at[:, None] + ks[None, :].to(tl.int64) * w_col_stride)  # [BN, BK]
         else:
             w_mask = col_mask[:, None] & inside[None, :]
             w = tl.load(w_at[:, None] + ks[None, :].to(tl.int64) * w_col_stride, mask=w_mask, other=0.0)
