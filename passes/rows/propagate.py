@@ -104,7 +104,7 @@ class Prover:
         rows = rows_of(self, node)
         mark_statistics(self, node, rows)
         if not is_known(op_name(node)):
-            self._share_memory(node)  # what an unknown op returns may be its operand, and be written to
+            self._share_memory(node, operand(node))  # what an unknown op returns may be its operand, and be written to
         return rows
 
     def _checked(self, node: fx.Node, rows: Any) -> Any:
@@ -119,11 +119,13 @@ class Prover:
         return rows
 
     def _track_memory(self, node: fx.Node) -> None:
-        if op_name(node) in VIEWS or is_write(node):
-            self._share_memory(node)
+        name = op_name(node)
+        if name in VIEWS or is_write(node) or name == "as_tensor":
+            self._share_memory(node, operand(node))
+        elif name == "einsum" and len(node.all_input_nodes) == 1:  # of one operand it may be a view
+            self._share_memory(node, node.all_input_nodes[0])
 
-    def _share_memory(self, node: fx.Node) -> None:
-        source = operand(node)
+    def _share_memory(self, node: fx.Node, source: Any) -> None:
         if isinstance(source, fx.Node):
             root = self.roots.get(source, source)
             self.roots[node] = root

@@ -215,6 +215,22 @@ def where_from_neighbour(self: Self, x: Tensor) -> Tensor:
 
 
 @register(NEGATIVE, MIXED)
+def write_through_a_view_that_einsum_made(self: Self, x: Tensor) -> Tensor:
+    y = x.clone()
+    view = torch.einsum("btf->tbf", y)
+    view.copy_(view.roll(1, 1))
+    return self.proj(y)
+
+
+@register(NEGATIVE, MIXED, traceable=False)
+def write_through_as_tensor(self: Self, x: Tensor) -> Tensor:
+    y = x.clone()
+    view = torch.as_tensor(y)
+    view.copy_(view.roll(1, 0))
+    return self.proj(y)
+
+
+@register(NEGATIVE, MIXED)
 def lerp_to_neighbour(self: Self, x: Tensor) -> Tensor:
     return self.proj(torch.lerp(x, x.roll(1, 0), 0.3))
 
