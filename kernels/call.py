@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from fxlora.kernels.checks import check_members, check_rows
+from fxlora.kernels.checks import check_rows
 from fxlora.kernels.launch import Fixed, Launcher, Variant, raw_stream
 from fxlora.kernels.overlap import can_overlap
 from fxlora.kernels.registry import Group, SitePool
@@ -57,7 +57,7 @@ def _a_arguments(pool: SitePool | None) -> PoolArguments:
 
 
 class LinearCall:
-    """x [T, K] with adjacent columns, weights, row map and pools, as the kernels of this call take them."""
+    """x [T, K] with adjacent columns, a weight and a bias for each member, row map and pools, as kernels take them."""
 
     def __init__(
         self,
@@ -69,7 +69,6 @@ class LinearCall:
         segments: torch.Tensor,
         members: Members,
     ) -> None:
-        check_members(weights, members.pools)
         self.features = x.shape[-1]
         self.rows, self.width = row_slots.shape
         check_rows(x.numel() // self.features if self.features else self.rows, row_slots, row_coeffs)

@@ -18,7 +18,7 @@ import triton.language as tl
 from fxlora.kernels.call import LinearCall, Plan
 from fxlora.kernels.launch import Launcher
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
-from fxlora.kernels.shrink import tile_of
+from fxlora.kernels.shrink import count_tiles, tile_of
 from fxlora.kernels.tiles import ExpandTile
 from fxlora.kernels.triton_helpers import dot
 
@@ -47,7 +47,7 @@ def expand_share(
     BR: tl.constexpr, BN: tl.constexpr, ONE_CHUNK: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program's share of one member's delta: tiles are dealt out first, then the columns of each."""
-    count = tl.load(segments_ptr + num_entries + max_adapters + 2)
+    count = count_tiles(segments_ptr, num_entries, max_adapters)
     parts = tl.maximum(tl.minimum(programs // tl.maximum(count, 1), tl.cdiv(num_cols, BN)), 1)
     groups = programs // parts
     lanes = tl.arange(0, 16)

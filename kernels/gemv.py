@@ -32,23 +32,16 @@ def load_b(b_ptr, start, rank, first, cols, col_mask, num_cols, BR: tl.constexpr
 
 @triton.jit
 def product(
-    x_at, w_at, w_tile, col_mask, num_features, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    EVEN: tl.constexpr, STAGES: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """[BN] fp32: a row of x times BN rows of W. STAGES 0: all of W is asked for at once, w_tile is its first block."""
+    x_at, w_at, w_tile, col_mask, num_features, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr
+) -> tl.tensor:
+    """[BN] fp32: a row of x times BN rows of W. All of W is asked for at once; w_tile is its first block."""
     ks = tl.arange(0, BK)
     acc = tl.zeros([BN, BK], tl.float32)
-    if STAGES == 0:
-        for first in tl.static_range(0, K, BK):
-            if first > 0:
-                w_tile = load_w(w_at + first, col_mask, first + ks < num_features, EVEN)
-            x_tile = tl.load(x_at + first + ks, mask=first + ks < num_features, other=0.0)
-            acc += w_tile.to(tl.float32) * x_tile.to(tl.float32)[None, :]
-    else:
-        for first in tl.range(0, K, BK, num_stages=STAGES):
+    for first in tl.static_range(0, K, BK):
+        if first > 0:
             w_tile = load_w(w_at + first, col_mask, first + ks < num_features, EVEN)
-            x_tile = tl.load(x_at + first + ks, mask=first + ks < num_features, other=0.0)
-            acc += w_tile.to(tl.float32) * x_tile.to(tl.float32)[None, :]
+        x_tile = tl.load(x_at + first + ks, mask=first + ks < num_features, other=0.0)
+        acc += w_tile.to(tl.float32) * x_tile.to(tl.float32)[None, :]
     return tl.sum(acc, axis=1)
 
 
@@ -73,21 +66,19 @@ def times_h(b, h_at, rank, first, BR: tl.constexpr) -> tl.tensor:
 def gemv_tile(
     x, w, bias, y_ptr, h_ptr, h_stride, slots, site, b_ptr, row, block, num_features, num_cols, max_adapters,
     J: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, EVEN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_POOL: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_POOL: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """Columns block * BN .. of one row of one member. W and the first ranks of B are asked for before anything else."""
     cols = block * BN + tl.arange(0, BN)
     col_mask = cols < num_cols
     ks = tl.arange(0, BK)
     w_at = w[0] + cols[:, None].to(tl.int64) * w[1] + ks[None, :]
-    w_tile = tl.zeros([BN, BK], w[0].dtype.element_ty)
-    if STAGES == 0:
-        w_tile = load_w(w_at, col_mask, ks < num_features, EVEN)
+    w_tile = load_w(w_at, col_mask, ks < num_features, EVEN)
     rank, start, b = 0, 0, w_tile
     if HAS_POOL:
         rank, start, _ = adapter_of(slot_of(row * J, slots, max_adapters, J), site)
         b = load_b(b_ptr, start, rank, 0, cols, col_mask, num_cols, BR)
-    y = product(x[0] + row.to(tl.int64) * x[1], w_at, w_tile, col_mask, num_features, K, BN, BK, EVEN, STAGES)
+    y = product(x[0] + row.to(tl.int64) * x[1], w_at, w_tile, col_mask, num_features, K, BN, BK, EVEN)
     if HAS_BIAS:
         y += tl.load(bias[0] + cols * bias[1], mask=col_mask, other=0.0).to(tl.float32)
     wait_for_earlier(PDL)
@@ -128,7 +119,6 @@ def gemv_kernel(
     EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,  # one flag for each member
     HAS_POOL: tl.constexpr,  # one flag for each member
-    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
     """The members' blocks one after another, rows of a block side by side."""
@@ -142,7 +132,7 @@ def gemv_kernel(
                 x, weights[member], biases[member], ys[member], h_ptr + member * num_rows * J * h_stride, h_stride,
                 slots, sites[member], b_ptrs[member], (program - begin) % num_rows, (program - begin) // num_rows,
                 num_features, widths[member], max_adapters, J, K, BN, BK, BR, EVEN, HAS_BIAS[member], HAS_POOL[member],
-                STAGES, PDL,
+                PDL,
             )  # fmt: skip
         begin = end
 
@@ -190,6 +180,5 @@ def _plan(call: LinearCall, stride: int, tile: GemvTile) -> Plan:
         EVEN=call.features % tile.BK == 0 and not any([n % tile.BN for n in call.widths]),
         HAS_BIAS=call.has_bias,
         HAS_POOL=members.has_pool,
-        STAGES=tile.num_stages,
         PDL=call.overlap and members.has_pools,
     )

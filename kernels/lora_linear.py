@@ -19,13 +19,13 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fxlora.kernels.call import LinearCall, Members
+from fxlora.kernels.checks import check_members
 from fxlora.kernels.decode import decode
-from fxlora.kernels.errors import OpInputError
 from fxlora.kernels.gemv import gemv
 from fxlora.kernels.general import general
 from fxlora.kernels.handshake import COUNTERS
 from fxlora.kernels.prefill import prefill
-from fxlora.kernels.registry import Group, derived_of
+from fxlora.kernels.registry import Group, derived_of, pools_of
 from fxlora.kernels.tiles import decode_tiles, gemv_tile, prefill_tile
 from fxlora.kernels.triton_helpers import INTERPRET, device_of
 from fxlora.kernels.workspace import counters
@@ -52,14 +52,10 @@ def lora_linear(
     group: int,
 ) -> list[torch.Tensor]:
     """See `ops.lora_linear`."""
-    runs = derived_of(group, _runs_of)
-    if len(weights) != sum([len(run.pools) for run in runs]):
-        raise OpInputError(
-            f"the op got {len(weights)} weights, its group has {sum(len(run.pools) for run in runs)} members"
-        )
+    check_members(weights, pools_of(group))
     outputs: list[torch.Tensor] = []
     with device_of(x):
-        for members in runs:
+        for members in derived_of(group, _runs_of):
             part = slice(len(outputs), len(outputs) + len(members.pools))
             call = LinearCall(x, weights[part], biases[part], row_slots, row_coeffs, segments, members)
             outputs += body_of(call)(call) if call.rows else call.new_outputs()

@@ -80,12 +80,18 @@ def shrink_entry(
 
 
 @triton.jit
+def count_tiles(segments_ptr, num_entries, max_adapters) -> tl.tensor:
+    """Tiles in use of the table (segments.py)."""
+    return tl.load(segments_ptr + num_entries + max_adapters + 2)
+
+
+@triton.jit
 def tile_of(tile, segments_ptr, num_entries, max_adapters) -> tl.tensor:
     """Slot of a tile of the table (segments.py), and the positions [first, end) of its up to 16 entries."""
-    table = num_entries + max_adapters + 2
+    table_ptr = segments_ptr + num_entries + max_adapters + 3
     bound = tl.cdiv(num_entries, 16) + max_adapters
-    slot = tl.load(segments_ptr + table + 1 + tile)
-    first = tl.load(segments_ptr + table + 1 + bound + tile)
+    slot = tl.load(table_ptr + tile)
+    first = tl.load(table_ptr + bound + tile)
     return slot, first, tl.minimum(first + 16, tl.load(segments_ptr + num_entries + slot + 1))
 
 
@@ -162,7 +168,7 @@ def shrink_share(
                 max_adapters, J, SHRINK, HAS_COEFFS,
             )  # fmt: skip
     else:
-        count = tl.load(segments_ptr + num_entries + max_adapters + 2)
+        count = count_tiles(segments_ptr, num_entries, max_adapters)
         for item in tl.range(program, count * parts, programs, num_stages=1):
             shrink_quarters(
                 item // parts, item % parts, parts, x, h_ptr, h_stride, coeffs, segments_ptr, site, num_entries,

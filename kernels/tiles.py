@@ -74,12 +74,11 @@ class DecodeTiles:
 
 @dataclass(frozen=True)
 class GemvTile:
-    """Of gemv.py. num_stages 0: a program asks for all of its W at once."""
+    """Of gemv.py."""
 
     BN: int
     BK: int
     num_warps: int
-    num_stages: int
     shrink: ShrinkTile
 
 
@@ -94,7 +93,7 @@ class GemvTile:
 #     2048 x 128        3.2 (4.8)     4.1 (4.9)
 _FEW = ShrinkTile(1, 4, 2048, 16, 528, 4)
 _MANY = ShrinkTile(4, 2, 1024, 8, 528, 4)
-_GEMV = {2048: GemvTile(4, 2048, 4, 0, _FEW), 8192: GemvTile(4, 1024, 2, 0, _FEW), None: GemvTile(8, 512, 2, 0, _FEW)}
+_GEMV = {2048: GemvTile(4, 2048, 4, _FEW), 8192: GemvTile(4, 1024, 2, _FEW), None: GemvTile(8, 512, 2, _FEW)}
 _EXPAND = {16: ExpandTile(64, 128, 264, 4), 64: ExpandTile(64, 256, 132, 8), None: ExpandTile(64, 128, 264, 4)}
 _FP32 = {16: GemmTile(16, 64, 32, 1, False, 4, 3), None: GemmTile(64, 64, 32, 1, False, 4, 3)}
 WIDE, TALL = 20000, 8192

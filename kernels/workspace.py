@@ -1,8 +1,7 @@
 """Words through which the programs of one launch meet, zero at first.
 
-Stage: run time. Outside a CUDA-graph capture one block of words serves one kernel and grid on one stream, whose
-launches run one after another. Each call that is captured gets words of its own, for good: graphs captured on one
-stream may be replayed side by side.
+Stage: run time. Outside a CUDA-graph capture one block of words serves a stream, whose launches run one after another.
+Each call that is captured gets words of its own, for good: graphs captured on one stream may be replayed side by side.
 Everything else an op needs beside its outputs is plain `torch.empty`, which streams and captures keep apart already.
 """
 

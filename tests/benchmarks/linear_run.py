@@ -8,6 +8,8 @@ numbers of `Case`, error, bytes, flops, floor_us, sets, calls, rounds, tiny_us, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -112,23 +114,27 @@ def measure(case: Case, built: Built, clock: Clock, rates: Rates, peers: Any, ro
     return row
 
 
+def guarded(row: Row, work: Callable[[], Row]) -> Row:
+    """The row with what `work` found; red where a result was wrong, an error where anything else went wrong."""
+    try:
+        return {**row, "status": "ok", **work()}
+    except WrongResultError as error:
+        return {**row, "status": "red", "reason": str(error)}
+    except Exception as error:
+        return {**row, "status": "error", "reason": reason(error)}
+
+
 def run_case(
     case: Case, clock: Clock, rates: Rates, *, peers: Any = None, rounds: int = 30,
     dtype: torch.dtype = torch.bfloat16, sets: int | None = None, seed: int = 0,
 ) -> Row:  # fmt: skip
     """The result row of one case; a wrong result gives a red one, anything else that goes wrong an error."""
-    row: Row = {"name": case.name, **asdict(case)}
-    built = None
-    try:
-        built = build(case, clock.device, dtype, sets, seed)
-        return {**row, "status": "ok", **measure(case, built, clock, rates, peers, rounds)}
-    except WrongResultError as error:
-        return {**row, "status": "red", "reason": str(error)}
-    except Exception as error:
-        return {**row, "status": "error", "reason": reason(error)}
-    finally:
-        if built is not None:
-            built.close()
+
+    def work() -> Row:
+        with closing(build(case, clock.device, dtype, sets, seed)) as built:
+            return measure(case, built, clock, rates, peers, rounds)
+
+    return guarded({"name": case.name, **asdict(case)}, work)
 
 
 def warm_case(case: Case, peers: Any) -> None:

@@ -6,8 +6,8 @@ import re
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -16,7 +16,7 @@ from fxlora.kernels.segments import segment_rows_torch
 from tests.benchmarks.gpu_timing import Clock, spread
 from tests.benchmarks.linear_build import Built, WrongResultError, build
 from tests.benchmarks.linear_cases import Case
-from tests.benchmarks.peers_adapter import reason
+from tests.benchmarks.linear_run import Row, guarded
 
 SEGMENT_ROWS, SEGMENT_SLOTS = (1, 16, 64, 256, 2048, 8192), (64, 256)
 SEGMENT_MAPS = 4
@@ -28,7 +28,6 @@ HOST_CASES = {
     "host-embedding": Case("host-embedding", "embedding", 1, 1024, (1024,), 16, 1, slots=8),
 }
 NAMES = [*(f"segments-T{rows}-S{slots}" for slots in SEGMENT_SLOTS for rows in SEGMENT_ROWS), *HOST_CASES]
-Row = dict[str, Any]
 
 
 def time_segments(name: str, clock: Clock, rounds: int) -> Row:
@@ -75,18 +74,12 @@ def host_call(name: str, built: Built) -> Callable[[], object]:
 @torch.no_grad()
 def run_overhead(name: str, clock: Clock, rounds: int) -> Row:
     """The result row of one name of `NAMES`; us of the device, or host_us beside base_host_us of plain torch."""
-    row: Row = {"name": name, "kind": name.split("-")[0]}
-    built = None
-    try:
+
+    def work() -> Row:
         if name not in HOST_CASES:
-            return {**row, "status": "ok", **time_segments(name, clock, rounds)}
-        built = build(HOST_CASES[name], clock.device, sets=1)
-        ours, base = host_us(host_call(name, built), clock.device), host_us(partial(built.base, 0), clock.device)
-        return {**row, "status": "ok", "host_us": ours, "base_host_us": base}
-    except WrongResultError as error:
-        return {**row, "status": "red", "reason": str(error)}
-    except Exception as error:
-        return {**row, "status": "error", "reason": reason(error)}
-    finally:
-        if built is not None:
-            built.close()
+            return time_segments(name, clock, rounds)
+        with closing(build(HOST_CASES[name], clock.device, sets=1)) as built:
+            ours, base = host_us(host_call(name, built), clock.device), host_us(partial(built.base, 0), clock.device)
+            return {"host_us": ours, "base_host_us": base}
+
+    return guarded({"name": name, "kind": name.split("-")[0]}, work)

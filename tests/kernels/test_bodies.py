@@ -43,8 +43,8 @@ DECODE = {
     "split and swap": DecodeTiles(ONE_BY_ONE, EXPAND, GemmTile(16, 16, 16, 2, True, 4, 2)),
 }
 GEMV = {
-    "all at once": GemvTile(16, 64, 4, 0, ONE_BY_ONE),
-    "in a loop": GemvTile(8, 32, 4, 2, FOUR_BY_FOUR),
+    "one block": GemvTile(16, 64, 4, ONE_BY_ONE),
+    "several blocks": GemvTile(8, 32, 4, FOUR_BY_FOUR),
 }
 PREFILL = Tile(32, 32, 32, 16, 4, 3) if INTERPRET else Tile(64, 64, 64, 16, 4, 3)
 
@@ -67,7 +67,7 @@ def run(body: str, case: Case, tile: Any = None) -> list[torch.Tensor]:
 
     call = linear_call(case)
     if body == "gemv":
-        return gemv.gemv(call, tile or GEMV["all at once"])
+        return gemv.gemv(call, tile or GEMV["one block"])
     if body == "decode":
         outputs = decode.decode(call, tile or DECODE["split"])
         assert not workspace.counters(1, call.x.device, call.stream).any()
