@@ -112,13 +112,13 @@ class LinearCall:
         """[..., N] of each member, uninitialised."""
         return [self.x.new_empty(*self.leading, n) for n in self.widths]
 
-    def plan(self, launcher: Launcher, tile: object, make: Callable[[], Plan]) -> Plan:
+    def plan(self, launcher: Launcher, tile: object, make: Callable[[], Plan], step: int = 0) -> Plan:
         """What one launch of the call does not owe to its tensors, made once for calls of this shape and tile.
 
-        make: returns it.
+        make: returns it. step: tells apart the launches of one kernel in one call.
         """
         plans = self.members.plans
-        key = (launcher, self.signature)
+        key = (launcher, self.signature, step)
         found = plans.get(key)
         if found is None or (found[0] is not tile and found[0] != tile):
             if len(plans) >= MAX_PLANS:

@@ -1,6 +1,8 @@
-"""A linear over few rows, host side: shrink, expand and the base product, three launches that run at the same time.
+"""A linear over few rows, host side: the base product with the shrink beside it, then the expand.
 
-Stage: run time, between `lora_linear.py`, which picks the tiles, and the kernels. A group's members share the launches.
+Stage: run time, between `lora_linear.py`, which picks the tiles, and the kernels. Up to some rows the shrink's programs
+are in the launch of the product, past that in one of their own before it. A group's members share all launches. No
+program waits for another of its launch, so nothing can hang.
 
 Letters: T rows, J slots per row, E = T * J entries, K in-features, N out-features.
 """
@@ -13,58 +15,63 @@ import torch
 
 from fxlora.kernels.call import LinearCall, Plan
 from fxlora.kernels.decode_gemm import gemm_kernel
-from fxlora.kernels.expand import expand
+from fxlora.kernels.decode_shrink import shrink_tiles
+from fxlora.kernels.expand import expand, has_sums
 from fxlora.kernels.launch import Launcher
-from fxlora.kernels.shrink import shrink
-from fxlora.kernels.tiles import DecodeTiles, GemmTile
+from fxlora.kernels.tiles import DecodeTiles, ShrinkTile
 from fxlora.kernels.triton_helpers import cdiv, next_power_of_2
-from fxlora.kernels.workspace import counters
 
 _launcher = Launcher(gemm_kernel)
 
 
 def decode(call: LinearCall, tiles: DecodeTiles) -> list[torch.Tensor]:
     """The members' outputs for `call`."""
-    members = call.members
-    plan = call.plan(_launcher, tiles.gemm, lambda: _plan(call, tiles.gemm))
-    *numbers, tile_count, stride, delta_size, h_size, parts_size = plan.numbers
-    sizes = (delta_size, h_size, parts_size)
-    delta, h, parts = torch.split_with_sizes(call.x.new_empty(sum(sizes), dtype=torch.float32), sizes)
-    if members.has_pools:
-        shrink(call, h, stride, tiles.shrink)
-        expand(call, delta, h, stride, tiles.expand)
-    outputs = call.new_outputs()
+    plan = call.plan(_launcher, tiles, lambda: _plan(call, tiles))
+    *numbers, stride, h_size, sums_size = plan.numbers
+    h, sums = torch.split_with_sizes(call.x.new_empty(h_size + sums_size, dtype=torch.float32), (h_size, sums_size))
+    outputs = tuple(call.new_outputs())
+    if isinstance(tiles.shrink, ShrinkTile) and h_size:
+        shrink_tiles(call, h, stride, tiles.shrink)
     plan.launch(
         (call.x, *call.x.stride()),
         call.strided_weights,
         call.strided_biases,
-        tuple(outputs),
-        delta,
-        parts,
-        counters(tile_count, call.x.device, call.stream) if parts_size else call.segments,
+        outputs,
+        sums,
+        h,
+        stride,
         call.slots,
-        members.a_pools,
+        call.coeffs,
+        call.members.a_pools,
         call.widths,
         *numbers,
     )
-    return outputs
+    if sums_size:
+        expand(call, outputs, sums, h, stride, tiles)
+    return list(outputs)
 
 
-def _plan(call: LinearCall, tile: GemmTile) -> Plan:
-    """Of the base product; its numbers end with the count of tiles, the stride of h and the sizes of the scratch."""
-    members = call.members
-    columns = sum(call.widths)
-    tiles = sum([cdiv(n, tile.BN) for n in call.widths]) * cdiv(call.rows, tile.BM)
+def _plan(call: LinearCall, tiles: DecodeTiles) -> Plan:
+    """Of the product's launch; its numbers end with the stride of h and the sizes of the scratch."""
+    members, tile, shrink = call.members, tiles.gemm, tiles.shrink
+    count = sum([cdiv(n, tile.BN) for n in call.widths]) * cdiv(call.rows, tile.BM) * tile.SPLIT
     stride = max(16, next_power_of_2(members.h_width))
+    programs, parts, constants, h_parts = 0, 1, (), 1
+    if isinstance(shrink, ShrinkTile):
+        h_parts = shrink.parts
+    elif members.has_pools:
+        parts = min(cdiv(members.h_width, shrink.BR), shrink.parts)
+        programs = min(call.entries * parts, shrink.programs)
+        constants = (cdiv(call.features, shrink.BK) * shrink.BK, shrink.BR, shrink.BK)
+    summed = has_sums(call, tile.SPLIT)
     sizes = (
-        cdiv(call.entries * columns, 4) * 4 if members.has_pools else 0,  # what follows starts at 16 bytes
-        len(call.widths) * call.entries * stride if members.has_pools else 0,
-        tile.SPLIT * call.rows * columns if tile.SPLIT > 1 else 0,
+        len(call.widths) * h_parts * call.entries * stride if members.has_pools else 0,
+        sum([tile.SPLIT * call.rows * n for n, kept in zip(call.widths, summed, strict=True) if kept]),
     )
     return call.planned(
         _launcher,
-        (tiles * tile.SPLIT,),
-        (call.rows, call.features, members.max_adapters, tiles, stride, *sizes),
+        (programs * len(call.widths) + count,),
+        (call.rows, call.features, members.max_adapters, programs, parts, stride, *sizes),
         tile.num_warps,
         J=call.width,
         BM=tile.BM,
@@ -74,7 +81,10 @@ def _plan(call: LinearCall, tile: GemmTile) -> Plan:
         SWAP=tile.SWAP,
         EVEN=call.features % tile.BK == 0 and not any([n % tile.BN for n in call.widths]),
         HAS_BIAS=call.has_bias,
-        HAS_POOL=members.has_pool,
+        HAS_POOL=members.has_pool if constants else (False,) * len(call.widths),
+        HAS_SUMS=summed,
+        HAS_COEFFS=call.has_coeffs,
+        SHRINK=constants,
         STAGES=tile.num_stages,
-        PDL=call.overlap and members.has_pools,
+        PDL=call.overlap,
     )

@@ -1,13 +1,14 @@
-"""Second launch of a linear over few rows: delta = h B of every entry, beside the launch that streams W.
+"""Second launch of a linear over few rows: y = sums + bias + h B, each row with its own adapter.
 
-Stage: run time. A fixed number of programs shares whatever tiles the batch has (up to 16 entries of one slot each), so
-every B is read once for each tile and only if its adapter is in the batch. An entry's bits follow from its own h and
-adapter alone, and nothing of one slot ever meets another's.
+Stage: run time. It is resident while the first launch streams W, and asks for B before it waits for that one. A tile
+is up to 16 entries of one slot, or of none, so every B is read once for each tile and only if its adapter is in the
+batch. An entry's bits follow from its own sums, h and adapter alone; nothing of one slot ever meets another's.
 
 Letters: T rows, J slots per row, E = T * J entries, N out-features, W words of an entry's h, S slots.
 """
 
-# ruff: noqa: ANN001, SIM102 (pointers and blocks have no static type; a choice at compile time is an `if` of its own)
+# ruff: noqa: ANN001, SIM102, C419 (pointers and blocks have no static type; a choice at compile time is an `if` of its
+# own; a list costs less host time than a generator)
 
 from __future__ import annotations
 
@@ -16,11 +17,12 @@ import triton
 import triton.language as tl
 
 from fxlora.kernels.call import LinearCall, Plan
+from fxlora.kernels.decode_shrink import count_tiles, tile_of
 from fxlora.kernels.launch import Launcher
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
-from fxlora.kernels.shrink import count_tiles, tile_of
-from fxlora.kernels.tiles import ExpandTile
-from fxlora.kernels.triton_helpers import dot
+from fxlora.kernels.segments import TILE, tile_bound
+from fxlora.kernels.tiles import DecodeTiles, ShrinkTile
+from fxlora.kernels.triton_helpers import cdiv, dot
 
 
 @triton.jit
@@ -33,53 +35,84 @@ def b_block(b_ptr, start, rank, first, cols, num_cols, BR: tl.constexpr) -> tl.t
 
 
 @triton.jit
-def h_block(h_ptr, h_stride, entries, entry_mask, rank, first, dtype: tl.constexpr, BR: tl.constexpr) -> tl.tensor:
-    """[16, BR]: ranks first .. first + BR of a tile's h, in the dtype of the dot."""
+def h_block(
+    h_ptr, h_stride, entries, entry_mask, rank, first, num_entries, dtype: tl.constexpr, BR: tl.constexpr,
+    PARTS: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """[16, BR]: ranks first .. first + BR of a tile's h, its parts added in order, in the dtype of the dot."""
     ranks = first + tl.arange(0, BR)
     mask = entry_mask[:, None] & (ranks < rank)[None, :]
     at = h_ptr + entries[:, None].to(tl.int64) * h_stride + ranks[None, :]
-    return tl.load(at, mask=mask, other=0.0, cache_modifier=".cg").to(dtype)
+    h = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
+    for part in tl.static_range(1, PARTS):
+        h += tl.load(at + part * num_entries.to(tl.int64) * h_stride, mask=mask, other=0.0, cache_modifier=".cg")
+    return h.to(dtype)
 
 
 @triton.jit
-def expand_share(
-    program, programs, delta_ptr, h_ptr, h_stride, segments_ptr, site, b_ptr, num_entries, num_cols, max_adapters,
-    BR: tl.constexpr, BN: tl.constexpr, ONE_CHUNK: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
+def any_tile_of(tile, count, bare, segments_ptr, num_entries, max_adapters) -> tl.tensor:
+    """As tile_of; tiles from `count` on hold the entries without an adapter, which begin at `bare`, with slot -1."""
+    slot = tl.full([], -1, tl.int32)
+    first = bare + (tile - count) * 16
+    end = tl.minimum(first + 16, num_entries)
+    if tile < count:
+        slot, first, end = tile_of(tile, segments_ptr, num_entries, max_adapters)
+    return slot, first, end
+
+
+@triton.jit
+def base_sums(sums_ptr, at, mask, size, cols, bias, num_cols, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr) -> tl.tensor:
+    """[16, BN] fp32: the parts of the base product in order, and the bias."""
+    acc = tl.load(sums_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
+    for part in tl.static_range(1, PARTS):
+        acc += tl.load(sums_ptr + part * size + at, mask=mask, other=0.0, cache_modifier=".cg")
+    if HAS_BIAS:
+        acc += tl.load(bias[0] + cols * bias[1], mask=cols < num_cols, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
+def expand_tile(
+    slot, first_position, end, cols, y_ptr, sums_ptr, bias, h_ptr, h_stride, segments_ptr, site, b_ptr, num_entries,
+    num_cols, j, J: tl.constexpr, PARTS: tl.constexpr, H_PARTS: tl.constexpr, LAST: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_POOL: tl.constexpr, BR: tl.constexpr, ONE_CHUNK: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One program's share of one member's delta: tiles are dealt out first, then the columns of each."""
-    count = count_tiles(segments_ptr, num_entries, max_adapters)
-    parts = tl.maximum(tl.minimum(programs // tl.maximum(count, 1), tl.cdiv(num_cols, BN)), 1)
-    groups = programs // parts
-    lanes = tl.arange(0, 16)
-    for tile in tl.range(tl.where(program < groups * parts, program // parts, count), count, groups, num_stages=1):
-        slot, first_position, end = tile_of(tile, segments_ptr, num_entries, max_adapters)
-        rank = tl.load(site[2] + slot)
-        start = tl.load(site[1] + slot)
-        entry_mask = first_position + lanes < end
-        entries = tl.load(segments_ptr + first_position + lanes, mask=entry_mask, other=0)
-        cols = program % parts * BN + tl.arange(0, BN)
+    """Columns `cols` of the rows whose entry j is in one tile."""
+    positions = first_position + tl.arange(0, 16)
+    entries = tl.load(segments_ptr + positions, mask=positions < end, other=0)
+    entry_mask = (positions < end) & (entries % J == j)
+    rank, start = 0, 0
+    if HAS_POOL:
+        rank = tl.load(site[2] + slot, mask=slot >= 0, other=0)
+        start = tl.load(site[1] + slot, mask=slot >= 0, other=0)
         b = b_block(b_ptr, start, rank, 0, cols, num_cols, BR)
-        wait_for_earlier(PDL)
+    mask = entry_mask[:, None] & (cols < num_cols)[None, :]
+    at = (entries // J)[:, None].to(tl.int64) * num_cols + cols[None, :]
+    size = (num_entries // J).to(tl.int64) * num_cols
+    wait_for_earlier(PDL)
+    acc = base_sums(sums_ptr, at, mask, size, cols, bias, num_cols, PARTS, HAS_BIAS)
+    if HAS_POOL:
         if rank > 0:
-            first_h = h_block(h_ptr, h_stride, entries, entry_mask, rank, 0, b.dtype, BR)
-            for _ in tl.range(program % parts * BN, num_cols, parts * BN, num_stages=1):
-                next_cols = cols + parts * BN
-                next_b = b_block(b_ptr, start, rank, 0, next_cols, num_cols, BR)  # on its way during the dot
-                acc = dot(first_h, b, tl.zeros([16, BN], tl.float32), PRECISION)
-                if not ONE_CHUNK:
-                    for first in range(BR, rank, BR):
-                        h = h_block(h_ptr, h_stride, entries, entry_mask, rank, first, b.dtype, BR)
-                        acc = dot(h, b_block(b_ptr, start, rank, first, cols, num_cols, BR), acc, PRECISION)
-                at = delta_ptr + entries[:, None].to(tl.int64) * num_cols + cols[None, :]
-                tl.store(at, acc, mask=entry_mask[:, None] & (cols < num_cols)[None, :])
-                b = next_b
-                cols = next_cols
+            h = h_block(h_ptr, h_stride, entries, entry_mask, rank, 0, num_entries, b.dtype, BR, H_PARTS)
+            delta = dot(h, b, tl.zeros(acc.shape, tl.float32), PRECISION)
+            if not ONE_CHUNK:
+                for first in range(BR, rank, BR):
+                    h = h_block(h_ptr, h_stride, entries, entry_mask, rank, first, num_entries, b.dtype, BR, H_PARTS)
+                    delta = dot(h, b_block(b_ptr, start, rank, first, cols, num_cols, BR), delta, PRECISION)
+            acc += delta
+    if LAST:
+        tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(sums_ptr + at, acc, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_entries", "max_adapters"])
+@triton.jit(do_not_specialize=["num_entries", "max_adapters", "j"])
 def expand_kernel(
-    delta_ptr,  # fp32, the members' [E, N] one after another
-    h_ptr,  # fp32 [members, E, W]
+    ys,  # of each member: pointer to [T, N], contiguous
+    sums_ptr,  # fp32, the members' [SPLIT, T, N] one after another
+    biases,  # of each member: pointer to [N], stride
+    h_ptr,  # fp32 [members, H_PARTS, E, W]
     h_stride,  # W
     segments_ptr,
     sites,  # of each member: A [P, K], start, rank, scaling
@@ -87,46 +120,100 @@ def expand_kernel(
     widths,  # N of each member
     num_entries,
     max_adapters,
+    j,  # which of each row's entries
+    J: tl.constexpr,
+    SPLIT: tl.constexpr,
+    H_PARTS: tl.constexpr,
+    FIRST: tl.constexpr,  # j is 0: the parts have to be summed yet
+    LAST: tl.constexpr,  # j is J - 1: the outputs are to be written
+    HAS_BIAS: tl.constexpr,  # one flag for each member
     HAS_POOL: tl.constexpr,  # one flag for each member
+    HAS_SUMS: tl.constexpr,  # one flag for each member
     BR: tl.constexpr,
     BN: tl.constexpr,
     ONE_CHUNK: tl.constexpr,  # no adapter has more than BR ranks
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """Program (share of the work, member)."""
+    """Program (share of the work, member). Columns of a tile go to neighbouring programs."""
     let_later_start(PDL)
-    width = 0
+    sums_at = sums_ptr
     for member in tl.static_range(len(HAS_POOL)):
-        if HAS_POOL[member]:
+        if HAS_SUMS[member]:
             if tl.program_id(1) == member:
-                expand_share(
-                    tl.program_id(0), tl.num_programs(0), delta_ptr + width * num_entries,
-                    h_ptr + member * num_entries.to(tl.int64) * h_stride, h_stride, segments_ptr, sites[member],
-                    b_ptrs[member], num_entries, widths[member], max_adapters, BR, BN, ONE_CHUNK, PDL, PRECISION,
-                )  # fmt: skip
-        width += widths[member]
+                count, bare = 0, 0
+                if HAS_POOL[member]:
+                    count = count_tiles(segments_ptr, num_entries, max_adapters)
+                    bare = tl.load(segments_ptr + num_entries + max_adapters)
+                blocks = tl.cdiv(widths[member], BN)
+                tiles = count + tl.cdiv(num_entries - bare, 16)
+                for item in tl.range(tl.program_id(0), tiles * blocks, tl.num_programs(0), num_stages=1):
+                    slot, first, end = any_tile_of(item // blocks, count, bare, segments_ptr, num_entries, max_adapters)
+                    expand_tile(
+                        slot, first, end, item % blocks * BN + tl.arange(0, BN), ys[member], sums_at, biases[member],
+                        h_ptr + member * num_entries.to(tl.int64) * h_stride * H_PARTS, h_stride, segments_ptr,
+                        sites[member], b_ptrs[member], num_entries, widths[member], j, J, SPLIT if FIRST else 1,
+                        H_PARTS, LAST, HAS_BIAS[member] and FIRST, HAS_POOL[member], BR, ONE_CHUNK, PDL, PRECISION,
+                    )  # fmt: skip
+            sums_at += widths[member].to(tl.int64) * (num_entries // J) * SPLIT
     wait_for_earlier(PDL)
 
 
 _launcher = Launcher(expand_kernel)
 
 
-def expand(call: LinearCall, delta: torch.Tensor, h: torch.Tensor, stride: int, tile: ExpandTile) -> None:
-    """Fills delta, fp32, the members' [E, N] one after another, in the rows of entries that have an adapter."""
+def expand(
+    call: LinearCall,
+    outputs: tuple[torch.Tensor, ...],
+    sums: torch.Tensor,
+    h: torch.Tensor,
+    stride: int,
+    tiles: DecodeTiles,
+) -> None:
+    """Fills the outputs of the members that have sums; one launch for each of a row's slots.
+
+    sums: fp32, such members' [SPLIT, T, N] one after another; overwritten where a row has several slots. h: fp32
+    [members, parts, E, stride], valid as far as each entry's rank.
+    """
     members = call.members
-    plan = call.plan(_launcher, tile, lambda: _plan(call, stride, tile))
-    plan.launch(delta, h, stride, call.segments, members.a_pools, members.b_pools, call.widths, *plan.numbers)
+    for j in range(call.width):
+        plan = call.plan(_launcher, tiles, lambda j=j: _plan(call, stride, j, tiles), step=j)
+        plan.launch(
+            outputs,
+            sums,
+            call.strided_biases,
+            h,
+            stride,
+            call.segments,
+            members.a_pools,
+            members.b_pools,
+            call.widths,
+            *plan.numbers,
+        )
 
 
-def _plan(call: LinearCall, stride: int, tile: ExpandTile) -> Plan:
+def has_sums(call: LinearCall, split: int) -> tuple[bool, ...]:
+    """Of each member: whether its base product is left in scratch, to be finished here."""
+    return tuple([has_pool or split > 1 for has_pool in call.members.has_pool])
+
+
+def _plan(call: LinearCall, stride: int, j: int, tiles: DecodeTiles) -> Plan:
+    members, tile, split = call.members, tiles.expand, tiles.gemm.SPLIT
     block_ranks = max(16, min(tile.BR, stride))
+    bound = min(call.entries, tile_bound(call.entries, members.max_adapters, TILE) + 1)
     return call.planned(
         _launcher,
-        (max(1, tile.programs // len(call.widths)), len(call.widths)),
-        (call.entries, call.members.max_adapters),
+        (min(bound * cdiv(max(call.widths), tile.BN), tile.programs), len(call.widths)),
+        (call.entries, members.max_adapters, j),
         tile.num_warps,
-        HAS_POOL=call.members.has_pool,
+        J=call.width,
+        SPLIT=split,
+        H_PARTS=tiles.shrink.parts if isinstance(tiles.shrink, ShrinkTile) else 1,
+        FIRST=j == 0,
+        LAST=j == call.width - 1,
+        HAS_BIAS=call.has_bias,
+        HAS_POOL=members.has_pool,
+        HAS_SUMS=has_sums(call, split),
         BR=block_ranks,
         BN=tile.BN,
         ONE_CHUNK=stride <= block_ranks,

@@ -29,10 +29,12 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class ShrinkTile:
-    """Of shrink.py: TM (1 or 4) entries share one read of A, `parts` programs an entry; `programs` of each member."""
+class VectorTile:
+    """Of shrink.py: at most `parts` programs share the ranks of an entry, at most `programs` those of a member.
 
-    TM: int
+    num_warps counts where the shrink is a launch of its own.
+    """
+
     BR: int
     BK: int
     parts: int
@@ -41,8 +43,20 @@ class ShrinkTile:
 
 
 @dataclass(frozen=True)
+class ShrinkTile:
+    """Of decode_shrink.py: `parts` programs share the in-features of a tile; at most `programs` of each member."""
+
+    BR: int
+    BK: int
+    parts: int
+    programs: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
 class ExpandTile:
-    """Of expand.py: so many programs share all tiles of the batch."""
+    """Of expand.py: at most so many programs of a member share all tiles of the batch."""
 
     BR: int
     BN: int
@@ -65,9 +79,9 @@ class GemmTile:
 
 @dataclass(frozen=True)
 class DecodeTiles:
-    """The three launches of a linear over few rows."""
+    """The launches of a linear over few rows: a VectorTile shares the product's launch, a ShrinkTile has its own."""
 
-    shrink: ShrinkTile
+    shrink: VectorTile | ShrinkTile
     expand: ExpandTile
     gemm: GemmTile
 
@@ -79,7 +93,7 @@ class GemvTile:
     BN: int
     BK: int
     num_warps: int
-    shrink: ShrinkTile
+    shrink: VectorTile
 
 
 # Chosen for bf16 by CUDA-graph replay over weights that do not fit L2, adapters of rank 16 (most rank 16), in
@@ -91,10 +105,11 @@ class GemvTile:
 #     14336 x 4096     30.9 (31.3)   38.6 (32.2)         44.2 (36.1)
 #     4096 x 28672     55.7 (54.8)   67.2 (56.1)         74.2 (60.6)        738 (680)
 #     2048 x 128        3.2 (4.8)     4.1 (4.9)
-_FEW = ShrinkTile(1, 4, 2048, 16, 528, 4)
-_MANY = ShrinkTile(4, 2, 1024, 8, 528, 4)
-_GEMV = {2048: GemvTile(4, 2048, 4, _FEW), 8192: GemvTile(4, 1024, 2, _FEW), None: GemvTile(8, 512, 2, _FEW)}
-_EXPAND = {16: ExpandTile(64, 128, 264, 4), 64: ExpandTile(64, 256, 132, 8), None: ExpandTile(64, 128, 264, 4)}
+_VECTOR = VectorTile(4, 2048, 16, 528, 4)
+_SHRINK_ROWS = VectorTile(4, 2048, 16, 128, 4)
+_SHRINK_TILES = ShrinkTile(64, 128, 4, 264, 4, 3)
+_GEMV = {2048: GemvTile(4, 2048, 4, _VECTOR), 8192: GemvTile(4, 1024, 2, _VECTOR), None: GemvTile(8, 512, 2, _VECTOR)}
+_EXPAND = {None: ExpandTile(64, 256, 1056, 4)}
 _FP32 = {16: GemmTile(16, 64, 32, 1, False, 4, 3), None: GemmTile(64, 64, 32, 1, False, 4, 3)}
 WIDE, TALL = 20000, 8192
 """Out-features from which every multiprocessor has tiles enough; in-features above which two share a tile's."""
@@ -118,7 +133,7 @@ def _warps(elements: int, most: int) -> int:
     return max(1, min(most, elements // 256))
 
 
-def _narrow(tile: ShrinkTile, features: int) -> ShrinkTile:
+def _narrow(tile: VectorTile, features: int) -> VectorTile:
     """The tile with BK no wider than the in-features."""
     width = min(tile.BK, max(32, next_power_of_2(features)))
     return replace(tile, BK=width, num_warps=_warps(tile.BR * width, tile.num_warps))
@@ -136,7 +151,8 @@ def gemv_tile(features: int) -> GemvTile:
 @cache
 def decode_tiles(rows: int, features: int, columns: int, dtype: torch.dtype) -> DecodeTiles:
     """Tiles of a linear of up to 256 rows over N columns in all."""
-    shrink, expand = _narrow(_FEW if rows <= 64 else _MANY, features), _pick(_EXPAND, rows)
+    expand = _pick(_EXPAND, rows)
+    shrink = _narrow(_SHRINK_ROWS, features) if rows <= 64 else _SHRINK_TILES
     if dtype == torch.float32:
         return DecodeTiles(shrink, expand, _pick(_FP32, rows))
     tall = features > TALL

@@ -17,7 +17,7 @@ import torch
 from fxlora.kernels import ops
 from fxlora.kernels.ops import INTERPRET
 from fxlora.kernels.segments import segments_size
-from fxlora.kernels.tiles import DecodeTiles, ExpandTile, GemmTile, GemvTile, ShrinkTile, Tile
+from fxlora.kernels.tiles import DecodeTiles, ExpandTile, GemmTile, GemvTile, ShrinkTile, Tile, VectorTile
 from tests.kernels.cases import HAS_CUDA, TOLERANCE, Case, assert_right, equal_bits, make_case, registered, row_errors
 
 if TYPE_CHECKING:
@@ -33,18 +33,18 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # The interpreter cuts bf16 off instead of rounding it.
 LIMIT = {**TOLERANCE, BF16: 1.2e-2} if INTERPRET else TOLERANCE
 
-# Fewer programs than there is work, so that each loops: shares of some ranks of one entry or of four.
-ONE_BY_ONE, FOUR_BY_FOUR = ShrinkTile(1, 8, 64, 2, 5, 4), ShrinkTile(4, 4, 64, 3, 7, 4)
+# Fewer programs than there is work, so that each loops.
+SHRINK, VECTORS = ShrinkTile(16, 16, 2, 3, 4, 2), VectorTile(8, 64, 2, 5, 4)
 EXPAND = ExpandTile(16, 16, 6, 4)
 DECODE = {
-    "plain": DecodeTiles(ONE_BY_ONE, EXPAND, GemmTile(16, 16, 16, 1, False, 4, 2)),
-    "swap": DecodeTiles(FOUR_BY_FOUR, ExpandTile(32, 32, 1, 4), GemmTile(16, 32, 32, 1, True, 4, 2)),
-    "split": DecodeTiles(FOUR_BY_FOUR, EXPAND, GemmTile(32, 16, 16, 2, False, 4, 2)),
-    "split and swap": DecodeTiles(ONE_BY_ONE, EXPAND, GemmTile(16, 16, 16, 2, True, 4, 2)),
+    "plain": DecodeTiles(SHRINK, EXPAND, GemmTile(16, 16, 16, 1, False, 4, 2)),
+    "swap": DecodeTiles(VECTORS, ExpandTile(32, 32, 1, 4), GemmTile(16, 32, 32, 1, True, 4, 2)),
+    "split": DecodeTiles(VECTORS, EXPAND, GemmTile(32, 16, 16, 2, False, 4, 2)),
+    "split and swap": DecodeTiles(SHRINK, EXPAND, GemmTile(16, 16, 16, 2, True, 4, 2)),
 }
 GEMV = {
-    "one block": GemvTile(16, 64, 4, ONE_BY_ONE),
-    "several blocks": GemvTile(8, 32, 4, FOUR_BY_FOUR),
+    "one block": GemvTile(16, 64, 4, VectorTile(8, 64, 2, 5, 4)),
+    "several blocks": GemvTile(8, 32, 4, VectorTile(4, 64, 3, 7, 4)),
 }
 PREFILL = Tile(32, 32, 32, 16, 4, 3) if INTERPRET else Tile(64, 64, 64, 16, 4, 3)
 
@@ -63,15 +63,13 @@ def linear_call(case: Case) -> LinearCall:
 
 def run(body: str, case: Case, tile: Any = None) -> list[torch.Tensor]:
     """The members' outputs; fails when counters are left behind."""
-    from fxlora.kernels import decode, gemv, general, handshake, prefill, workspace
+    from fxlora.kernels import decode, gemv, general, handshake, prefill
 
     call = linear_call(case)
     if body == "gemv":
         return gemv.gemv(call, tile or GEMV["one block"])
     if body == "decode":
-        outputs = decode.decode(call, tile or DECODE["split"])
-        assert not workspace.counters(1, call.x.device, call.stream).any()
-        return outputs
+        return decode.decode(call, tile or DECODE["split"])
     if body == "general":
         return general.general(call)
     words = torch.zeros(handshake.COUNTERS, dtype=torch.int32, device=DEVICE)

@@ -1,0 +1,144 @@
+"""h = coeff * scaling * (x A^T) of many rows, by the matrix unit: tiles of up to 16 entries of one slot.
+
+Stage: run time, the launch before decode_gemm.py's where rows are many. Each A is read once for each tile, and only if
+its adapter is in the batch. The in-features are split over programs, each of which leaves its part of h; expand.py
+adds them in order. An entry's bits follow from its own x and adapter alone.
+
+Letters: T rows, J slots per row, E = T * J entries, K in-features, W words of an entry's h, S slots.
+"""
+
+# ruff: noqa: ANN001, SIM102 (pointers and blocks have no static type; a choice at compile time is an `if` of its own)
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fxlora.kernels.call import LinearCall, Plan
+from fxlora.kernels.launch import Launcher
+from fxlora.kernels.overlap import let_later_start, wait_for_earlier
+from fxlora.kernels.segments import TILE, tile_bound
+from fxlora.kernels.shrink import adapter_of
+from fxlora.kernels.tiles import ShrinkTile
+from fxlora.kernels.triton_helpers import dot
+
+
+@triton.jit
+def count_tiles(segments_ptr, num_entries, max_adapters) -> tl.tensor:
+    """Tiles in use of the table (segments.py)."""
+    return tl.load(segments_ptr + num_entries + max_adapters + 2)
+
+
+@triton.jit
+def tile_of(tile, segments_ptr, num_entries, max_adapters) -> tl.tensor:
+    """Slot of a tile of the table (segments.py), and the positions [first, end) of its up to 16 entries."""
+    table_ptr = segments_ptr + num_entries + max_adapters + 3
+    bound = tl.cdiv(num_entries, 16) + max_adapters
+    slot = tl.load(table_ptr + tile)
+    first = tl.load(table_ptr + bound + tile)
+    return slot, first, tl.minimum(first + 16, tl.load(segments_ptr + num_entries + slot + 1))
+
+
+@triton.jit
+def shrink_tile(
+    tile, part, x, h_ptr, h_stride, coeffs, segments_ptr, site, num_entries, num_features, max_adapters,
+    J: tl.constexpr, PARTS: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    HAS_COEFFS: tl.constexpr,
+) -> None:  # fmt: skip
+    """One part of one tile's h."""
+    slot, first_position, end = tile_of(tile, segments_ptr, num_entries, max_adapters)
+    rank, start, scaling = adapter_of(slot, site)
+    positions = first_position + tl.arange(0, 16)
+    entry_mask = positions < end
+    entries = tl.load(segments_ptr + positions, mask=entry_mask, other=0)
+    factor = tl.zeros([16], tl.float32) + scaling
+    if HAS_COEFFS:
+        factor *= tl.load(coeffs[0] + (entries // J).to(tl.int64) * coeffs[1] + (entries % J) * coeffs[2])
+    x_at = x[0] + (entries // J).to(tl.int64) * x[1]
+    h_at = h_ptr + (part * num_entries + entries).to(tl.int64) * h_stride
+    each = tl.cdiv(tl.cdiv(num_features, BK), PARTS) * BK
+    for first in range(0, rank, BR):
+        ranks = first + tl.arange(0, BR)
+        a_at = site[0] + (start + ranks).to(tl.int64) * num_features
+        acc = tl.zeros([16, BR], tl.float32)
+        for block in tl.range(part * each, tl.minimum(part * each + each, num_features), BK, num_stages=STAGES):
+            ks = block + tl.arange(0, BK)
+            inside = (ks < num_features)[None, :]
+            x_tile = tl.load(x_at[:, None] + ks[None, :] * x[2], mask=entry_mask[:, None] & inside, other=0.0)
+            a = tl.load(a_at[:, None] + ks[None, :], mask=(ranks < rank)[:, None] & inside, other=0.0)
+            acc = dot(x_tile, a.T, acc, "ieee")
+        tl.store(
+            h_at[:, None] + ranks[None, :], acc * factor[:, None], mask=entry_mask[:, None] & (ranks < rank)[None, :]
+        )
+
+
+@triton.jit(do_not_specialize=["num_entries", "max_adapters"])
+def shrink_tiles_kernel(
+    x,  # [T, K]: pointer, strides
+    h_ptr,  # fp32 [members, PARTS, E, W]
+    h_stride,  # W
+    coeffs,  # fp32 [T, J]: pointer, strides
+    segments_ptr,
+    sites,  # of each member: A [P, K], start, rank, scaling
+    num_entries,
+    num_features,
+    max_adapters,
+    HAS_POOL: tl.constexpr,  # one flag for each member
+    J: tl.constexpr,
+    PARTS: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+    STAGES: tl.constexpr,
+    HAS_COEFFS: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """Program (share of the work, member)."""
+    wait_for_earlier(PDL)
+    let_later_start(PDL)
+    for member in tl.static_range(len(HAS_POOL)):
+        if HAS_POOL[member]:
+            if tl.program_id(1) == member:
+                h_at = h_ptr + member * num_entries.to(tl.int64) * h_stride * PARTS
+                items = count_tiles(segments_ptr, num_entries, max_adapters) * PARTS
+                for item in tl.range(tl.program_id(0), items, tl.num_programs(0), num_stages=1):
+                    shrink_tile(
+                        item // PARTS, item % PARTS, x, h_at, h_stride, coeffs, segments_ptr, sites[member],
+                        num_entries, num_features, max_adapters, J, PARTS, BR, BK, STAGES, HAS_COEFFS,
+                    )  # fmt: skip
+
+
+_launcher = Launcher(shrink_tiles_kernel)
+
+
+def shrink_tiles(call: LinearCall, h: torch.Tensor, stride: int, tile: ShrinkTile) -> None:
+    """Fills h, fp32 [members, parts, E, stride], as far as each entry's rank."""
+    plan = call.plan(_launcher, tile, lambda: _plan(call, stride, tile))
+    plan.launch(
+        (call.x, *call.x.stride()),
+        h,
+        stride,
+        call.coeffs,
+        call.segments,
+        call.members.a_pools,
+        *plan.numbers,
+    )
+
+
+def _plan(call: LinearCall, stride: int, tile: ShrinkTile) -> Plan:
+    members = call.members
+    items = min(call.entries, tile_bound(call.entries, members.max_adapters, TILE)) * tile.parts
+    return call.planned(
+        _launcher,
+        (min(items, tile.programs), len(call.widths)),
+        (call.entries, call.features, members.max_adapters),
+        tile.num_warps,
+        HAS_POOL=members.has_pool,
+        J=call.width,
+        PARTS=tile.parts,
+        BR=max(16, min(tile.BR, stride)),
+        BK=tile.BK,
+        STAGES=tile.num_stages,
+        HAS_COEFFS=call.has_coeffs,
+        PDL=call.overlap,
+    )
