@@ -3,7 +3,7 @@
 Stage: run time. The choice follows from shapes, strides and dtypes alone, so a batch's bits never depend on what it
 holds:
     one row, or a few over few columns     gemv.py      shrink, matrix-vector products
-    up to DECODE_ROWS rows                 decode.py    shrink, expand, base product side by side
+    up to DECODE_ROWS rows                 decode.py    base product with the shrink beside it, expand
     more rows, where TMA can read it all   prefill.py   one persistent launch for each member
     everything else                        general.py
 
@@ -30,8 +30,8 @@ from fxlora.kernels.tiles import decode_tiles, gemv_tile, prefill_tile
 from fxlora.kernels.triton_helpers import INTERPRET, device_of
 from fxlora.kernels.workspace import counters
 
-DECODE_ROWS, SLOW_DECODE_ROWS = 128, 256
-"""Most rows of decode.py; the second where TMA cannot read the call."""
+DECODE_ROWS = 256
+"""Most rows of decode.py."""
 
 GEMV_ROWS, GEMV_COLUMNS = 16, 512
 """Most rows and columns of a batch that matrix-vector products serve; one row is served whatever its columns."""
@@ -73,9 +73,9 @@ def body_of(call: LinearCall) -> Body:
     few = call.rows == 1 or (call.rows <= GEMV_ROWS and columns <= GEMV_COLUMNS)
     if few and all([weight.stride(1) == 1 for weight in call.weights]):
         return _gemv
-    if call.rows > DECODE_ROWS and _tma_reads(call):
-        return _prefill
-    return _decode if call.rows <= SLOW_DECODE_ROWS else general
+    if call.rows <= DECODE_ROWS:
+        return _decode
+    return _prefill if _tma_reads(call) else general
 
 
 def _gemv(call: LinearCall) -> list[torch.Tensor]:

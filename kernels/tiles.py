@@ -98,21 +98,23 @@ class GemvTile:
 
 # Chosen for bf16 by CUDA-graph replay over weights that do not fit L2, adapters of rank 16 (most rank 16), in
 # microseconds behind a kernel that overlaps nothing, beside torch.mm in the same run; NVIDIA H200, torch 2.11.0,
-# triton 3.6.0, 2026-11-24. fp32 tiles were not measured, nor M 128 to 256 (M 320 was: 32.1 beside 17.8).
-#     K x N            M 1           M 16, 16 adapters   M 64, 8 adapters   M 2048, 8 adapters
-#     4096 x 4096      10.7 (12.5)   15.1 (13.5)         19.3 (12.3)        115.1 (91.5)
-#     2048 x 4096       7.8 (7.3)    10.2 (7.3)          13.7 (7.5)
-#     14336 x 4096     30.9 (31.3)   38.6 (32.2)         44.2 (36.1)
-#     4096 x 28672     55.7 (54.8)   67.2 (56.1)         74.2 (60.6)        738 (680)
+# triton 3.6.0, 2026-11-24. fp32 tiles were not measured.
+#     K x N            M 1           M 16, 16 adapters   M 64, 8       M 64, 64      M 256, 64     M 2048, 8
+#     4096 x 4096      10.7 (12.5)   14.4 (13.7)         17.0 (12.4)   22.6 (12.3)   40.3 (17.9)   115.1 (91.5)
+#     2048 x 4096       7.8 (7.3)     9.7 (7.5)          11.2 (7.5)                  28.2 (10.0)
+#     14336 x 4096     30.9 (31.3)   37.5 (32.9)         45.3 (36.5)                 88.7 (49.8)
+#     4096 x 28672     55.7 (54.8)   71.0 (61.8)         73.7 (62.5)                216.3 (95.5)   738 (680)
 #     2048 x 128        3.2 (4.8)     4.1 (4.9)
 _VECTOR = VectorTile(4, 2048, 16, 528, 4)
 _SHRINK_ROWS = VectorTile(4, 2048, 16, 128, 4)
+_SHRINK_SHORT = VectorTile(8, 1024, 16, 128, 4)
 _SHRINK_TILES = ShrinkTile(64, 128, 4, 264, 4, 3)
+_SHRINK_TALL = ShrinkTile(64, 128, 8, 528, 4, 3)
 _GEMV = {2048: GemvTile(4, 2048, 4, _VECTOR), 8192: GemvTile(4, 1024, 2, _VECTOR), None: GemvTile(8, 512, 2, _VECTOR)}
-_EXPAND = {None: ExpandTile(64, 256, 1056, 4)}
+_EXPAND, _EXPAND_MANY = ExpandTile(64, 256, 1056, 4), ExpandTile(64, 256, 528, 4)
 _FP32 = {16: GemmTile(16, 64, 32, 1, False, 4, 3), None: GemmTile(64, 64, 32, 1, False, 4, 3)}
 WIDE, TALL = 20000, 8192
-"""Out-features from which every multiprocessor has tiles enough; in-features above which two share a tile's."""
+"""Out-features from which every multiprocessor has tiles enough; in-features above which parts of them are long."""
 
 # What the general body uses; not tuned.
 _SHRINK = {16: Tile(16, 16, 128, 16, 4, 3), 64: Tile(32, 16, 128, 16, 4, 3), None: Tile(64, 16, 64, 16, 4, 3)}
@@ -150,21 +152,23 @@ def gemv_tile(features: int) -> GemvTile:
 
 @cache
 def decode_tiles(rows: int, features: int, columns: int, dtype: torch.dtype) -> DecodeTiles:
-    """Tiles of a linear of up to 256 rows over N columns in all."""
-    expand = _pick(_EXPAND, rows)
-    shrink = _narrow(_SHRINK_ROWS, features) if rows <= 64 else _SHRINK_TILES
+    """Tiles of a linear of few rows over N columns in all."""
+    shrink = _narrow(_SHRINK_ROWS if features > 2048 else _SHRINK_SHORT, features)
     if dtype == torch.float32:
-        return DecodeTiles(shrink, expand, _pick(_FP32, rows))
-    tall = features > TALL
+        return DecodeTiles(shrink, _EXPAND, _pick(_FP32, rows))
+    tall, wide = features > TALL, columns > WIDE
     if rows <= 16:
-        wide, small = GemmTile(16, 128, 128, 1, True, 4, 3), GemmTile(16, 64, 128, 1, True, 4, 6)
-        gemm = wide if columns > WIDE else replace(small, SPLIT=2) if tall else small
-    elif rows <= 64:
-        wide, small = GemmTile(64, 128, 64, 1, False, 4, 4), GemmTile(64, 32, 128, 1, False, 4, 6)
-        gemm = wide if columns > WIDE else GemmTile(64, 64, 128, 2, True, 4, 4) if tall else small
-    else:
-        gemm = GemmTile(128, 128, 64, 2, False, 8, 4) if tall else GemmTile(128, 64, 64, 1, False, 4, 5)
-    return DecodeTiles(shrink, expand, gemm)
+        gemm = GemmTile(16, 128, 128, 1, True, 4, 3) if wide else GemmTile(16, 64, 128, 1, True, 4, 6)
+        if not wide and features > 2048:
+            gemm = GemmTile(16, 64, 128, 2, True, 4, 4 if columns <= 4096 else 3)
+        return DecodeTiles(shrink, _EXPAND, gemm)
+    if rows <= 64:
+        gemm = GemmTile(64, 128, 64, 1, False, 4, 4) if wide else GemmTile(64, 64, 64, 4, True, 4, 4)
+        if not wide and features > 2048:
+            gemm = GemmTile(64, 64, 128, 2, True, 4, 3)
+        return DecodeTiles(shrink, _EXPAND, gemm)
+    gemm = GemmTile(128, 128, 64, 2, False, 8, 4) if tall or wide else GemmTile(128, 64, 64, 2, False, 4, 4)
+    return DecodeTiles(_SHRINK_TALL if tall else _SHRINK_TILES, _EXPAND_MANY, gemm)
 
 
 def prefill_tile(rows: int, columns: int, width: int) -> Tile:
