@@ -148,4 +148,4 @@ def gemm_kernel(
             )  # fmt: skip
         begin = end
         if HAS_SUMS[member]:
-            sums_at += widths[member].to(tl.int64) * num_rows * SPLIT
+            sums_at += num_rows.to(tl.int64) * SPLIT * widths[member]

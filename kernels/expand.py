@@ -7,8 +7,7 @@ batch. An entry's bits follow from its own sums, h and adapter alone; nothing of
 Letters: T rows, J slots per row, E = T * J entries, N out-features, W words of an entry's h, S slots.
 """
 
-# ruff: noqa: ANN001, SIM102, C419 (pointers and blocks have no static type; a choice at compile time is an `if` of its
-# own; a list costs less host time than a generator)
+# ruff: noqa: ANN001, SIM102 (pointers and blocks have no static type; a choice at compile time is an `if` of its own)
 
 from __future__ import annotations
 
@@ -155,7 +154,7 @@ def expand_kernel(
                         sites[member], b_ptrs[member], num_entries, widths[member], j, J, SPLIT if FIRST else 1,
                         H_PARTS, LAST, HAS_BIAS[member] and FIRST, HAS_POOL[member], BR, ONE_CHUNK, PDL, PRECISION,
                     )  # fmt: skip
-            sums_at += widths[member].to(tl.int64) * (num_entries // J) * SPLIT
+            sums_at += (num_entries // J).to(tl.int64) * SPLIT * widths[member]
     wait_for_earlier(PDL)
 
 
