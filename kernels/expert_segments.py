@@ -134,8 +134,10 @@ def segment_experts_torch(
     table[tile_firsts_at(rows, num_experts) :][: tile_experts.numel()] = firsts
     if height >= SLOTS_FROM:
         ends = torch.minimum(firsts + height, starts[tile_experts + 1])
-        for tile, (first, end) in enumerate(zip(firsts.tolist(), ends.tolist(), strict=True)):
-            used = row_slots[order_T[first:end]].unique()
+        for tile, (expert, first, end) in enumerate(
+            zip(*(t.tolist() for t in (tile_experts, firsts, ends)), strict=True)
+        ):
+            used = row_slots[order_T[first:end]].unique() if expert < num_experts else row_slots[:0]
             used = used[used >= 0]
             table[tile_slots_at(rows, num_experts) + tile * max_adapters :][: used.numel()] = used
     return table

@@ -82,6 +82,47 @@ class GemvTile:
     shrink: ShrinkTile
 
 
+@dataclass(frozen=True)
+class ExpertGemmTile:
+    """Of the base product of expert_decode.py: so many programs share the tiles of the batch; SWAP as in GemmTile."""
+
+    BN: int
+    BK: int
+    SWAP: bool
+    programs: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class ExpertDecodeTiles:
+    """The three launches of experts over few rows each."""
+
+    shrink: ShrinkTile
+    expand: ExpandTile
+    gemm: ExpertGemmTile
+
+
+@dataclass(frozen=True)
+class ExpertPrefillTile:
+    """Of expert_prefill.py and its shrink, where `shrink_parts` programs share the columns of a row tile."""
+
+    BN: int
+    BK: int
+    BR: int
+    programs: int
+    num_warps: int
+    num_stages: int
+    w_tma: bool
+    x_tma: bool
+    shrink_BR: int
+    shrink_BK: int
+    shrink_parts: int
+    shrink_programs: int
+    shrink_warps: int
+    shrink_stages: int
+
+
 # Chosen for bf16 by CUDA-graph replay over weights that do not fit L2, adapters of rank 16 (most rank 16), in
 # microseconds behind a kernel that overlaps nothing, beside torch.mm in the same run; NVIDIA H200, torch 2.11.0,
 # triton 3.6.0, 2026-11-24. fp32 tiles were not measured, nor M 128 to 256 (M 320 was: 32.1 beside 17.8).
@@ -156,6 +197,25 @@ def prefill_tile(rows: int, columns: int, width: int) -> Tile:
     fits = (t for t in _PREFILL if -(-rows // t[0]) * -(-columns // t[1]) >= 120)
     bm, bn, warps, stages = next(fits, _PREFILL[-1])
     return Tile(bm, bn, 64, 32 if width <= 64 else 64, warps, stages)
+
+
+@cache
+def expert_decode_tiles(height: int, features: int, columns: int, dtype: torch.dtype) -> ExpertDecodeTiles:
+    """Tiles of experts over few rows each. height: rows of a tile, 16 or 32."""
+    shrink, expand = _narrow(_FEW, features), ExpandTile(16, 512, 528, 4)
+    if dtype == torch.float32:
+        return ExpertDecodeTiles(shrink, expand, ExpertGemmTile(64, 32, False, 528, 4, 3))
+    return ExpertDecodeTiles(shrink, expand, ExpertGemmTile(64, 128, True, 528, 4, 4))
+
+
+@cache
+def expert_prefill_tile(height: int, columns: int, width: int, dtype: torch.dtype) -> ExpertPrefillTile:
+    """Tile of experts over many rows each. height: rows of a tile, 64 or 128; width: most ranks of a slot."""
+    if dtype == torch.float32:
+        return ExpertPrefillTile(64, 32, 16, 264, 4, 2, False, False, 16, 32, 4, 528, 4, 2)
+    ranks = 32 if width <= 32 else 64
+    warps = 8 if height == 128 else 4
+    return ExpertPrefillTile(256, 64, 32, 132, warps, 3, True, True, ranks, 64, 2, 528, 4, 4)
 
 
 def shrink_tile(rows: int) -> Tile:
