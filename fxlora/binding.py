@@ -9,19 +9,15 @@ Letters: K in-features (V, the vocabulary, for an embedding), N out-features, R 
 
 from __future__ import annotations
 
-import difflib
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from fxlora.adapter import Adapter
 from fxlora.adapter_config import AdapterConfig
-from fxlora.adapter_keys import LoraKey, clean_path, group_keys
+from fxlora.adapter_keys import LoraKey, group_keys
 from fxlora.entries import Entry
 from fxlora.errors import (
     AdapterFormatError,
@@ -34,15 +30,13 @@ from fxlora.errors import (
     UnboundTensorError,
     UnsupportedAdapterError,
 )
-from fxlora.expert_binding import Part, Piece, compose, find_part, make_piece, parts_of, split_experts
-from fxlora.passes.sites import Role, Site, Skipped
-from fxlora.passes.weights import tensor_key
+from fxlora.expert_binding import Piece, compose, make_piece, split_experts
+from fxlora.passes.sites import Site, Skipped
+from fxlora.places import Index, Place, Spread, Target, find_place
 
 _log = logging.getLogger(__name__)
 
-_NEAREST_LOOKUPS_MAX = 32
 _COMPARED_ROWS = 4096
-_NUMBERED = re.compile(r"(.*)\.(\d+)\.(\w+)\.weight")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,9 +62,9 @@ def bind_adapter(
     UnsupportedAdapterError (convolutions), ConflictingEntriesError, BaseWeightMismatchError, AdapterDtypeError,
     NonFiniteError or AdapterFormatError. The rank limit is checked by the pool.
     """
-    index = _Index(sites, skipped, weights)
+    index = Index(sites, skipped, weights)
     lora, plain = group_keys(adapter.tensors)
-    places = [_place(index, key, adapter) for key in lora]
+    places = [find_place(index, key, adapter) for key in lora]
     copies = [(key, index.first(key.paths)) for key in plain]
     unbound = [item for key, place in zip(lora, places, strict=True) for item in _unplaced(index, key, place)]
     unbound += [Unbound(key.key, key.reason) for key, target in copies if target is None]
@@ -89,219 +83,7 @@ def bind_adapter(
     return BoundAdapter(adapter.origin, adapter.config, entries, tuple(copy.key for copy, _ in copies))
 
 
-@dataclass(eq=False)
-class _Target:
-    """One base tensor: the sites that read it, and why other reads of it have none."""
-
-    weight: torch.Tensor | None
-    sites: list[Site] = field(default_factory=list)
-    skips: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, eq=False)
-class _Place:
-    """Where a pair of keys goes, and the path by which PEFT's patterns see it.
-
-    wrapped: `target_parameters` names the weight. expert, part: whose matrix of an expert weight is meant, None for all.
-    """
-
-    site: Site
-    pattern_path: str
-    wrapped: bool = False
-    expert: int | None = None
-    part: Part | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class _Spread:
-    """Where a pair for all experts goes that this model keeps as linears: for each expert its linears, in order of N."""
-
-    linears: tuple[tuple[Site, ...], ...]
-    pattern_path: str
-
-
-class _Index:
-    """Parameter paths of a model, and what is known of the tensor behind each; aliases share one target."""
-
-    def __init__(self, sites: Sequence[Site], skipped: Sequence[Skipped], weights: Mapping[str, torch.Tensor]) -> None:
-        by_key: dict[Any, _Target] = {}
-        self._by_path: dict[str, _Target] = {}
-        self._children: dict[str, list[str]] = {}
-        self._numbered: dict[str, dict[int, dict[str, str]]] = {}
-        for name, weight in weights.items():
-            path = clean_path(name)
-            self._by_path[path] = by_key.setdefault(tensor_key(weight), _Target(weight))
-            self._children.setdefault(path.rpartition(".")[0], []).append(path)
-            if numbered := _NUMBERED.fullmatch(path):
-                owner, number, leaf = numbered.groups()
-                self._numbered.setdefault(owner, {}).setdefault(int(number), {})[leaf] = path
-        for site in sites:
-            target = by_key.setdefault(tensor_key(site.weight), _Target(site.weight))
-            target.sites.append(site)
-            for name in (site.parameter, *site.aliases):
-                self._by_path.setdefault(clean_path(name), target)
-        for skip in skipped:
-            for target in self._targets_of(skip):
-                target.skips.append(skip.reason)
-        self._modules = sorted({path.removesuffix(".weight") for path, target in self._by_path.items() if target.sites})
-        self._lookups_left = _NEAREST_LOOKUPS_MAX
-
-    def first(self, paths: Sequence[str]) -> _Target | None:
-        """The target of the first of these parameter paths that exists."""
-        return next((self._by_path[path] for path in paths if path in self._by_path), None)
-
-    def parameter_of(self, key: LoraKey, wrapped: Sequence[str]) -> tuple[str, str, bool] | None:
-        """(parameter path, pattern path, whether `target_parameters` wrapped it) of a key's module, if it exists.
-
-        PEFT wraps a module's targeted parameters in order of registration, each around the last: the outermost has
-        nesting 0. It sees a wrapped parameter by its own path, a targeted module by the module's.
-        """
-        for module in key.modules:
-            children = self._children.get(module, [])
-            targeted = [path for path in children if any(_is_suffix(name, path) for name in wrapped)]
-            if targeted and not key.embedding and key.nesting < len(targeted):
-                path = targeted[len(targeted) - 1 - key.nesting]
-                return path, path, True
-            path = f"{module}.weight"
-            if path in self._by_path and not key.nesting:
-                return path, module, False
-            if module in self._by_path and not key.nesting:
-                return module, module, False  # a weight that no module holds under `weight` goes by its own path
-        return None
-
-    def matrix_of(self, key: LoraKey) -> tuple[str, int | None, Part | None, str] | None:
-        """(path of an expert weight, expert, part, pattern path) for a key of one expert's or one part's matrix."""
-        for module in () if key.nesting or key.embedding else key.modules:
-            parent, _, leaf = module.rpartition(".")
-            owner, _, number = parent.rpartition(".")
-            holders: list[tuple[str, int | None]] = [(owner, int(number))] if number.isdigit() else []
-            for holder, expert in [*holders, (parent, None)]:
-                weights = {
-                    path.rpartition(".")[2]: path for path in self._children.get(holder, []) if self._is_3d(path)
-                }
-                if found := find_part(leaf, weights):
-                    return weights[found[0]], expert, found[1], module
-        return None
-
-    def linears_of(self, key: LoraKey, wrapped: Sequence[str]) -> list[tuple[str, list[list[str]]]]:
-        """For a key of a parameter that this model keeps as one module per expert: each parameter that may be meant,
-        with the weights that together are it, expert by expert.
-        """
-        found = []
-        for module in () if key.embedding else key.modules:
-            experts = self._numbered.get(module, {})
-            leaves = [name.rpartition(".")[2] for name in wrapped]
-            for leaf in leaves if sorted(experts) == list(range(len(experts))) and experts else ():
-                if not any(_is_suffix(name, f"{module}.{leaf}") for name in wrapped):
-                    continue
-                paths = [parts_of(leaf, experts[e]) for e in range(len(experts))]
-                if all(paths):
-                    found.append((f"{module}.{leaf}", paths))
-        return found
-
-    def _is_3d(self, path: str) -> bool:
-        weight = self._by_path[path].weight
-        return weight is not None and weight.dim() == 3
-
-    def skips_at(self, modules: Sequence[str]) -> list[str]:
-        """Reasons given for the weights of these modules, or for a module that they are or lie in."""
-        paths = [path for module in modules for path in self._children.get(module, [])]
-        for module in modules:
-            paths += accumulate(module.split("."), "{}.{}".format)
-        targets = [self._by_path[path] for path in paths if path in self._by_path]
-        return list(dict.fromkeys(reason for target in targets for reason in target.skips))
-
-    def nearest(self, module: str) -> str | None:
-        """The closest module path that has a site; for the first few asked only, as the search is slow."""
-        if self._lookups_left <= 0:
-            return None
-        self._lookups_left -= 1
-        return next(iter(difflib.get_close_matches(module, self._modules, n=1)), None)
-
-    def _targets_of(self, skip: Skipped) -> list[_Target]:
-        paths = [clean_path(name) for name in (skip.name, *skip.aliases)]
-        known = {id(target): target for path in paths if (target := self._by_path.get(path))}
-        if not known:
-            target = _Target(None)
-            for path in paths:
-                self._by_path[path] = target
-                self._children.setdefault(path.rpartition(".")[0], []).append(path)
-            return [target]
-        return list(known.values())
-
-
-def _is_suffix(name: str, path: str) -> bool:
-    return path == name or path.endswith(f".{name}")
-
-
-def _place(index: _Index, key: LoraKey, adapter: Adapter) -> _Place | _Spread | str:
-    """Where a key goes, or the reason why nowhere."""
-    config = adapter.config
-    found = index.parameter_of(key, config.target_parameters)
-    if found is None:
-        inside = index.matrix_of(key)
-        if inside is not None:
-            return _place_matrix(index, *inside)
-        spread = _place_spread(index, key, adapter)
-        if spread is not None:
-            return spread
-        skips = index.skips_at(key.modules)
-        return "; ".join(skips) if skips else "no weight of this name"
-    path, pattern_path, was_wrapped = found
-    target = index.first((path,))
-    assert target is not None
-    roles = (Role.EMBEDDING,) if key.embedding else (Role.LINEAR, Role.LOGITS, Role.EXPERTS)
-    fitting = [site for site in target.sites if site.role in roles]
-    if was_wrapped and fitting and (len(target.sites) > 1 or target.skips):
-        return f"target_parameters names {path}, which is read in more than one role, so the role meant is unknown"
-    if len(fitting) == 1:
-        return _Place(fitting[0], pattern_path, was_wrapped)
-    if fitting:
-        return f"{path} is read as {' and as '.join(site.role.value for site in fitting)}: the role meant is unknown"
-    asked = " or ".join(role.value for role in roles)
-    others = [f"{path} is read as {site.role.value}, the key asks for {asked}" for site in target.sites]
-    return "; ".join(target.skips + others) or f"{path} is not read by the graph"
-
-
-def _place_matrix(index: _Index, path: str, expert: int | None, part: Part | None, pattern_path: str) -> _Place | str:
-    """The place of one expert's, or one part's, matrix within an expert weight."""
-    target = index.first((path,))
-    assert target is not None
-    site = next((site for site in target.sites if site.role is Role.EXPERTS), None)
-    if site is None:
-        return "; ".join(target.skips) or f"{path} is not read by the graph"
-    if expert is not None and expert >= site.num_experts:
-        return f"{path} has {site.num_experts} experts, numbered from 0"
-    if part is not None and (site.packing is None or site.packing.count != part.count):
-        return f"{path} is not seen to be taken apart into {part.count} matrices, so which columns are meant is unknown"
-    return _Place(site, pattern_path, expert=expert, part=part)
-
-
-def _place_spread(index: _Index, key: LoraKey, adapter: Adapter) -> _Spread | str | None:
-    """The linears of all experts for a parameter that other versions of the model keep in one."""
-    candidates = index.linears_of(key, adapter.config.target_parameters)
-    if not candidates or not (key.a and key.b):
-        return None
-    shapes, fitting, skips = (adapter.tensors[key.a].shape, adapter.tensors[key.b].shape), [], []
-    for pattern_path, paths in candidates:
-        targets = [[index.first((path,)) for path in expert] for expert in paths]
-        sites = [[s for t in expert if t for s in t.sites if s.role is Role.LINEAR] for expert in targets]
-        if any(len(expert) != len(names) for expert, names in zip(sites, paths, strict=True)):
-            skips += [reason for expert in targets for target in expert if target for reason in target.skips]
-            continue
-        rank = adapter.config.rank_of(pattern_path)
-        width, inner = sum(site.out_features for site in sites[0]), {site.in_features for site in sites[0]}
-        if inner == {shapes[0][-1]} and shapes[1][0] == width and shapes[0][0] in (rank, rank * len(sites)):
-            fitting.append(_Spread(tuple(map(tuple, sites)), pattern_path))
-    if len(fitting) == 1:
-        return fitting[0]
-    names = [path for path, _ in candidates]
-    if fitting:
-        return f"shapes do not tell which of {names} is meant"
-    return "; ".join(dict.fromkeys(skips)) or f"the experts' linears do not have the shapes of any of {names}"
-
-
-def _unplaced(index: _Index, key: LoraKey, place: _Place | _Spread | str) -> list[Unbound]:
+def _unplaced(index: Index, key: LoraKey, place: Place | Spread | str) -> list[Unbound]:
     if not isinstance(place, str):
         return []
     nearest = index.nearest(key.modules[0])
@@ -319,16 +101,16 @@ def _require_pairs(keys: Sequence[LoraKey]) -> None:
         raise IncompletePairError(f"{len(single)} LoRA pairs are incomplete: " + "; ".join(single))
 
 
-def _make_entries(adapter: Adapter, placed: Sequence[tuple[LoraKey, _Place | _Spread | str]]) -> dict[Site, Entry]:
+def _make_entries(adapter: Adapter, placed: Sequence[tuple[LoraKey, Place | Spread | str]]) -> dict[Site, Entry]:
     """One entry for each site; what goes to several places of an expert weight is put together."""
     entries: dict[Site, Entry] = {}
     pieces: dict[Site, list[Piece]] = {}
     for key, place in placed:
-        if isinstance(place, _Spread):
+        if isinstance(place, Spread):
             for site, entry in _spread(adapter, key, place):
                 _add_entry(entries, site, entry)
             continue
-        assert isinstance(place, _Place)
+        assert isinstance(place, Place)
         if not place.site.num_experts:
             _add_entry(entries, place.site, _make_entry(adapter, key, place))
             continue
@@ -346,7 +128,7 @@ def _make_entries(adapter: Adapter, placed: Sequence[tuple[LoraKey, _Place | _Sp
     return entries | {site: compose(site, found) for site, found in pieces.items()}
 
 
-def _spread(adapter: Adapter, key: LoraKey, place: _Spread) -> Iterator[tuple[Site, Entry]]:
+def _spread(adapter: Adapter, key: LoraKey, place: Spread) -> Iterator[tuple[Site, Entry]]:
     """The entries of a pair for all experts at each expert's own linears."""
     config, path = adapter.config, place.pattern_path
     rank, scaling = config.rank_of(path), config.scaling_of(path)
@@ -359,7 +141,7 @@ def _spread(adapter: Adapter, key: LoraKey, place: _Spread) -> Iterator[tuple[Si
             start = end
 
 
-def _make_entry(adapter: Adapter, key: LoraKey, place: _Place) -> Entry:
+def _make_entry(adapter: Adapter, key: LoraKey, place: Place) -> Entry:
     a_RK, b_NR = adapter.tensors[key.a], adapter.tensors[key.b]
     site, rank = place.site, adapter.config.rank_of(place.pattern_path)
     if place.wrapped and site.stored_KN and a_RK.dim() == b_NR.dim() == 2:
@@ -397,7 +179,7 @@ def _same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and bool((one == other.to(one.device)).all())
 
 
-def _check_base_copy(key: str, copy: torch.Tensor, target: _Target) -> None:
+def _check_base_copy(key: str, copy: torch.Tensor, target: Target) -> None:
     """The copy must be the base weight in the coarser of the two dtypes; compared by blocks of rows on its device."""
     base = target.weight
     if base is None:

@@ -1,4 +1,4 @@
-"""What one adapter adds at one site: the meeting point of binding, which makes entries, and the pool, which stores them.
+"""What one adapter adds at one site: binding makes entries, the pool stores them.
 
 Letters: E experts, K in-features (V, the vocabulary, for an embedding), N out-features, R rank.
 """

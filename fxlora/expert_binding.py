@@ -2,8 +2,8 @@
 
 Stage: part of binding, for weights [E, N, K] of which each expert has a matrix, and for files that hold such a weight's
 adapter where the model has a linear per expert. Layouts:
-    one pair for all experts   A [E R, in], expert by expert, and B [out, R E], rank by rank (PEFT's `target_parameters`),
-                               or A [E, R, in] and B [E, out, R]
+    one pair for all experts   A [E R, in], expert by expert, and B [out, R E], rank by rank (as PEFT saves those of
+                               `target_parameters`), or A [E, R, in] and B [E, out, R]
     shared                     either half for all experts at once: A [R, in] or [1, R, in], B [out, R] or [1, out, R]
     a pair per expert          `experts.3.gate_proj.lora_A`: A [R, in], B [out, R]
     a pair per part            gate_proj and up_proj where the model keeps both in one weight, gate_up_proj
@@ -92,12 +92,11 @@ def split_experts(
     pair: tuple[torch.Tensor, torch.Tensor], experts: int, rank: int, keys: tuple[str, ...]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """A [R, K] and B [R, N] of each expert, from a pair for all. Raises RankError."""
-    halves = _rows_of_a(pair[0], experts, rank), _rows_of_b(pair[1], experts, rank)
-    if halves[0] is None or halves[1] is None:
+    first, second = _rows_of_a(pair[0], experts, rank), _rows_of_b(pair[1], experts, rank)
+    if first is None or second is None:
         shapes = f"{keys[0]} is {list(pair[0].shape)} and {keys[-1]} is {list(pair[1].shape)}"
         raise RankError(f"{shapes}, which is not rank {rank} for each of {experts} experts, as the config has it")
-    (a_rows, _), (b_rows, _) = halves
-    each = [rows.reshape(-1, rank, rows.shape[-1]).expand(experts, -1, -1) for rows in (a_rows, b_rows)]
+    each = [rows.reshape(-1, rank, rows.shape[-1]).expand(experts, -1, -1) for rows in (first[0], second[0])]
     return list(zip(each[0].unbind(0), each[1].unbind(0), strict=True))
 
 

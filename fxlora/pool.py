@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -105,11 +105,13 @@ class AdapterPool:
         }
         sizes = {site: room.bytes_needed(site, shape) for site, room in rooms.items()}
         self._bytes = sum(sizes.values())
-        experts = sum(size for site, size in sizes.items() if site.num_experts)
-        _log.info("adapter pools: %d sites, %d bytes, %d of them for experts", len(sizes), self._bytes, experts)
+        _log.info("adapter pools: %d sites of %d rank rows, %d bytes", len(sizes), self.pool_rows, self._bytes)
+        if experts := [size for site, size in sizes.items() if site.num_experts]:
+            _log.info("of these, %d expert sites with %d bytes", len(experts), sum(experts))
         self._rooms = {site: room(site, shape) for site, room in rooms.items()}
         members = [(site,) for site in self.sites] if groups is None else list(groups)
-        handles = register_runtime(digest, [tuple(self._rooms[site].pool for site in group) for group in members])
+        pools: list[Any] = [tuple(self._rooms[site].pool for site in group) for group in members]
+        handles = register_runtime(digest, pools)
         self.handles: Mapping[tuple[Site, ...], int] = MappingProxyType(dict(zip(members, handles, strict=True)))
         self._loaded: Mapping[str, _Loaded] = {}
         self._lock = threading.Lock()
@@ -202,9 +204,10 @@ class AdapterPool:
             raise UnboundTensorError(tuple(homeless), bound=len(bound.entries) - len(homeless))
         for site, entry in bound.entries.items():
             shapes = tuple(entry.a_RK.shape), tuple(entry.b_RN.shape)
-            if not 0 < entry.rank <= self.max_rank:
+            rank = min(entry.rank, *(len(half) for half in (entry.a_RK, entry.b_RN)))
+            if not 0 < rank <= self.max_rank:
                 raise RankError(
-                    f"rank {entry.rank} at site {site.name} ({entry.keys[:1]}); this pool takes 1 to {self.max_rank}"
+                    f"rank {rank} at site {site.name} ({entry.keys[:1]}); this pool takes 1 to {self.max_rank}"
                 )
             if shapes != (expected := self._rooms[site].expected(entry)):
                 raise AdapterShapeError(

@@ -14,6 +14,7 @@ from torch import fx
 
 from fxlora.passes import experts
 from fxlora.passes.errors import RowsNotProvenError, TargetError
+from fxlora.passes.memory import Memory
 from fxlora.passes.reads import Reader
 from fxlora.passes.rows import moves
 from fxlora.passes.rows.labels import Label, Mixed, RowMap
@@ -113,11 +114,13 @@ def plan_graph(
     uses: list[PlannedUse] = []
     left = list(skipped)
     wanted = _Targets(targets)
+    rewritten = _rewritten_routings(prover, sites, reader)
     for site in sites:
         if not wanted.takes(site):
             left.append(Skipped(site.parameter, wanted.why_not(site), site.aliases))
             continue
         planned, reason = _plan_uses(prover, site, reader)
+        reason = reason or next((rewritten[node] for node in site.uses if node in rewritten), "")
         if reason:
             if wanted.explicit:
                 raise RowsNotProvenError(f"targets names {site.name!r}, but {reason}")
@@ -148,6 +151,14 @@ def _misplaced(prover: Prover, path: str, node: fx.Node) -> str:
         return ""
     own = Label(prover.seed, tuple(range(prover.seed.ids[0].dim())))
     return "" if rows == own else f"output {path}: its rows are not those of the requests in order"
+
+
+def _rewritten_routings(prover: Prover, sites: Sequence[Site], reader: Reader) -> dict[fx.Node, str]:
+    calls = [node for site in sites if site.role is Role.EXPERTS for node in site.uses]
+    if not calls:
+        return {}
+    memory = Memory(prover.graph, reader)
+    return experts.rewritten_routings([(node, reader.read_as(node, "experts")) for node in calls], memory)
 
 
 def _plan_uses(prover: Prover, site: Site, reader: Reader) -> tuple[list[PlannedUse], str]:
@@ -205,8 +216,8 @@ class _Targets:
         """The reason for a site that ``targets`` leaves out."""
         if self.default and site.role is Role.EXPERTS:
             return (
-                f"not targeted: the adapter memory of {site.num_experts} experts is allocated only where `targets` asks "
-                f'for it; apply with targets="all", or name {site.name.rpartition(".")[2]!r} among them'
+                f"not targeted: adapter memory for {site.num_experts} experts is allocated only where `targets` asks "
+                f'for it; apply with targets="all", or name {site.name.rpartition(".")[2]!r} in targets'
             )
         return "not targeted: `targets` does not name it"
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxlora.passes.experts import ExpertProduct, gathered_root, read_product
+from fxlora.passes.expert_reads import gathered_root, read_product
+from fxlora.passes.experts import ExpertProduct
 from fxlora.passes.graph import argument, op_name, operand
 from fxlora.passes.rows.worlds import TensorFacts, World
 from fxlora.passes.weights import CASTS, PASS_ON, Weights

@@ -161,10 +161,10 @@ def _replace_use(
     out.meta |= {k: v for k, v in node.meta.items() if k in ("val", "example_value")}
     reader.take_place(out, node)
     node.replace_all_uses_with(out)
+    unread = node.all_input_nodes if use.site.kind == "experts" else [read.x]  # of experts, copies of their weights too
     graph.erase_node(node)
-    _erase_unread(graph, read.x)
-    if use.site.kind == "experts":
-        _erase_unread(graph, read.operand)  # a copy of the weights of each row's expert
+    for source in unread:
+        _erase_unread(graph, source)
     return out
 
 

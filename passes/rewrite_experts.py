@@ -32,19 +32,12 @@ class ExpertEmitter:
         site = use.site
         assert read.product is not None
         rows = read.product.rows_term
-        sizes = partial(_sizes, call, read, reader)
+        sizes = partial(_sizes, call, read)
         x_TK = _flatten(call, read.x, read.product.x_term, rows, "k", sizes, site.in_features)
         table = self._table(call, use, read, row_slots, sizes)
         ops = torch.ops.fxlora
         y = call(ops.lora_experts.default, x_TK, _weight(call, read, reader), None, row_slots, None, table, handle)
-        if len(rows) > 1:
-            shape = sizes(rows)
-            free = next((i for i, size in enumerate(shape) if isinstance(size, fx.Node)), None)
-            y = call(
-                torch.reshape, y, (*(-1 if i == free else size for i, size in enumerate(shape)), site.out_features)
-            )
-        order = tuple(f"{rows}n".index(letter) for letter in read.product.out_term)
-        return y if order == tuple(range(len(order))) else call(torch.permute, y, order)
+        return _unflatten(call, y, rows, read.product.out_term, sizes, site.out_features)
 
     def _table(self, call: Call, use: PlannedUse, read: Read, row_slots: fx.Node, sizes: Any) -> fx.Node:
         """`segment_experts` of the call's rows, made at the first call that has them."""
@@ -84,8 +77,25 @@ def _flatten(
     return tensor if len(rows) == 1 else call(torch.reshape, tensor, (-1, *behind))
 
 
-def _sizes(call: Call, read: Read, reader: Reader, letters: Sequence[str]) -> list[Any]:
-    """The size of each row letter: a number where it is 1 or E, else a node that reads it."""
+def _unflatten(
+    call: Call, y_TN: fx.Node, rows: str, term: str, sizes: Callable[[str], list[Any]], width: int
+) -> fx.Node:
+    """The op's result with the dims of the call's own: letters `term`."""
+    y = y_TN
+    if len(rows) != 1:
+        shape = sizes(rows)
+        free = next((i for i, size in enumerate(shape) if isinstance(size, fx.Node)), None)
+        y = call(torch.reshape, y, (*(-1 if i == free else size for i, size in enumerate(shape)), width))
+    order = tuple(f"{rows}n".index(letter) for letter in term if letter != "_")
+    if order != tuple(range(len(order))):
+        y = call(torch.permute, y, order)
+    for i in (i for i, letter in enumerate(term) if letter == "_"):
+        y = call(torch.unsqueeze, y, i)
+    return y
+
+
+def _sizes(call: Call, read: Read, letters: Sequence[str]) -> list[Any]:
+    """The size of each row letter: E where all experts are one, else a node that reads it."""
     assert read.product is not None
     found: list[Any] = []
     for letter in letters:
@@ -93,8 +103,6 @@ def _sizes(call: Call, read: Read, reader: Reader, letters: Sequence[str]) -> li
         node = read.x if source is None or source[0] == "x" else read.product.routing.ids
         if source is None:
             found.append(read.experts)
-        elif node is not None and reader.world.shape(node)[source[1]] == 1:
-            found.append(1)
         else:
             found.append(call(torch.ops.aten.sym_size.int, node, source[1]))
     return found

@@ -101,7 +101,7 @@ def _check_result(
     expert op, whose rows are flat, a reshape too).
     """
     result = pick = results.get(use.node)
-    between = ("permute", "add", "reshape") if use.site.role is Role.EXPERTS else ("permute", "add")
+    between = ("permute", "add", "reshape", "unsqueeze") if use.site.role is Role.EXPERTS else ("permute", "add")
     while isinstance(pick, fx.Node) and pick is not op and op_name(pick) in between:
         pick = operand(pick)
     if use.site.role is Role.LINEAR and pick is not None and op_name(pick) == "getitem" and pick.args[1] == index:

@@ -48,6 +48,9 @@ _INDEXING = {
     "index_fill_",
 }
 _MUTATIONS = {"setitem"}
+_GROUPED = {"_grouped_mm", "grouped_mm", "grouped_mm_fallback"}
+# How rows per expert are counted: some of it in floating point, exactly.
+_COUNTING = {"histc", "bincount", "one_hot", "cumsum", "sum", "float", "double", "to", "type", "clone", "contiguous"}
 
 # Where these compare with a literal, sizes of the proof must reach well beyond it to show both outcomes.
 _THRESHOLDS = {
@@ -104,6 +107,8 @@ class Integers:
         for node in graph.nodes:
             if op_name(node) in _INDEXING:
                 stack += [n for n in node.all_input_nodes if n not in needed and self._integer(n)]
+            if op_name(node) in _GROUPED and isinstance(argument(node, 2, "offs"), fx.Node):
+                stack.append(argument(node, 2, "offs"))
         writes: dict[fx.Node, list[fx.Node]] = {}
         for node in graph.nodes:
             if is_write(node):
@@ -117,7 +122,8 @@ class Integers:
                 continue
             needed.add(node)
             for other in [*node.all_input_nodes, *writes.get(node, [])]:
-                if other not in needed and (self._integer(other) or op_name(other) in _RANKINGS | _MUTATIONS):
+                followed = self._integer(other) or op_name(other) in _RANKINGS | _MUTATIONS | _COUNTING
+                if other not in needed and followed:
                     stack.append(other)
         return needed
 
@@ -181,6 +187,8 @@ class Integers:
                 k: v for k, v in fx.map_arg(dict(node.kwargs), concrete).items() if k not in ("device", "pin_memory")
             }
             args = tuple("cpu" if isinstance(a, torch.device) else a for a in args)
+            if op_name(node) == "histc":
+                args = (args[0].float(), *args[1:])  # on the CPU it counts floats alone
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
             result = node.target(*args, **kwargs)  # type: ignore[operator]

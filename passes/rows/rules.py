@@ -25,6 +25,7 @@ from fxlora.passes.rows.families import (
     rule,
 )
 from fxlora.passes.rows.labels import Label, Mixed, Rows, join, remap, shift
+from fxlora.passes.rows.routing import offsets_follow_rows
 
 if TYPE_CHECKING:
     from fxlora.passes.rows.propagate import Prover
@@ -222,13 +223,16 @@ def linear(p: Prover, node: fx.Node) -> Rows:
 @rule("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
 def grouped_mm(p: Prover, node: fx.Node) -> Rows:
     """Row m of x times one expert's weight: the row stays its request's, whichever expert it goes to."""
-    x, weight = operand(node), argument(node, 1, "mat2", "mat_b", "weight")
+    x, weight = argument(node, 0, "input", "self", "mat_a"), argument(node, 1, "mat2", "mat_b", "weight")
     rows = p.rows(x)
     others = [n for n in node.all_input_nodes if n not in (x, argument(node, 2, "offs"))]
     if p.ndim(x) != 2 or weight is x or any(p.rows(n) is not None for n in others):
         return Mixed("grouped_mm of other than rows by expert weights")
     if isinstance(rows, Label) and rows.dims != (0,):
         return Mixed("grouped_mm sums over the request dim")
+    offsets = argument(node, 2, "offs")
+    if isinstance(rows, Label) and isinstance(offsets, fx.Node) and not offsets_follow_rows(p, x, rows, offsets):
+        return Mixed("grouped_mm whose offsets are not proven to follow from each row's own choice of expert")
     return rows
 
 
