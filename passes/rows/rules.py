@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from fxlora.passes.graph import argument, op_name, operand, varargs
-from fxlora.passes.rows import contractions, moves, views  # noqa: F401  views registers its rules
+from fxlora.passes.graph import argument, fake_value, op_name, operand, varargs
+from fxlora.passes.rows import contractions, indexing, moves, views  # noqa: F401  views registers its rules
 from fxlora.passes.rows.families import (
     ALONG_DIM,
     CREATIONS,
@@ -34,8 +36,8 @@ if TYPE_CHECKING:
 def rows_of(p: Prover, node: fx.Node) -> Any:
     """The rows of a call: a Rows, or a tuple of them for an op that returns several tensors."""
     name = op_name(node)
-    if name in NO_DATA:
-        return None
+    if name in NO_DATA or (name == "getitem" and op_name(operand(node)) in ("size", "shape")):
+        return Mixed("a size that the data of all requests decides") if _is_counted(node) else None
     incoming = [r for n in node.all_input_nodes for r in _flat(p.labels.get(n))]
     if not any(r is not None for r in incoming):
         return None
@@ -47,6 +49,13 @@ def rows_of(p: Prover, node: fx.Node) -> Any:
     if rows is None and name not in ("getitem", "values", "indices"):
         return Mixed(f"{name} loses sight of its rows")
     return rows
+
+
+def _is_counted(node: fx.Node) -> bool:
+    """True for sizes that depend on data: how many elements of a mask are true is no request's own."""
+    value = fake_value(node)
+    sizes = value if isinstance(value, tuple | list) else [value]
+    return any(isinstance(size, torch.SymInt) and free_unbacked_symbols(size) for size in sizes)
 
 
 def _apply_rule(p: Prover, node: fx.Node, name: str) -> Any:
@@ -181,6 +190,16 @@ def per_sample(p: Prover, node: fx.Node) -> Rows:
     if own.dims != (0,) or not batched:
         return Mixed(f"{name} mixes rows along a channel or spatial dim")
     return own
+
+
+@rule("where", "nonzero", "argwhere", "nonzero_numpy")
+def where(p: Prover, node: fx.Node) -> Any:
+    """The positions of true elements; of three operands, an elementwise choice."""
+    return (
+        pointwise(p, node)
+        if len(node.args) + len(node.kwargs) > 1 and op_name(node) == "where"
+        else (indexing.selected(p, node))
+    )
 
 
 @rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")
