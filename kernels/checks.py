@@ -26,9 +26,11 @@ def check_rows(x_rows: int, row_slots: torch.Tensor, row_coeffs: torch.Tensor | 
 
 
 def check_members(weights: Sequence[torch.Tensor], pools: Sequence[SitePool | None]) -> None:
-    """Raises OpInputError when a group has not one pool (or None) for each weight."""
+    """Raises OpInputError when a group has not one pool (or None) for each weight, or is that of an expert weight."""
     if len(weights) != len(pools):
         raise OpInputError(f"the op got {len(weights)} weights, its group has {len(pools)} members")
+    if isinstance(pools[0], ExpertPool):
+        raise OpInputError("the handle is that of an expert weight, not of linears or embeddings")
 
 
 def check_experts(
