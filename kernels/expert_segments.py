@@ -83,8 +83,11 @@ def is_in_place(size: int) -> bool:
 
 def check_routing(
     row_slots: torch.Tensor, offsets: torch.Tensor | None, expert_ids: torch.Tensor | None, num_experts: int
-) -> None:
-    """Raises OpInputError unless exactly one of offsets [E] and expert_ids [T] comes with row_slots int32 [T, J]."""
+) -> torch.Tensor:
+    """The one of offsets [E] and expert_ids [T] that is given.
+
+    Raises OpInputError unless exactly one is, with row_slots int32 [T, J].
+    """
     if row_slots.dim() != 2 or row_slots.dtype != torch.int32:
         raise OpInputError(f"row_slots is {row_slots.dtype} {tuple(row_slots.shape)}; expected int32 [T, J]")
     if (offsets is None) == (expert_ids is None):
@@ -95,6 +98,7 @@ def check_routing(
     assert given is not None
     if given.shape != (length,) or given.is_floating_point() or given.dtype == torch.bool:
         raise OpInputError(f"{name} is {given.dtype} {tuple(given.shape)}; expected integers [{length}]")
+    return given
 
 
 def segment_experts_torch(

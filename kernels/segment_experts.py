@@ -143,9 +143,8 @@ def segment_experts(
     max_adapters: int,
 ) -> torch.Tensor:
     """See `ops.segment_experts`."""
-    layout.check_routing(row_slots, offsets, expert_ids, num_experts)
+    routing = layout.check_routing(row_slots, offsets, expert_ids, num_experts)
     rows, width = row_slots.shape
-    routing = offsets if expert_ids is None else expert_ids
     in_place = expert_ids is None
     size = layout.expert_segments_size(rows, num_experts, max_adapters, in_place)
     table = torch.empty(size, dtype=torch.int32, device=row_slots.device)

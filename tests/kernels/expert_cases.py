@@ -139,9 +139,7 @@ def make_expert_case(
 ) -> ExpertCase:
     """A random call; `slot_runs` adjacent rows share their slots."""
     ids = draw_experts(rows, experts, empty, missing)
-    if in_place:
-        known = ids[(ids >= 0) & (ids < experts)]
-        offsets = torch.bincount(known, minlength=experts).cumsum(0).to(device, ids_dtype)
+    offsets = torch.bincount(ids[(ids >= 0) & (ids < experts)], minlength=experts).cumsum(0).to(device, ids_dtype)
     shape = (experts, features, out) if transposed else (experts, out, features)
     weight = (torch.randn(shape, device=device) * features**-0.5).to(dtype)
     slots = torch.randint(-1, len(ranks), (-(-rows // slot_runs), width), dtype=torch.int32)

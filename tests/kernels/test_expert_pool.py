@@ -27,7 +27,7 @@ def tensors_of(pool: ExpertPool) -> list[torch.Tensor]:
 
 def write(pool: ExpertPool, slot: int = 1, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """An ordinary adapter of rank 2, unless changed."""
-    given = {"a_start": 3, "a_step": 2, "b_start": 5, "b_step": 2, "rank": 2, "scaling": 0.3, **changes}
+    given: dict[str, Any] = {"a_start": 3, "a_step": 2, "b_start": 5, "b_step": 2, "rank": 2, "scaling": 0.3, **changes}
     a_rows = given.pop("a_rows", torch.randn(6, 6))
     b_rows = given.pop("b_rows", torch.randn(6, 5))
     pool.write(slot, a_rows=a_rows, b_rows=b_rows, **given)
