@@ -38,6 +38,28 @@ def load_end(offsets, experts, num_rows, num_experts) -> tl.tensor:
 
 
 @triton.jit
+def write_rows(order_ptr, experts_ptr, expert, begin, end, step, BLOCK: tl.constexpr) -> None:
+    """Rows that came in place: every step-th block of begin .. end."""
+    for first in range(begin, end, step):
+        rows = first + tl.arange(0, BLOCK)
+        mask = rows < end
+        tl.store(order_ptr + rows, rows, mask=mask)
+        tl.store(experts_ptr + rows, tl.full([BLOCK], 0, tl.int32) + expert, mask=mask)
+
+
+@triton.jit
+def sort_rows(ids, order_ptr, experts_ptr, expert, position, num_rows, num_experts, BLOCK: tl.constexpr) -> None:
+    """The rows of one expert among all, ascending, from this position on."""
+    for first in range(0, num_rows, BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        own = (load_experts(ids, rows, num_rows, num_experts) == expert).to(tl.int32)
+        tl.store(order_ptr + position + tl.cumsum(own, axis=0) - own, rows, mask=own != 0)
+        tl.store(experts_ptr + rows, tl.full([BLOCK], 0, tl.int32) + expert, mask=own != 0)
+        position += tl.sum(own, axis=0)
+    tl.debug_barrier()
+
+
+@triton.jit
 def list_slots(
     list_ptr, row_ptr, first, end, slots, max_adapters, J: tl.constexpr, JP: tl.constexpr, HEIGHT: tl.constexpr,
     BLOCK: tl.constexpr, IN_PLACE: tl.constexpr,
@@ -107,20 +129,9 @@ def segment_experts_kernel(
             fill_tiles(tile_experts_ptr, tile_firsts_ptr, first_tile + own_tiles, bound, -1, -1, 0, TILES)
 
     if IN_PLACE:
-        for first in range(start + part * BLOCK, start + own_count, parts * BLOCK):
-            rows = first + tl.arange(0, BLOCK)
-            mask = rows < start + own_count
-            tl.store(table_ptr + rows, rows, mask=mask)
-            tl.store(experts_ptr + rows, tl.full([BLOCK], 0, tl.int32) + expert, mask=mask)
+        write_rows(table_ptr, experts_ptr, expert, start + part * BLOCK, start + own_count, parts * BLOCK, BLOCK)
     elif own_count > 0:
-        position = start
-        for first in range(0, num_rows, BLOCK):
-            rows = first + tl.arange(0, BLOCK)
-            own = (load_experts(routing, rows, num_rows, num_experts) == expert).to(tl.int32)
-            tl.store(table_ptr + position + tl.cumsum(own, axis=0) - own, rows, mask=own != 0)
-            tl.store(experts_ptr + rows, tl.full([BLOCK], 0, tl.int32) + expert, mask=own != 0)
-            position += tl.sum(own, axis=0)
-        tl.debug_barrier()
+        sort_rows(routing, table_ptr, experts_ptr, expert, start, num_rows, num_experts, BLOCK)
     if LIST_SLOTS:
         for tile in range(part, own_tiles, parts):
             first = start + tile * HEIGHT

@@ -214,8 +214,9 @@ def expert_prefill_tile(height: int, columns: int, width: int, dtype: torch.dtyp
     if dtype == torch.float32:
         return ExpertPrefillTile(64, 32, 16, 264, 4, 2, False, False, 16, 32, 4, 528, 4, 2)
     ranks = 32 if width <= 32 else 64
-    warps = 8 if height == 128 else 4
-    return ExpertPrefillTile(256, 64, 32, 132, warps, 3, True, True, ranks, 64, 2, 528, 4, 4)
+    if height < 128:
+        return ExpertPrefillTile(128, 64, 32, 264, 4, 4, True, True, ranks, 64, 2, 528, 4, 4)
+    return ExpertPrefillTile(256, 64, 32, 132, 8, 3, True, True, ranks, 64, 2, 528, 4, 4)
 
 
 def shrink_tile(rows: int) -> Tile:
