@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -33,6 +33,7 @@ from fxlora.errors import (
 from fxlora.expert_binding import Piece, compose, make_piece, split_experts
 from fxlora.passes.sites import Site, Skipped
 from fxlora.places import Index, Place, Spread, Target, find_place
+from fxlora.renames import Rename
 
 _log = logging.getLogger(__name__)
 
@@ -53,17 +54,24 @@ class BoundAdapter:
 
 
 def bind_adapter(
-    adapter: Adapter, sites: Sequence[Site], skipped: Sequence[Skipped], weights: Mapping[str, torch.Tensor]
+    adapter: Adapter,
+    sites: Sequence[Site],
+    skipped: Sequence[Skipped],
+    weights: Mapping[str, torch.Tensor],
+    rename: Rename | None = None,
 ) -> BoundAdapter:
     """Finds the site of every adapter tensor and checks shape, rank and values. Reads each tensor once.
 
     weights: every parameter path of the model, all aliases, in registration order, -> the base tensor itself.
+    rename: today's name of a module under its name in an earlier version of the model.
     Raises UnboundTensorError (all tensors without a site), IncompletePairError, AdapterShapeError, RankError,
     UnsupportedAdapterError (convolutions), ConflictingEntriesError, BaseWeightMismatchError, AdapterDtypeError,
     NonFiniteError or AdapterFormatError. The rank limit is checked by the pool.
     """
     index = Index(sites, skipped, weights)
     lora, plain = group_keys(adapter.tensors)
+    if rename is not None:
+        lora = [replace(key, modules=(*key.modules, *map(rename, key.modules))) for key in lora]
     places = [find_place(index, key, adapter) for key in lora]
     copies = [(key, index.first(key.paths)) for key in plain]
     unbound = [item for key, place in zip(lora, places, strict=True) for item in _unplaced(index, key, place)]

@@ -116,7 +116,7 @@ class Index:
                     path.rpartition(".")[2]: path for path in self._children.get(holder, []) if self._is_3d(path)
                 }
                 if found := find_part(leaf, weights):
-                    return weights[found[0]], expert, found[1], module
+                    return weights[found[0]], expert, found[1], key.modules[0]
         return None
 
     def linears_of(self, key: LoraKey, wrapped: Sequence[str]) -> list[tuple[str, list[list[str]]]]:

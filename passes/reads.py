@@ -43,6 +43,14 @@ _NO_READ = {
 }
 
 
+_RANKINGS = {"topk", "sort", "argsort", "argmax", "argmin", "max", "min"}
+_MAX_ROUTING = 100
+
+
+def _is_float(facts: TensorFacts) -> bool:
+    return facts.dtype.is_floating_point
+
+
 @dataclass(frozen=True)
 class Read:
     """One call that reads a whole weight as a linear, an embedding or experts.
@@ -209,7 +217,25 @@ class Reader:
             keys = self._keys(node, key)
         if not self._is_index(keys[0]) or any(k is not None and k != slice(None) for k in keys[1:]):
             return Refusal(root, f"{op_name(node)} reads a part of the weight")
+        if self._is_routed(keys[0]):
+            return Refusal(root, "a table of which routing picks rows (a bias for each expert), no embedding")
         return Read("embedding", root, other, False, False, keys[0])
+
+    def _is_routed(self, ids: fx.Node) -> bool:
+        """True for an index that ranks what the model computed, as a router does."""
+        stack, seen = [ids], {ids}
+        while stack and len(seen) < _MAX_ROUTING:
+            node = stack.pop()
+            ranks = op_name(node) in _RANKINGS and self.is_tensor(operand(node))
+            if ranks and self.world.facts(operand(node)).dtype.is_floating_point:
+                return True
+            for other in node.all_input_nodes:
+                facts = self.world.facts(other)
+                whole = isinstance(facts, tuple) or (isinstance(facts, TensorFacts) and not _is_float(facts))
+                if other not in seen and whole:
+                    seen.add(other)
+                    stack.append(other)
+        return False
 
     def _embedding(self, node: fx.Node, root: fx.Node, other: fx.Node, seen: Orientation) -> Read | Refusal:
         first, second = operand(node), argument(node, 1, "weight", "indices")
