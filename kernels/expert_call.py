@@ -20,7 +20,7 @@ from fxlora.kernels.expert_pool import ExpertPool
 from fxlora.kernels.expert_segments import is_in_place, tile_bound, tile_height
 from fxlora.kernels.launch import Fixed
 from fxlora.kernels.overlap import can_overlap
-from fxlora.kernels.triton_helpers import next_power_of_2, strided
+from fxlora.kernels.triton_helpers import strided
 
 
 class ExpertSite:
@@ -82,11 +82,6 @@ class ExpertCall(PlannedCall):
     def strided_bias(self) -> tuple[Any, ...]:
         """Pointer and strides of the bias."""
         return (None, 0, 0) if self.bias is None else strided(self.bias)
-
-    @property
-    def h_stride(self) -> int:
-        """Words of an entry's h."""
-        return max(16, next_power_of_2(self.site.h_width))
 
 
 class Table(NamedTuple):

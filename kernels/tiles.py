@@ -83,6 +83,18 @@ class GemvTile:
 
 
 @dataclass(frozen=True)
+class DeltaTile:
+    """Of the adapters' part in expert_decode.py: `parts` programs share the ranks of an entry."""
+
+    BR: int
+    BK: int
+    BN: int
+    parts: int
+    programs: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class ExpertGemmTile:
     """Of the base product of expert_decode.py: so many programs share the tiles of the batch; SWAP as in GemmTile."""
 
@@ -96,10 +108,9 @@ class ExpertGemmTile:
 
 @dataclass(frozen=True)
 class ExpertDecodeTiles:
-    """The three launches of experts over few rows each."""
+    """The two launches of experts over few rows each."""
 
-    shrink: ShrinkTile
-    expand: ExpandTile
+    delta: DeltaTile
     gemm: ExpertGemmTile
 
 
@@ -200,12 +211,13 @@ def prefill_tile(rows: int, columns: int, width: int) -> Tile:
 
 
 @cache
-def expert_decode_tiles(height: int, features: int, columns: int, dtype: torch.dtype) -> ExpertDecodeTiles:
-    """Tiles of experts over few rows each. height: rows of a tile, 16 or 32."""
-    shrink, expand = _narrow(_FEW, features), ExpandTile(16, 512, 528, 4)
+def expert_decode_tiles(entries: int, features: int, columns: int, dtype: torch.dtype) -> ExpertDecodeTiles:
+    """Tiles of experts over few rows each. entries: T * J."""
+    narrow = (min(512, max(32, next_power_of_2(width))) for width in (features, columns))
+    delta = DeltaTile(16, *narrow, 4 if entries <= 32 else 1, 1056, 8)
     if dtype == torch.float32:
-        return ExpertDecodeTiles(shrink, expand, ExpertGemmTile(64, 32, False, 528, 4, 3))
-    return ExpertDecodeTiles(shrink, expand, ExpertGemmTile(64, 128, True, 528, 4, 4))
+        return ExpertDecodeTiles(delta, ExpertGemmTile(64, 32, False, 528, 4, 3))
+    return ExpertDecodeTiles(delta, ExpertGemmTile(64, 128, True, 528, 4, 4))
 
 
 @cache

@@ -48,10 +48,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         return
     from fxlora.kernels import lora_experts, tiles
 
-    def decode(height: int, features: int, columns: int, dtype: torch.dtype) -> tiles.ExpertDecodeTiles:
-        shrink, expand = tiles.ShrinkTile(1, 8, 64, 2, 7, 4), tiles.ExpandTile(16, 32, 5, 4)
-        gemm = tiles.ExpertGemmTile(16, 16, height == 16, 3, 4, 2)
-        return tiles.ExpertDecodeTiles(shrink, expand, gemm)
+    def decode(entries: int, features: int, columns: int, dtype: torch.dtype) -> tiles.ExpertDecodeTiles:
+        delta = tiles.DeltaTile(8, 32, 16, 1 + entries % 2, 5, 4)
+        return tiles.ExpertDecodeTiles(delta, tiles.ExpertGemmTile(16, 16, entries % 2 == 1, 3, 4, 2))
 
     def prefill(height: int, columns: int, width: int, dtype: torch.dtype) -> tiles.ExpertPrefillTile:
         return tiles.ExpertPrefillTile(16, 16, 16, 3, 4, 3, True, True, 16, 32, 2, 3, 4, 2)
