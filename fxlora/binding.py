@@ -71,7 +71,7 @@ def bind_adapter(
     index = Index(sites, skipped, weights)
     lora, plain = group_keys(adapter.tensors)
     if rename is not None:
-        lora = [replace(key, modules=(*key.modules, *map(rename, key.modules))) for key in lora]
+        lora = [replace(key, modules=tuple(dict.fromkeys((*key.modules, *map(rename, key.modules))))) for key in lora]
     places = [find_place(index, key, adapter) for key in lora]
     copies = [(key, index.first(key.paths)) for key in plain]
     unbound = [item for key, place in zip(lora, places, strict=True) for item in _unplaced(index, key, place)]

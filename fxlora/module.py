@@ -18,7 +18,7 @@ from fxlora.passes.plan import Group
 from fxlora.passes.sites import Site, Skipped
 from fxlora.pool import AdapterPool
 from fxlora.renames import renames_of
-from fxlora.signature import Signature
+from fxlora.signature import META_KEY, Signature
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class LoraModule(nn.Module):
         self.assumed, self.mixed_outputs = job.plan.assumed, job.plan.mixed_outputs
         self.frozen: bool = job.sizing.frozen
         self._weights = dict(job.weights.names)
-        self._rename = renames_of(job.models)
+        self._rename = base.meta.get(META_KEY, {}).get("renames") or renames_of(job.models)
         placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
         position = {node: i for i, node in enumerate(placeholders)}
         self._primary = position[job.primary]

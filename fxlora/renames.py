@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -15,19 +16,24 @@ from torch import nn
 Rename = Callable[[str], str]
 
 
-def renames_of(models: Iterable[nn.Module]) -> Rename:
-    """Maps a module path of an earlier version to today's (a parameter's own path, where it is no `weight`); any other
-    path to itself.
+@dataclass(frozen=True)
+class Renames:
+    """Maps a module path of an earlier version to today's (a parameter's own path, where it is no `weight`), and any
+    other path to itself. steps: transformers' renamings, in order.
     """
-    steps = [step for model in models for step in _steps(model)]
 
-    def rename(module: str) -> str:
+    steps: tuple[Any, ...] = ()
+
+    def __call__(self, module: str) -> str:
         name = f"{module}.weight"
-        for step in steps:
+        for step in self.steps:
             name = step.rename_source_key(name)[0]
         return name.removesuffix(".weight")
 
-    return rename
+
+def renames_of(models: Iterable[nn.Module]) -> Renames:
+    """What transformers renamed in any of these models."""
+    return Renames(tuple(step for model in models for step in _steps(model)))
 
 
 def _steps(model: nn.Module) -> list[Any]:
