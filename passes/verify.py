@@ -90,7 +90,8 @@ def _check_table(op: fx.Node, group: Group) -> None:
     """The table of an expert op is that of its own rows and of its weight's experts."""
     table, experts = op.args[5], group.uses[0].site.num_experts
     made = isinstance(table, fx.Node) and op_name(table) == "fxlora::segment_experts"
-    if not made or table.args[0] is not op.args[3] or table.args[3] != experts:  # type: ignore[union-attr]
+    args = table.args if made else (None,) * 4  # type: ignore[union-attr]
+    if args[0] is not op.args[3] or args[3] != experts or (args[1] is None) == (args[2] is None):
         raise VerifyError(f"{op.name} does not read the table of its own rows over {experts} experts")
 
 

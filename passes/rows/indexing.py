@@ -198,10 +198,10 @@ def selected(p: Prover, node: fx.Node) -> Any:
             return Mixed(f"{op_name(node)} whose positions are not known")
         places.append(value if isinstance(value, tuple) else value.unbind(-1))
     ids = [rows.map.ids[w][tuple(places[w][d] for d in rows.dims)] for w in range(p.count)]
-    in_one = p.is_tensor(node)
+    in_one, dims = p.is_tensor(node), rows.dims
 
     def build(emit: Any, parent: fx.Node) -> fx.Node:
-        columns = [emit(torch.select, node, 1, d) if in_one else emit(operator.getitem, node, d) for d in rows.dims]
+        columns = [emit(torch.select, node, 1, d) if in_one else emit(operator.getitem, node, d) for d in dims]
         return emit(operator.getitem, parent, tuple(columns))
 
     label = derive(p, node, rows, ids, (0,), build, "of selected elements")

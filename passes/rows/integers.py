@@ -204,13 +204,14 @@ class Integers:
             return values[n] if n in values else world.facts(n)
 
         try:
-            args = fx.map_arg(node.args, concrete)
+            args: tuple[Any, ...] = fx.map_arg(node.args, concrete)
             kwargs = {
                 k: v for k, v in fx.map_arg(dict(node.kwargs), concrete).items() if k not in ("device", "pin_memory")
             }
             args = tuple("cpu" if isinstance(a, torch.device) else a for a in args)
             if op_name(node) == "histc":
-                args = (args[0].float(), *args[1:])  # on the CPU it counts floats alone
+                counted: Any = args[0]
+                args = (counted.float(), *args[1:])  # on the CPU it counts floats alone
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
             result = node.target(*args, **kwargs)  # type: ignore[operator]

@@ -114,7 +114,7 @@ class World:
         """Give a size that data decides the value it has in this world; shapes are read anew."""
         assert self.symbols is not None
         if self.symbols.get(symbol) != size:
-            self.symbols[symbol] = sympy.Integer(size)
+            self.symbols[symbol] = sympy.Integer(size)  # type: ignore[assignment]
             self.values.clear()
             self._exprs.clear()
 

@@ -104,6 +104,22 @@ def test_exported_graphs(name: str) -> None:
     check(applied(model, export, model=model), model)
 
 
+@pytest.mark.parametrize("name", ["bmm of w[ids]", "einsum ti,taoi->tao", "bmm of all", "grouped"])
+@torch.no_grad()
+def test_an_adapter_for_each_token(name: str) -> None:
+    model = routed({**SPELLINGS, **GROUPED}[name])
+    adapters = {"a": make_expert_adapter(model, 2, 1), "b": make_expert_adapter(model, 5, 2, rslora=True)}
+    lora = applied(model, capture, batch_dims={"x": (0, 1)})
+    for adapter, source in adapters.items():
+        lora.load_adapter(adapter, source)
+    x, names = tokens(batch=2, length=4, seed=4)["x"], [["a", None, "b", "a"], ["b", "b", None, "a"]]
+    got = lora(x=x.clone(), adapters=names)
+    for row, named in enumerate(names):
+        for token, adapter in enumerate(named):
+            alone = merged_experts(model, adapters[adapter] if adapter else None)(x[row : row + 1, token : token + 1])
+            assert worst([got[row, token]], [alone[0, 0]]) <= 1e-5
+
+
 def test_torchs_own_grouped_matmul_in_half_precision() -> None:
     """The grouped matmul that dynamo traces in bf16 alone; weights are read through a cast."""
 
