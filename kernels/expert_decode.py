@@ -86,6 +86,7 @@ def expert_delta_kernel(
                     next_b = b_rows(b_pool[0], b_row, rank, first, cols + BN, num_cols, BR)
                     values = tl.sum(h[:, None] * b.to(tl.float32), axis=0)
                     if first > part * BR:
+                        tl.debug_barrier()
                         values += tl.load(delta_at + cols, mask=cols < num_cols, other=0.0)
                     tl.store(delta_at + cols, values, mask=cols < num_cols)
                     b = next_b

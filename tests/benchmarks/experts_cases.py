@@ -41,7 +41,7 @@ class ExpertCase:
 
 # E, experts of a token, hidden size, width of an expert
 MODELS = {"qwen3": (128, 8, 2048, 768), "mixtral": (8, 2, 4096, 14336), "deepseek": (256, 8, 7168, 2048)}
-BATCHES = {1: (1,), 16: (1, 8, 16), 64: (1, 8, 16), 2048: (1, 8, 16)}
+BATCHES = {1: (1,), 16: (1, 8, 16), 64: (1, 8, 16), 256: (8,), 2048: (1, 8, 16)}
 RANKS = (8, 16, 64)
 
 
