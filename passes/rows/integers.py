@@ -19,7 +19,7 @@ from fxlora.passes.graph import argument, fake_value, op_name, operand
 from fxlora.passes.rows.worlds import TensorFacts, UnknownShapeError, World
 from fxlora.passes.rows.writes import also_written, is_write
 
-_UNINITIALISED = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
+_UNINITIALISED = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"}
 _RANKINGS = {"topk", "sort", "argsort", "argmax", "argmin", "max", "min", "median", "mode", "kthvalue", "msort"}
 _INDEXING = {
     "getitem",
@@ -238,7 +238,7 @@ class Integers:
                 keep = indices.shape[dim] if len(indices.shape) == len(source.shape) else 1
                 order = order.narrow(dim, 0, keep)
                 order = order.reshape(indices.shape)
-            world.rankings[node] = order.to(indices.dtype)
+            world.rankings[node] = order.to(indices.dtype).contiguous()
         drawn = world.rankings[node]
         return (None, drawn) if isinstance(facts, tuple) else drawn
 

@@ -20,6 +20,8 @@ import fxlora
 from fxlora.commands.inspect import inspect_model
 from fxlora.errors import AdapterShapeError, ConflictingEntriesError, RankError, UnboundTensorError
 from fxlora.expert_binding import Part, find_part
+from fxlora.kernels.expert_pool import ExpertPool
+from fxlora.rooms import round_up_rows
 from tests.models import ZOO, Entry
 from tests.oracle import Oracle, make_adapter
 from tests.toys.base import clone, worst
@@ -377,12 +379,19 @@ def test_the_same_expert_twice_must_agree() -> None:
 
 def test_bytes_of_an_adapter_of_a_large_mixture() -> None:
     """128 experts over 48 layers, hidden 2048, inner 768, bf16: what the README says of rank 8 and 16."""
-    layers, experts, hidden, inner = 48, 128, 2048, 768
+    hidden, inner = 2048, 768
 
     def of(rank: int, gate_up_rank: int, shared: bool = False) -> int:
-        gate_up = gate_up_rank * (hidden * (1 if shared else experts) + 2 * inner * experts)
-        down = rank * (inner * experts + hidden * (1 if shared else experts))
-        return layers * 2 * (gate_up + down)
+        own, one = (round_up_rows(rank * count) for count in (128, 1 if shared else 128))
+        gate_up_own, gate_up_one = (round_up_rows(gate_up_rank * count) for count in (128, 1 if shared else 128))
+        gate_up = bytes_of(gate_up_one, gate_up_own, hidden, 2 * inner)
+        return 48 * (gate_up + bytes_of(own, one, inner, hidden))
+
+    def bytes_of(rows_a: int, rows_b: int, in_features: int, out_features: int) -> int:
+        return ExpertPool.bytes_needed(
+            num_experts=128, pool_rows_a=rows_a, pool_rows_b=rows_b, in_features=in_features, out_features=out_features,
+            max_adapters=0, dtype=torch.bfloat16, device="cpu",
+        )  # fmt: skip
 
     assert [round(of(r, r) / 1e6) for r in (8, 16)] == [629, 1258]
     assert round(of(8, 16) / 1e6) == 981  # gate and up trained apart: stacked, their rank is double
