@@ -108,6 +108,24 @@ def shrink_columns(
     lanes = tl.arange(0, BR) % 16
     col_slots, first_ranks = group_slots(first_group + tl.arange(0, BR) // 16, slots, begins, ends)
     known = col_slots >= 0
+    used = tl.zeros([BM, BR], tl.int1)
+    for j in tl.static_range(J):
+        used = used | (slots_of(rows, j, adapters, num_rows, J)[:, None] == col_slots[None, :])
+    if tl.max((used & row_mask[:, None] & known[None, :]).to(tl.int32)) > 0:
+        shrink_used_columns(
+            col_slots, first_ranks, lanes, expert, rows, row_mask, x, adapters, num_rows, num_features, J, BM, BR, BK,
+            STAGES, EVEN, HAS_COEFFS,
+        )  # fmt: skip
+
+
+@triton.jit
+def shrink_used_columns(
+    col_slots, first_ranks, lanes, expert, rows, row_mask, x, adapters, num_rows, num_features,
+    J: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+    HAS_COEFFS: tl.constexpr,
+) -> None:  # fmt: skip
+    """h of these rows in these columns, of which some row uses one."""
+    known = col_slots >= 0
     ranks = tl.load(adapters.rank + col_slots, mask=known, other=0) - first_ranks
     a_rows = tl.load(adapters.a_start + col_slots, mask=known, other=0) + first_ranks + lanes
     a_rows += expert * tl.load(adapters.a_step + col_slots, mask=known, other=0)
@@ -146,7 +164,8 @@ def expert_shrink_tiles_kernel(
     BM: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
-    PARTS: tl.constexpr,  # programs that share the columns of a row tile
+    HEIGHT: tl.constexpr,
+    PARTS: tl.constexpr,  # programs that share the columns of BM rows
     STAGES: tl.constexpr,
     EVEN: tl.constexpr,
     IN_PLACE: tl.constexpr,
@@ -156,13 +175,15 @@ def expert_shrink_tiles_kernel(
     """h and groups of all row tiles of the batch."""
     wait_for_earlier(PDL)
     let_later_start(PDL)
-    for item in tl.range(tl.program_id(0), tiles_in_use(table) * PARTS, tl.num_programs(0), num_stages=1):
-        tile, part = item // PARTS, item % PARTS
+    EACH: tl.constexpr = (HEIGHT // BM) * PARTS
+    for item in tl.range(tl.program_id(0), tiles_in_use(table) * EACH, tl.num_programs(0), num_stages=1):
+        tile, part = item // EACH, item % PARTS
         expert, first, _, end = tile_record(tile, table)
-        if expert < table[2]:
+        first += item % EACH // PARTS * BM
+        if (expert < table[2]) & (first < end):
             slots, begins, ends = slots_of_tile(tile, table, adapters, L)
             count = tl.max(ends, axis=0)
-            if part == 0:
+            if item % EACH == 0:
                 write_groups(tile, expert, count, slots, begins, ends, adapters)
             positions = first + tl.arange(0, BM)
             row_mask = positions < end
@@ -178,7 +199,8 @@ def shrink_tiles(call: ExpertCall, adapters: ExpertAdapters, tile: ExpertPrefill
     """Fills h and the groups of `adapters`."""
     listed = min(call.site.max_adapters, call.height * call.width)
     keywords: dict[str, Any] = {"launch_pdl": True} if call.overlap else {}
-    expert_shrink_tiles_kernel[(min(call.tiles * tile.shrink_parts, tile.shrink_programs),)](
+    items = call.tiles * (call.height // tile.shrink_BM) * tile.shrink_parts
+    expert_shrink_tiles_kernel[(min(items, tile.shrink_programs),)](
         (call.x, call.x.stride(0)),
         adapters,
         tuple(table_of(call)),
@@ -186,9 +208,10 @@ def shrink_tiles(call: ExpertCall, adapters: ExpertAdapters, tile: ExpertPrefill
         call.features,
         J=call.width,
         L=next_power_of_2(listed),
-        BM=call.height,
+        BM=tile.shrink_BM,
         BR=tile.shrink_BR,
         BK=tile.shrink_BK,
+        HEIGHT=call.height,
         PARTS=tile.shrink_parts,
         STAGES=tile.shrink_stages,
         EVEN=call.features % tile.shrink_BK == 0,

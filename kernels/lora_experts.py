@@ -37,4 +37,4 @@ def lora_experts(
             return x.new_zeros(call.rows, call.columns)
         if call.height < SLOTS_FROM:
             return decode(call, expert_decode_tiles(call.entries, call.features, call.columns, x.dtype))
-        return prefill(call, expert_prefill_tile(call.height, call.columns, call.site.h_width, x.dtype))
+        return prefill(call, expert_prefill_tile(call.height, call.columns, x.dtype))

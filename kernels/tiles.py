@@ -116,7 +116,7 @@ class ExpertDecodeTiles:
 
 @dataclass(frozen=True)
 class ExpertPrefillTile:
-    """Of expert_prefill.py and its shrink, where `shrink_parts` programs share the columns of a row tile."""
+    """Of expert_prefill.py and its shrink, where `shrink_parts` programs share the columns of shrink_BM rows."""
 
     BN: int
     BK: int
@@ -126,6 +126,7 @@ class ExpertPrefillTile:
     num_stages: int
     w_tma: bool
     x_tma: bool
+    shrink_BM: int
     shrink_BR: int
     shrink_BK: int
     shrink_parts: int
@@ -221,14 +222,14 @@ def expert_decode_tiles(entries: int, features: int, columns: int, dtype: torch.
 
 
 @cache
-def expert_prefill_tile(height: int, columns: int, width: int, dtype: torch.dtype) -> ExpertPrefillTile:
-    """Tile of experts over many rows each. height: rows of a tile, 64 or 128; width: most ranks of a slot."""
+def expert_prefill_tile(height: int, columns: int, dtype: torch.dtype) -> ExpertPrefillTile:
+    """Tile of experts over many rows each. height: rows of a tile, 64 or 128."""
     if dtype == torch.float32:
-        return ExpertPrefillTile(64, 32, 16, 264, 4, 2, False, False, 16, 32, 4, 528, 4, 2)
-    ranks = 32 if width <= 32 else 64
+        return ExpertPrefillTile(64, 32, 16, 264, 4, 2, False, False, 32, 16, 32, 4, 528, 4, 2)
+    shrink = (64, 64, 64, 2, 528, 4, 4)
     if height < 128:
-        return ExpertPrefillTile(128, 64, 32, 264, 4, 4, True, True, ranks, 64, 2, 528, 4, 4)
-    return ExpertPrefillTile(256, 64, 32, 132, 8, 3, True, True, ranks, 64, 2, 528, 4, 4)
+        return ExpertPrefillTile(128, 64, 32, 264, 4, 4, True, True, *shrink)
+    return ExpertPrefillTile(256, 64, 32, 132, 8, 3, True, True, *shrink)
 
 
 def shrink_tile(rows: int) -> Tile:

@@ -52,8 +52,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         delta = tiles.DeltaTile(8, 32, 16, 1 + entries % 2, 5, 4)
         return tiles.ExpertDecodeTiles(delta, tiles.ExpertGemmTile(16, 16, entries % 2 == 1, 3, 4, 2))
 
-    def prefill(height: int, columns: int, width: int, dtype: torch.dtype) -> tiles.ExpertPrefillTile:
-        return tiles.ExpertPrefillTile(16, 16, 16, 3, 4, 3, True, True, 16, 32, 2, 3, 4, 2)
+    def prefill(height: int, columns: int, dtype: torch.dtype) -> tiles.ExpertPrefillTile:
+        return tiles.ExpertPrefillTile(16, 16, 16, 3, 4, 3, True, True, 32, 16, 32, 2, 3, 4, 2)
 
     monkeypatch.setattr(lora_experts, "expert_decode_tiles", decode)
     monkeypatch.setattr(lora_experts, "expert_prefill_tile", prefill)
