@@ -7,7 +7,8 @@ however the weight lies ([E, N, K] or [E, K, N]). What reads such a weight in an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from torch import fx
 
 from fxlora.passes.experts import UNIT, ExpertProduct, Routing
 from fxlora.passes.graph import argument, op_name, operand
+from fxlora.passes.rows.moves import factor
 from fxlora.passes.weights import CASTS, PASS_ON, Weights
 
 if TYPE_CHECKING:
@@ -23,19 +25,21 @@ if TYPE_CHECKING:
 
 _GROUPED = {"_grouped_mm", "grouped_mm", "grouped_mm_fallback"}
 # Strides of the stand-in for a weight: a dim is known by its stride, whatever views moved it.
-_STRIDES = (10007, 20011, 30011, 40009, 50021, 60013, 70001, 80021, 90001)
-_X_LETTERS, _ID_LETTERS = "ABCDEFGH", "pqrstuvw"
+_STRIDES = (10007, 20011, 30011, 40009, 50021, 60013, 70001, 80021, 90001, 100003, 110017, 120011, 130003)
+_X_LETTERS, _ID_LETTERS, _DIGITS = "ABCDEFGH", "pqrst", "12345"
+_RESHAPES = {"view", "reshape", "flatten", "unflatten"}
 
 
 @dataclass(frozen=True)
 class _Operand:
-    """A weight operand: the letters of its dims (``a``, ``b`` the stored ones, None for broadcast dims), and what
-    picked experts.
+    """A weight operand: the letters of its dims (``a``, ``b`` the stored ones, None for broadcast dims), what picked
+    experts, and the letters that a reshape put into one dim, by the digit that stands for it.
     """
 
     term: tuple[str | None, ...]
     routing: Routing
-    ids_term: str = ""
+    ids_term: str
+    merged: Mapping[str, str]
 
 
 def gathered_root(weights: Weights, node: Any) -> fx.Node | None:
@@ -66,44 +70,42 @@ def read_product(
         found = f"read by {name.lstrip('?')}"
     if isinstance(found, str):
         return f"expert weights, {found}"
-    x, x_term, w_term, out_term, routing, addend = found
-    return _checked(reader, node, x, x_term, w_term, out_term, routing, addend)
+    return _checked(reader, node, seen, found)
 
 
-# What one spelling gives: x, its letters, the operand's letters, the result's letters, the routing, an addend.
-_Found = tuple[fx.Node, list[str], list[str], list[str], Routing, Any]
+# What one spelling gives: x, its letters, the result's letters, the routing, an addend.
+_Found = tuple[fx.Node, list[str], list[str], Routing, Any]
 
 
 def _checked(
-    reader: Reader,
-    node: fx.Node,
-    x: fx.Node,
-    x_term: list[str],
-    w_term: list[str],
-    out_term: list[str],
-    routing: Routing,
-    addend: Any,
+    reader: Reader, node: fx.Node, seen: _Operand, found: _Found
 ) -> tuple[ExpertProduct, bool, fx.Node, Any] | str:
     """The product, if it sums over one stored dim of the weight alone and keeps every other letter once."""
+    x, x_term, out_term, routing, addend = found
+    rows_as_one = next((d for d, parts in seen.merged.items() if parts == seen.ids_term and d in x_term), None)
+    merged = {digit: parts for digit, parts in seen.merged.items() if digit != rows_as_one}
+    whole = [letter for term in out_term for letter in merged.get(term, term)]
     stored = {"a", "b"}
-    summed, made = stored & set(x_term), stored & set(out_term)
-    if len(summed) != 1 or len(made) != 1 or summed == made:
+    summed, made = stored & set(x_term), stored & set(whole)
+    several = set(merged) & set(x_term) or len(set(merged) & set(out_term)) > 1
+    if len(summed) != 1 or len(made) != 1 or summed == made or several:
         return "expert weights, in a product that is no linear over them"
     k, n = summed.pop(), made.pop()
-    index = "".join(sorted(letter for letter in w_term if letter not in stored))
+    index = rows_as_one or seen.ids_term or ("e" if routing == Routing() else "")
     ones = {c for c, size in zip(x_term, reader.world.shape(x), strict=True) if size == 1} - {k, *index}
     swap = {k: "k", n: "n", **dict.fromkeys(ones, UNIT)}
-    x_letters, out_letters = ([swap.get(letter, letter) for letter in term] for term in (x_term, out_term))
+    x_letters, out_letters = ([swap.get(letter, letter) for letter in term] for term in (x_term, whole))
     rows = [letter for letter in x_letters if letter not in ("k", UNIT)]
     kept = [letter for letter in out_letters if letter != UNIT]
     if sorted(kept) != sorted({*rows, *index, "n"}) or len(set(rows)) != len(rows):
         return "expert weights, in a product that sums over rows or experts"
-    sizes = dict(zip(x_letters, reader.world.shape(x), strict=True))
-    shape = zip(out_letters, reader.world.shape(node), strict=True)
-    if any(sizes.get(letter, size) != size for letter, size in shape if letter != "n"):
+    sizes = dict(zip(x_term, reader.world.shape(x), strict=True))
+    shape = dict(zip(out_term, reader.world.shape(node), strict=True))
+    if any(sizes.get(letter, size) != size for letter, size in shape.items()):
         return "expert weights, in a product that broadcasts its rows"
     x, x_letters = _peeled(reader, x, x_letters)
-    return ExpertProduct(routing, "".join(x_letters), index, "".join(out_letters)), k == "a", x, addend
+    groups = tuple("".join(swap.get(c, c) for c in merged.get(term, term)) for term in out_term)
+    return ExpertProduct(routing, "".join(x_letters), index, "".join(out_letters), groups), k == "a", x, addend
 
 
 def _peeled(reader: Reader, x: fx.Node, term: list[str]) -> tuple[fx.Node, list[str]]:
@@ -137,35 +139,80 @@ def _operand(reader: Reader, other: fx.Node) -> _Operand | str:
         return "behind calls that are no views"
     sizes: dict[str, int] = dict(zip("eab", tensor.shape, strict=True))
     view: Any = _stand_in("eab", sizes)
-    routing, ids_term = Routing(), ""
+    routing, ids_term, merged = Routing(), "", dict[str, str]()
     for node in found[1]:
-        if op_name(node) in CASTS:
+        name = op_name(node)
+        if name in CASTS:
             continue
-        if not reader.gathers(node):
+        if not reader.gathers(node) and name not in _RESHAPES:
             view = reader.viewed(node, view)
             continue
-        term, ids = _letters(view, sizes), reader.gather_index(node)
-        if term is None or "e" not in term or ids_term or ids is None or view.storage_offset():
-            return f"{op_name(node)} of a part of them"
-        dim = argument(node, 1, "dim") % len(term) if op_name(node) == "index_select" else 0
-        if term[dim] != "e":
-            return f"{op_name(node)} along another dim than the experts"
+        term = _letters(view, sizes)
+        if term is None:
+            return f"{name} of a part of them"
+        if "e" not in term and not ids_term and routing.index is None:
+            routing = Routing(index=int(view.storage_offset()) // _STRIDES[0])
+        elif view.storage_offset():
+            return f"{name} of a part of them"
+        if name in _RESHAPES:
+            letters = _regrouped(term, tuple(view.shape), reader.world.shape(node), sizes, merged)
+            if letters is None:
+                return "of which a part or a reshape is read"
+            view = _stand_in(letters, sizes)
+            continue
+        ids = reader.gather_index(node)
+        dim = argument(node, 1, "dim") % len(term) if name == "index_select" else 0
+        if ids is None or term[dim] != "e":
+            return f"{name} of a part of them"
         ids_term = _ID_LETTERS[: reader.ndim(ids)]
         sizes |= dict(zip(ids_term, reader.world.shape(ids), strict=True))
-        letters = [*term[:dim], *ids_term, *term[dim + 1 :]]
-        view = _stand_in(letters, sizes)
+        view = _stand_in([*term[:dim], *ids_term, *term[dim + 1 :]], sizes)
         routing = Routing(ids=ids, read_at=node)
+    return _operand_of(view, sizes, merged, routing, ids_term)
+
+
+def _operand_of(
+    view: Any, sizes: dict[str, int], merged: dict[str, str], routing: Routing, ids_term: str
+) -> _Operand | str:
     term = _letters(view, sizes)
-    if term is None or not {"a", "b"} <= set(term):
+    letters = "" if term is None else "".join(merged.get(letter, letter) for letter in term if letter is not None)
+    if term is None or not {"a", "b"} <= set(letters):
         return "of which a part or a reshape is read"
-    if "e" not in term and not ids_term:
+    if "e" not in letters and not ids_term and routing.index is None:
         index, rest = divmod(int(view.storage_offset()), _STRIDES[0])
-        if rest:
-            return "of which a part is read"
-        routing = Routing(index=index)
-    elif view.storage_offset() or any(letter not in term for letter in ids_term):
+        return "of which a part is read" if rest else _Operand(term, Routing(index=index), "", merged)
+    if view.storage_offset() or any(letter not in letters for letter in ids_term):
         return "of which a part is read"
-    return _Operand(term, routing, ids_term)
+    return _Operand(term, routing, ids_term, {digit: merged[digit] for digit in merged if digit in term})
+
+
+def _regrouped(
+    term: Sequence[str | None],
+    source: Sequence[int],
+    target: Sequence[int],
+    sizes: dict[str, int],
+    merged: dict[str, str],
+) -> list[str | None] | None:
+    """The letters after a reshape: of dims put into one, a digit that stands for them; None for any other reshape."""
+    letters: list[str | None] = []
+    for before, after in factor(source, target):
+        mine = [term[d] for d in before if term[d] is not None]
+        if any(term[d] is None and source[d] != 1 for d in before) or (mine and not after):
+            return None
+        if len(mine) == 1 and len(after) == 1:
+            letters.append(mine[0])
+        elif len(mine) > 1 and len(after) == 1:
+            digit = next(d for d in _DIGITS if d not in merged)
+            merged[digit] = "".join(merged.get(str(letter), str(letter)) for letter in mine)
+            sizes[digit] = math.prod(sizes[str(letter)] for letter in mine)
+            letters.append(digit)
+        elif len(mine) == 1 and [target[d] for d in after] == [sizes[c] for c in merged.get(str(mine[0]), "")]:
+            letters += merged[str(mine[0])]
+        elif not mine:
+            letters += [None] * len(after)
+        else:
+            return None
+    return letters
 
 
 def _stand_in(letters: Sequence[str | None], sizes: dict[str, int]) -> torch.Tensor:
@@ -175,7 +222,7 @@ def _stand_in(letters: Sequence[str | None], sizes: dict[str, int]) -> torch.Ten
 
 
 def _place(letter: str) -> int:
-    return "eab".index(letter) if letter in "eab" else 3 + _ID_LETTERS.index(letter)
+    return ("eab" + _DIGITS + _ID_LETTERS).index(letter)
 
 
 def _letters(view: Any, sizes: dict[str, int]) -> tuple[str | None, ...] | None:
@@ -212,7 +259,7 @@ def _grouped(reader: Reader, node: fx.Node, other: fx.Node, seen: _Operand) -> _
     if reader.ndim(x) != 2 or len(seen.term) != 3 or seen.term[0] != "e":
         return "in a grouped matmul of other than rows by experts"
     k, n = str(seen.term[1]), str(seen.term[2])
-    return x, ["A", k], [k, n], ["A", n], Routing(offsets=offsets, read_at=node), None
+    return x, ["A", k], ["A", n], Routing(offsets=offsets, read_at=node), None
 
 
 def _matmul(reader: Reader, seen: _Operand, other: fx.Node, left: Any, right: Any) -> _Found | str:
@@ -240,7 +287,7 @@ def _matmul(reader: Reader, seen: _Operand, other: fx.Node, left: Any, right: An
             return "multiplied with fewer dims than they have"
         batch.insert(0, str(theirs or mine))
     out_term = [*batch, n, free] if on_left else [*batch, free, n]
-    return x, x_term, [letter for letter in w_term if letter is not None], out_term, seen.routing, None
+    return x, x_term, out_term, seen.routing, None
 
 
 def _added(reader: Reader, node: fx.Node, name: str, other: fx.Node, seen: _Operand) -> _Found | str:
@@ -248,7 +295,7 @@ def _added(reader: Reader, node: fx.Node, name: str, other: fx.Node, seen: _Oper
         return f"{name} with alpha or beta"
     first, second = argument(node, 1, "batch1", "mat1"), argument(node, 2, "batch2", "mat2")
     found = _matmul(reader, seen, other, first, second)
-    return found if isinstance(found, str) else (*found[:5], operand(node))
+    return found if isinstance(found, str) else (*found[:4], operand(node))
 
 
 def _linear(reader: Reader, node: fx.Node, other: fx.Node, seen: _Operand) -> _Found | str:
@@ -257,7 +304,7 @@ def _linear(reader: Reader, node: fx.Node, other: fx.Node, seen: _Operand) -> _F
         return "read by linear as other than one expert's weight"
     n, k = str(seen.term[0]), str(seen.term[1])
     lead = list(_X_LETTERS[: reader.ndim(x) - 1])
-    return x, [*lead, k], [n, k], [*lead, n], seen.routing, argument(node, 2, "bias")
+    return x, [*lead, k], [*lead, n], seen.routing, argument(node, 2, "bias")
 
 
 def _einsum(reader: Reader, node: fx.Node, other: fx.Node, seen: _Operand) -> _Found | str:
@@ -279,4 +326,4 @@ def _einsum(reader: Reader, node: fx.Node, other: fx.Node, seen: _Operand) -> _F
     if any(char in sizes and sizes[char] != size for char, size in zip(x_chars, shape, strict=True)):
         return "in an einsum that broadcasts"
     x_term, out_term = [letters[char] for char in x_chars], [letters[char] for char in result]
-    return x, x_term, list(known.values()), out_term, seen.routing, None
+    return x, x_term, out_term, seen.routing, None

@@ -55,12 +55,14 @@ class ExpertProduct:
         x_term: Letters of x, ``_`` for dims of size 1.
         index_term: Letters of ``routing.ids``, or ``e``; empty with offsets and with one expert.
         out_term: Letters of the result, ``_`` for dims of size 1.
+        groups: The same, dim by dim: the call's own result may hold several letters in one dim.
     """
 
     routing: Routing
     x_term: str
     index_term: str
     out_term: str
+    groups: tuple[str, ...] = ()
 
     @property
     def rows_term(self) -> str:

@@ -37,7 +37,8 @@ class ExpertEmitter:
         table = self._table(call, use, read, row_slots, sizes)
         ops = torch.ops.fxlora
         y = call(ops.lora_experts.default, x_TK, _weight(call, read, reader), None, row_slots, None, table, handle)
-        return _unflatten(call, y, rows, read.product.out_term, sizes, site.out_features)
+        y = _unflatten(call, y, rows, read.product.out_term, sizes, site.out_features)
+        return _regroup(call, y, read.product.groups, sizes, site.out_features)
 
     def _table(self, call: Call, use: PlannedUse, read: Read, row_slots: fx.Node, sizes: Any) -> fx.Node:
         """`segment_experts` of the call's rows, made at the first call that has them."""
@@ -51,6 +52,8 @@ class ExpertEmitter:
                 ids = call(torch.full_like, call(torch.select, row_slots, 1, 0), routing.index)
             elif product.index_term == "e":
                 ids = call(torch.arange, site.num_experts, device=site.device)
+            elif ids is not None and product.index_term.isdigit():
+                ids = call(torch.reshape, ids, (-1,))
             if ids is not None and routing.index is None:
                 ids = _flatten(call, ids, product.index_term, product.rows_term, "", sizes, None)
             args = (row_slots, routing.offsets, ids, site.num_experts, self.max_adapters)
@@ -92,6 +95,15 @@ def _unflatten(
     for i in (i for i, letter in enumerate(term) if letter == "_"):
         y = call(torch.unsqueeze, y, i)
     return y
+
+
+def _regroup(call: Call, y: fx.Node, groups: Sequence[str], sizes: Callable[[str], list[Any]], width: int) -> fx.Node:
+    """Letters that the call's own result holds in one dim, put together."""
+    merged = [group for group in groups if len(group) > 1]
+    if not merged:
+        return y
+    known = {"_": 1, "n": width, merged[0]: -1}
+    return call(torch.reshape, y, tuple(known.get(group) or sizes(group)[0] for group in groups))
 
 
 def _sizes(call: Call, read: Read, letters: Sequence[str]) -> list[Any]:

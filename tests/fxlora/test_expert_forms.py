@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import fxlora
@@ -23,6 +24,7 @@ from tests.toys.experts import (
     Body,
     E,
     K,
+    L,
     N,
     Routed,
     chosen,
@@ -50,7 +52,7 @@ def applied(toy: Routed, form: Callable[[nn.Module], fx.GraphModule], **options:
 
 
 @torch.no_grad()
-def check(lora: Any, model: Routed) -> None:
+def check(lora: Any, model: Routed, names: Sequence[str | None] = NAMES, length: int = 6) -> None:
     """A mixed batch equals each request alone with its adapter in the weights; each adapter matters."""
     adapters = {"a": make_expert_adapter(model, 2, 1), "b": make_expert_adapter(model, 5, 2, rslora=True)}
     for name, adapter in adapters.items():
@@ -58,9 +60,9 @@ def check(lora: Any, model: Routed) -> None:
     (site,) = [site for site in lora.sites if site.name == "w"]
     assert (site.num_experts, site.in_features, site.out_features) == (E, K, N)
     assert any(op_name(node) == "fxlora::lora_experts" for node in lora.graph_module.graph.nodes)
-    inputs = tokens(batch=len(NAMES), length=6, seed=4)
-    got = lora(**clone(inputs), adapters=list(NAMES))
-    for index, name in enumerate(NAMES):
+    inputs = tokens(batch=len(names), length=length, seed=4)
+    got = lora(**clone(inputs), adapters=list(names))
+    for index, name in enumerate(names):
         x = inputs["x"][index : index + 1]
         base, want = model(x), merged_experts(model, adapters[name] if name else None)(x)
         assert name is None or worst([want], [base]) > 1e-2, f"{name} changes nothing"
@@ -93,15 +95,27 @@ def test_loops_that_pick_their_tokens(name: str) -> None:
     check(applied(model, capture), model)
 
 
-@pytest.mark.parametrize("name", ["bmm of w[ids]", "einsum ti,eoi->eto", "linear of w[e]", "grouped"])
-def test_exported_graphs(name: str) -> None:
+@pytest.mark.parametrize("name", {**SPELLINGS, **GROUPED})
+def test_graphs_of_aten_ops(name: str) -> None:
+    """Decomposed by export, einsum and matmul put dims of the weight into one, and one dim of x is none of its own."""
     model = routed({**SPELLINGS, **GROUPED}[name])
-    dims = {"x": {0: torch.export.Dim("requests", min=2), 1: torch.export.Dim("tokens", min=2)}}
+    dims = {"x": {0: torch.export.Dim("requests", min=2)}}
 
     def export(model: nn.Module) -> fx.GraphModule:
-        return torch.export.export(model, (), tokens(), dynamic_shapes=dims).module()
+        return torch.export.export(model, (), tokens(), dynamic_shapes=dims).run_decompositions().module()
 
-    check(applied(model, export, model=model), model)
+    check(applied(model, export, model=model), model, length=L)
+
+
+@pytest.mark.parametrize("name", ["bmm of w[ids]", "einsum ti,taoi->tao", "bmm of all", "linear of w[e]", "grouped"])
+def test_graphs_without_sizes_of_their_own(name: str) -> None:
+    """make_fx fixes what it was traced with."""
+    model = routed({**SPELLINGS, **GROUPED}[name])
+
+    def proxied(model: nn.Module) -> fx.GraphModule:
+        return make_fx(lambda x: model(x=x), pre_dispatch=True, _allow_non_fake_inputs=True)(tokens()["x"])
+
+    check(applied(model, proxied, model=model), model, names=NAMES[:3], length=L)
 
 
 @pytest.mark.parametrize("name", ["bmm of w[ids]", "einsum ti,taoi->tao", "bmm of all", "grouped"])

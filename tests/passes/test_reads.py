@@ -227,6 +227,11 @@ EXPERTS: dict[str, tuple[Body, tuple[str, str, str, bool]]] = {
         lambda self, x: torch.einsum("ti,taoi->tao", x[:, 0], self.w[x.argmax(-1)]),
         ("pk", "pq", "pqn", False),
     ),
+    "all in one": (lambda self, x: F.linear(x, self.w.view(B * K, K)), ("ABk", "e", "ABen", False)),
+    "picked, columns in one": (
+        lambda self, x: torch.bmm(x[:, 0].unsqueeze(1), self.w[x.argmax(-1)].permute(0, 3, 1, 2).reshape(B, K, T * K)),
+        ("pk", "pq", "p_qn", False),
+    ),
     "picked, then turned": (
         lambda self, x: torch.matmul(x.unsqueeze(2), self.w.transpose(1, 2)[x.argmax(-1)]).squeeze(2),
         ("pqk", "pq", "pq_n", False),
@@ -253,7 +258,7 @@ def test_products_of_experts_letter_by_letter(name: str) -> None:
         (lambda self, x: torch.bmm(self.w, self.w), "multiplied with themselves"),
         (lambda self, x: torch.einsum("bti,bio->to", x, self.w), "sums over rows or experts"),
         (lambda self, x: torch.bmm(x, self.w[:, :, [1, 0, 3, 2]]), "a part or a reshape"),
-        (lambda self, x: torch.matmul(x, self.w.reshape(B * K, K).t()), "a part or a reshape"),
+        (lambda self, x: torch.matmul(x, self.w.reshape(K, B * K)), "a part or a reshape"),
         (lambda self, x: F.layer_norm(self.w[1], (K,)), "read by layer_norm"),
     ],
 )
