@@ -43,7 +43,7 @@ def b_rows(b_ptr, start, rank, first, cols, num_cols, BR: tl.constexpr) -> tl.te
 
 @triton.jit(do_not_specialize=["num_rows", "max_adapters", "parts"])
 def expert_delta_kernel(
-    delta_ptr,  # fp32 [T * J * parts, N]
+    delta_ptr,  # fp32 [T * J, N]
     x,  # [T, K]: pointer, row stride
     slots,  # int32 [T, J]: pointer, strides
     coeffs,  # fp32 [T, J]: pointer, strides
@@ -54,7 +54,7 @@ def expert_delta_kernel(
     num_features,
     num_cols,
     max_adapters,
-    parts,  # programs that share the ranks of one entry, each with a delta of its own
+    parts,  # programs that share the columns of one entry
     J: tl.constexpr,
     K: tl.constexpr,  # num_features rounded up to a multiple of BK
     BR: tl.constexpr,
@@ -63,7 +63,7 @@ def expert_delta_kernel(
     HAS_COEFFS: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """delta of every entry: ranks part * BR .., (part + parts) * BR .., ... of its adapter; zeros without one."""
+    """delta of every entry, columns part * BN .., (part + parts) * BN .., ...; zeros where it has no adapter."""
     wait_for_earlier(PDL)
     let_later_start(PDL)
     lanes = tl.arange(0, BN)
@@ -73,25 +73,27 @@ def expert_delta_kernel(
         expert = tl.load(table[0] + table[1] + entry // J)
         known = (slot >= 0) & (expert < table[2])
         rank = tl.load(a_pool[3] + slot, mask=known, other=0)
-        delta_at = delta_ptr + (entry * parts + part).to(tl.int64) * num_cols
-        if part * BR < rank:
+        delta_at = delta_ptr + entry.to(tl.int64) * num_cols
+        if rank > 0:
             a_row, b_row = pool_row(slot, expert, a_pool, known), pool_row(slot, expert, b_pool, known)
             factor = factor_of(entry, tl.load(a_pool[4] + slot), coeffs, J, HAS_COEFFS)
             x_at = x[0] + (entry // J).to(tl.int64) * x[1]
-            for first in range(part * BR, rank, parts * BR):
-                b = b_rows(b_pool[0], b_row, rank, first, lanes, num_cols, BR)  # on its way during the shrink
+            for first in range(0, rank, BR):
+                cols = part * BN + lanes
+                b = b_rows(b_pool[0], b_row, rank, first, cols, num_cols, BR)  # on its way during the shrink
                 h = rank_products(x_at, a_pool[0], a_row, rank, first, num_features, K, BR, BK) * factor
-                for first_col in range(0, num_cols, BN):
-                    cols = first_col + lanes
-                    next_b = b_rows(b_pool[0], b_row, rank, first, cols + BN, num_cols, BR)
+                if first > 0:
+                    tl.debug_barrier()  # what this program wrote before is read below
+                for _ in range(part * BN, num_cols, parts * BN):
+                    next_b = b_rows(b_pool[0], b_row, rank, first, cols + parts * BN, num_cols, BR)
                     values = tl.sum(h[:, None] * b.to(tl.float32), axis=0)
-                    if first > part * BR:
-                        tl.debug_barrier()
+                    if first > 0:
                         values += tl.load(delta_at + cols, mask=cols < num_cols, other=0.0)
                     tl.store(delta_at + cols, values, mask=cols < num_cols)
                     b = next_b
+                    cols += parts * BN
         else:
-            for first_col in range(0, num_cols, BN):
+            for first_col in range(part * BN, num_cols, parts * BN):
                 tl.store(delta_at + first_col + lanes, tl.zeros([BN], tl.float32), mask=first_col + lanes < num_cols)
 
 
@@ -101,12 +103,12 @@ def expert_gemm_kernel(
     w,  # [E, N, K]: pointer, strides
     bias,  # [E, N]: pointer, strides
     y_ptr,  # [T, N], contiguous
-    delta_ptr,  # fp32 [T * DELTAS, N]
+    delta_ptr,  # fp32 [T * J, N]; never read where J is 0
     table,
     num_rows,
     num_features,
     num_cols,
-    DELTAS: tl.constexpr,  # of each row
+    J: tl.constexpr,  # deltas of a row; 0 without a pool
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -138,8 +140,8 @@ def expert_gemm_kernel(
             if HAS_BIAS:
                 bias_at = bias[0] + expert.to(tl.int64) * bias[1] + cols.to(tl.int64) * bias[2]
                 acc += along_cols(tl.load(bias_at, mask=col_mask, other=0.0).to(tl.float32), SWAP)
-            for i in tl.static_range(DELTAS):
-                at = along_rows((rows * DELTAS + i) * num_cols, SWAP) + along_cols(cols, SWAP)
+            for i in tl.static_range(J):
+                at = along_rows((rows * J + i) * num_cols, SWAP) + along_cols(cols, SWAP)
                 acc += tl.load(delta_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
         y_at = y_ptr + along_rows(rows * num_cols, SWAP) + along_cols(cols, SWAP)
         tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=mask)
@@ -154,24 +156,20 @@ def decode(call: ExpertCall, tiles: ExpertDecodeTiles) -> torch.Tensor:
     site, table, x = call.site, tuple(table_of(call)), (call.x, call.x.stride(0))
     delta = call.segments
     if call.has_pool:
+        delta = call.x.new_empty(call.entries * call.columns, dtype=torch.float32)
         plan = call.plan(_delta, tiles.delta, lambda: _delta_plan(call, tiles.delta))
-        delta = x[0].new_empty(call.entries * plan.numbers[-1] * call.columns, dtype=torch.float32)
         plan.launch(delta, x, call.slots, call.coeffs, table, site.a_pool, site.b_pool, *plan.numbers)
     y = call.x.new_empty(call.rows, call.columns)
-    plan = call.plan(_gemm, tiles, lambda: _gemm_plan(call, tiles))
+    plan = call.plan(_gemm, tiles.gemm, lambda: _gemm_plan(call, tiles.gemm))
     plan.launch(x, strided(call.weight), call.strided_bias, y, delta, table, *plan.numbers)
     return y
 
 
-def _parts(call: ExpertCall, tile: DeltaTile) -> int:
-    return min(tile.parts, cdiv(call.site.h_width, tile.BR))
-
-
 def _delta_plan(call: ExpertCall, tile: DeltaTile) -> Plan:
-    parts = _parts(call, tile)
+    parts = max(1, min(tile.programs // call.entries, cdiv(call.columns, tile.BN)))
     return call.planned(
         _delta,
-        (min(call.entries * parts, tile.programs),),
+        (min(call.entries * parts, tile.most_programs),),
         (call.rows, call.features, call.columns, call.site.max_adapters, parts),
         tile.num_warps,
         J=call.width,
@@ -184,14 +182,13 @@ def _delta_plan(call: ExpertCall, tile: DeltaTile) -> Plan:
     )
 
 
-def _gemm_plan(call: ExpertCall, tiles: ExpertDecodeTiles) -> Plan:
-    tile: ExpertGemmTile = tiles.gemm
+def _gemm_plan(call: ExpertCall, tile: ExpertGemmTile) -> Plan:
     return call.planned(
         _gemm,
         (min(call.tiles * cdiv(call.columns, tile.BN), tile.programs),),
         (call.rows, call.features, call.columns),
         tile.num_warps,
-        DELTAS=call.width * _parts(call, tiles.delta) if call.has_pool else 0,
+        J=call.width if call.has_pool else 0,
         BM=call.height,
         BN=tile.BN,
         BK=tile.BK,

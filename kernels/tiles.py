@@ -84,13 +84,13 @@ class GemvTile:
 
 @dataclass(frozen=True)
 class DeltaTile:
-    """Of the adapters' part in expert_decode.py: `parts` programs share the ranks of an entry."""
+    """Of the adapters' part in expert_decode.py: programs share the columns of an entry until there are `programs`."""
 
     BR: int
     BK: int
     BN: int
-    parts: int
     programs: int
+    most_programs: int
     num_warps: int
 
 
@@ -214,8 +214,8 @@ def prefill_tile(rows: int, columns: int, width: int) -> Tile:
 @cache
 def expert_decode_tiles(entries: int, features: int, columns: int, dtype: torch.dtype) -> ExpertDecodeTiles:
     """Tiles of experts over few rows each. entries: T * J."""
-    narrow = (min(512, max(32, next_power_of_2(width))) for width in (features, columns))
-    delta = DeltaTile(16, *narrow, 4 if entries <= 32 else 1, 1056, 8)
+    widest = ((features, 512), (columns, 256 if entries <= 32 else 512))
+    delta = DeltaTile(16, *(min(most, max(32, next_power_of_2(width))) for width, most in widest), 132, 1056, 8)
     if dtype == torch.float32:
         return ExpertDecodeTiles(delta, ExpertGemmTile(64, 32, False, 528, 4, 3))
     return ExpertDecodeTiles(delta, ExpertGemmTile(64, 128, True, 528, 4, 4))
@@ -225,7 +225,7 @@ def expert_decode_tiles(entries: int, features: int, columns: int, dtype: torch.
 def expert_prefill_tile(height: int, columns: int, dtype: torch.dtype) -> ExpertPrefillTile:
     """Tile of experts over many rows each. height: rows of a tile, 64 or 128."""
     if dtype == torch.float32:
-        return ExpertPrefillTile(64, 32, 16, 264, 4, 2, False, False, 32, 16, 32, 4, 528, 4, 2)
+        return ExpertPrefillTile(64, 32, 16, 264, 8, 2, False, False, 32, 16, 32, 4, 528, 4, 2)
     shrink = (64, 64, 64, 2, 528, 4, 4)
     if height < 128:
         return ExpertPrefillTile(128, 64, 32, 264, 4, 4, True, True, *shrink)

@@ -49,7 +49,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     from fxlora.kernels import lora_experts, tiles
 
     def decode(entries: int, features: int, columns: int, dtype: torch.dtype) -> tiles.ExpertDecodeTiles:
-        delta = tiles.DeltaTile(8, 32, 16, 1 + entries % 2, 5, 4)
+        delta = tiles.DeltaTile(8, 32, 16, 2 * entries if entries % 2 else 1, 5, 4)
         return tiles.ExpertDecodeTiles(delta, tiles.ExpertGemmTile(16, 16, entries % 2 == 1, 3, 4, 2))
 
     def prefill(height: int, columns: int, dtype: torch.dtype) -> tiles.ExpertPrefillTile:
