@@ -214,11 +214,12 @@ def prefill_tile(rows: int, columns: int, width: int) -> Tile:
 @cache
 def expert_decode_tiles(entries: int, features: int, columns: int, dtype: torch.dtype) -> ExpertDecodeTiles:
     """Tiles of experts over few rows each. entries: T * J."""
-    widest = ((features, 512), (columns, 256 if entries <= 32 else 512))
-    delta = DeltaTile(16, *(min(most, max(32, next_power_of_2(width))) for width, most in widest), 132, 1056, 8)
+    block_k = min(512, max(32, next_power_of_2(features)))
+    block_n = min(256 if entries <= 32 else 512, max(32, next_power_of_2(columns)))
+    delta = DeltaTile(16, block_k, block_n, 132, 1056, 8)
     if dtype == torch.float32:
-        return ExpertDecodeTiles(delta, ExpertGemmTile(64, 32, False, 528, 4, 3))
-    return ExpertDecodeTiles(delta, ExpertGemmTile(64, 128, True, 528, 4, 4))
+        return ExpertDecodeTiles(delta, ExpertGemmTile(64, 32, False, 1056, 4, 3))
+    return ExpertDecodeTiles(delta, ExpertGemmTile(64, 128, True, 1056, 4, 4))
 
 
 @cache
