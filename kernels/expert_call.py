@@ -8,7 +8,7 @@ in-features, N out-features, S slots.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -74,6 +74,11 @@ class ExpertCall(PlannedCall):
         )  # fmt: skip
 
     @property
+    def bound(self) -> int:
+        """TB of the table."""
+        return tile_bound(self.rows, self.num_experts, 16)
+
+    @property
     def tiles(self) -> int:
         """Row tiles that always suffice."""
         return min(self.rows, tile_bound(self.rows, self.num_experts, self.height))
@@ -84,23 +89,9 @@ class ExpertCall(PlannedCall):
         return (None, 0, 0) if self.bias is None else strided(self.bias)
 
 
-class Table(NamedTuple):
-    """The table of expert_segments.py, as kernels take it."""
-
-    segments: Any
-    rows: Any  # T
-    experts: Any  # E
-    bound: Any  # TB
-
-
-def table_of(call: ExpertCall) -> Table:
-    """The call's table."""
-    return Table(call.segments, call.rows, call.num_experts, tile_bound(call.rows, call.num_experts, 16))
-
-
 @triton.jit
 def tiles_in_use(table) -> tl.tensor:
-    """Row tiles of the batch."""
+    """Row tiles of the batch. table: that of expert_segments.py, then T, E and TB."""
     return tl.load(table[0] + 2 * table[1] + table[2] + 2)
 
 

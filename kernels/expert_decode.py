@@ -18,7 +18,7 @@ import triton.language as tl
 
 from fxlora.kernels.call import Plan
 from fxlora.kernels.decode_gemm import along_cols, along_rows, product
-from fxlora.kernels.expert_call import ExpertCall, rows_of, table_of, tile_item, tiles_in_use
+from fxlora.kernels.expert_call import ExpertCall, rows_of, tile_item, tiles_in_use
 from fxlora.kernels.launch import Launcher
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
 from fxlora.kernels.shrink import factor_of, rank_products, slot_of
@@ -47,10 +47,11 @@ def expert_delta_kernel(
     x,  # [T, K]: pointer, row stride
     slots,  # int32 [T, J]: pointer, strides
     coeffs,  # fp32 [T, J]: pointer, strides
-    table,
+    table_ptr,
     a_pool,  # A [PA, K], start, step, rank, scaling
     b_pool,  # B [PB, N], start, step, rank
     num_rows,
+    num_experts,
     num_features,
     num_cols,
     max_adapters,
@@ -70,8 +71,8 @@ def expert_delta_kernel(
     for item in tl.range(tl.program_id(0), num_rows * J * parts, tl.num_programs(0), num_stages=1):
         entry, part = item // parts, item % parts
         slot = slot_of(entry, slots, max_adapters, J)
-        expert = tl.load(table[0] + table[1] + entry // J)
-        known = (slot >= 0) & (expert < table[2])
+        expert = tl.load(table_ptr + num_rows + entry // J)
+        known = (slot >= 0) & (expert < num_experts)
         rank = tl.load(a_pool[3] + slot, mask=known, other=0)
         delta_at = delta_ptr + entry.to(tl.int64) * num_cols
         if rank > 0:
@@ -97,15 +98,17 @@ def expert_delta_kernel(
                 tl.store(delta_at + first_col + lanes, tl.zeros([BN], tl.float32), mask=first_col + lanes < num_cols)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "bound"])
 def expert_gemm_kernel(
     x,  # [T, K]: pointer, row stride; columns adjacent
     w,  # [E, N, K]: pointer, strides
     bias,  # [E, N]: pointer, strides
     y_ptr,  # [T, N], contiguous
     delta_ptr,  # fp32 [T * J, N]; never read where J is 0
-    table,
+    table_ptr,
     num_rows,
+    num_experts,
+    bound,  # TB of the table
     num_features,
     num_cols,
     J: tl.constexpr,  # deltas of a row; 0 without a pool
@@ -121,6 +124,7 @@ def expert_gemm_kernel(
 ) -> None:
     """y = x W^T + bias + delta. Programs share the tiles [BM, BN] of the batch; rows without an expert become zero."""
     let_later_start(PDL)
+    table = (table_ptr, num_rows, num_experts, bound)
     tiles_n = tl.cdiv(num_cols, BN)
     for item in tl.range(tl.program_id(0), tiles_in_use(table) * tiles_n, tl.num_programs(0), num_stages=1):
         expert, _, col_tile, first, end = tile_item(item, tiles_n, table, BM)
@@ -131,12 +135,12 @@ def expert_gemm_kernel(
         col_mask = cols < num_cols
         mask = along_rows(row_mask, SWAP) & along_cols(col_mask, SWAP)
         w_at = w[0] + expert.to(tl.int64) * w[1] + cols.to(tl.int64) * w[2]
-        last = tl.where(expert < table[2], num_features, 0)
+        last = tl.where(expert < num_experts, num_features, 0)
         acc = product(
             x[0] + rows * x[1], w_at, 1, w[3], row_mask, col_mask, 0, last, num_features, BM, BN, BK, SWAP, EVEN, STAGES
         )
         wait_for_earlier(PDL)
-        if expert < table[2]:
+        if expert < num_experts:
             if HAS_BIAS:
                 bias_at = bias[0] + expert.to(tl.int64) * bias[1] + cols.to(tl.int64) * bias[2]
                 acc += along_cols(tl.load(bias_at, mask=col_mask, other=0.0).to(tl.float32), SWAP)
@@ -153,7 +157,7 @@ _delta, _gemm = Launcher(expert_delta_kernel), Launcher(expert_gemm_kernel)
 
 def decode(call: ExpertCall, tiles: ExpertDecodeTiles) -> torch.Tensor:
     """y [T, N] for `call`."""
-    site, table, x = call.site, tuple(table_of(call)), (call.x, call.x.stride(0))
+    site, table, x = call.site, call.segments, (call.x, call.x.stride(0))
     delta = call.segments
     if call.has_pool:
         delta = call.x.new_empty(call.entries * call.columns, dtype=torch.float32)
@@ -170,7 +174,7 @@ def _delta_plan(call: ExpertCall, tile: DeltaTile) -> Plan:
     return call.planned(
         _delta,
         (min(call.entries * parts, tile.most_programs),),
-        (call.rows, call.features, call.columns, call.site.max_adapters, parts),
+        (call.rows, call.num_experts, call.features, call.columns, call.site.max_adapters, parts),
         tile.num_warps,
         J=call.width,
         K=cdiv(call.features, tile.BK) * tile.BK,
@@ -186,7 +190,7 @@ def _gemm_plan(call: ExpertCall, tile: ExpertGemmTile) -> Plan:
     return call.planned(
         _gemm,
         (min(call.tiles * cdiv(call.columns, tile.BN), tile.programs),),
-        (call.rows, call.features, call.columns),
+        (call.rows, call.num_experts, call.bound, call.features, call.columns),
         tile.num_warps,
         J=call.width if call.has_pool else 0,
         BM=call.height,

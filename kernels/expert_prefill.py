@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fxlora.kernels.expert_call import ExpertCall, rows_of, table_of, tile_item, tiles_in_use
+from fxlora.kernels.expert_call import ExpertCall, rows_of, tile_item, tiles_in_use
 from fxlora.kernels.expert_prefill_shrink import adapters_of, shrink_tiles
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
 from fxlora.kernels.prefill import load_b, load_h
@@ -112,7 +112,7 @@ def adapted_tile(
     return acc
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "bound"])
 def expert_prefill_kernel(
     x,  # [T, K]: pointer, row stride; columns adjacent
     x_desc,  # the same, or None
@@ -121,8 +121,10 @@ def expert_prefill_kernel(
     bias,  # [E, N]: pointer, strides
     y_ptr,  # [T, N], contiguous
     adapters,  # or None
-    table,
+    table_ptr,
     num_rows,
+    num_experts,
+    bound,  # TB of the table
     num_features,
     num_cols,
     J: tl.constexpr,
@@ -141,6 +143,7 @@ def expert_prefill_kernel(
 ) -> None:
     """Every tile of y: base GEMM, adapters, bias, one store; rows without an expert become zero."""
     let_later_start(PDL)
+    table = (table_ptr, num_rows, num_experts, bound)
     tiles_n = tl.cdiv(num_cols, BN)
     for item in tl.range(tl.program_id(0), tiles_in_use(table) * tiles_n, tl.num_programs(0), num_stages=1):
         expert, row_tile, col_tile, first, end = tile_item(item, tiles_n, table, BM)
@@ -149,7 +152,7 @@ def expert_prefill_kernel(
         rows = rows_of(positions, row_mask, table, IN_PLACE).to(tl.int64)
         first_col = col_tile * BN
         cols = first_col + tl.arange(0, BN)
-        steps = tl.where(expert < table[2], tl.cdiv(num_features, BK), 0)
+        steps = tl.where(expert < num_experts, tl.cdiv(num_features, BK), 0)
         if adapters is not None:
             acc = adapted_tile(
                 x, x_desc, w, w_desc, expert, row_tile, first, rows, row_mask, first_col, adapters, num_rows,
@@ -163,7 +166,7 @@ def expert_prefill_kernel(
                 acc = dot(x_tile, w_tile, acc, "ieee")
         if HAS_BIAS:
             bias_at = bias[0] + expert.to(tl.int64) * bias[1] + cols.to(tl.int64) * bias[2]
-            bias_mask = (cols < num_cols) & (expert < table[2])
+            bias_mask = (cols < num_cols) & (expert < num_experts)
             acc += tl.load(bias_at, mask=bias_mask, other=0.0).to(tl.float32)[None, :]
         y_at = y_ptr + rows[:, None] * num_cols + cols[None, :]
         tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=row_mask[:, None] & (cols < num_cols)[None, :])
@@ -192,8 +195,10 @@ def prefill(call: ExpertCall, tile: ExpertPrefillTile) -> torch.Tensor:
         call.strided_bias,
         y,
         adapters,
-        tuple(table_of(call)),
+        call.segments,
         call.rows,
+        call.num_experts,
+        call.bound,
         call.features,
         call.columns,
         J=call.width,

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fxlora.kernels.expert_call import ExpertCall, rows_of, table_of, tile_record, tiles_in_use
+from fxlora.kernels.expert_call import ExpertCall, rows_of, tile_record, tiles_in_use
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
 from fxlora.kernels.prefill_shrink import FIELDS, MOST, slots_of, spread
 from fxlora.kernels.tiles import ExpertPrefillTile
@@ -152,12 +152,14 @@ def shrink_used_columns(
         tl.store(adapters.h + ((rows * J + j) * adapters.width)[:, None] + h_cols[None, :], value, mask=own)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "bound"])
 def expert_shrink_tiles_kernel(
     x,  # [T, K]: pointer, row stride; columns adjacent
     adapters,
-    table,
+    table_ptr,
     num_rows,
+    num_experts,
+    bound,  # TB of the table
     num_features,
     J: tl.constexpr,
     L: tl.constexpr,
@@ -175,12 +177,13 @@ def expert_shrink_tiles_kernel(
     """h and groups of all row tiles of the batch."""
     wait_for_earlier(PDL)
     let_later_start(PDL)
+    table = (table_ptr, num_rows, num_experts, bound)
     EACH: tl.constexpr = (HEIGHT // BM) * PARTS
     for item in tl.range(tl.program_id(0), tiles_in_use(table) * EACH, tl.num_programs(0), num_stages=1):
         tile, part = item // EACH, item % PARTS
         expert, first, _, end = tile_record(tile, table)
         first += item % EACH // PARTS * BM
-        if (expert < table[2]) & (first < end):
+        if (expert < num_experts) & (first < end):
             slots, begins, ends = slots_of_tile(tile, table, adapters, L)
             count = tl.max(ends, axis=0)
             if item % EACH == 0:
@@ -203,8 +206,10 @@ def shrink_tiles(call: ExpertCall, adapters: ExpertAdapters, tile: ExpertPrefill
     expert_shrink_tiles_kernel[(min(items, tile.shrink_programs),)](
         (call.x, call.x.stride(0)),
         adapters,
-        tuple(table_of(call)),
+        call.segments,
         call.rows,
+        call.num_experts,
+        call.bound,
         call.features,
         J=call.width,
         L=next_power_of_2(listed),
