@@ -64,17 +64,17 @@ class Built:
         routing = self.routings[i]
         return [torch._grouped_mm(routing.x, self.weight.transpose(1, 2), offs=routing.offsets)]
 
-    def reference(self, i: int) -> list[torch.Tensor]:
+    def reference(self, i: int, adapters: bool = True) -> list[torch.Tensor]:
         """float64 truth, from the tensors as drawn (pools are not read)."""
-        return [self._truth(self.routings[i])]
+        return [self._truth(self.routings[i], adapters)]
 
-    def _truth(self, routing: Routing) -> torch.Tensor:
+    def _truth(self, routing: Routing, adapters: bool) -> torch.Tensor:
         experts, slots = routing.expert_ids, routing.row_slots[:, 0]
         y = torch.zeros(len(experts), self.case.out, dtype=torch.float64, device=self.x.device)
         for expert in experts.unique().tolist():
             mine = (experts == expert).nonzero()[:, 0]
             y[mine] = routing.x[mine].double() @ self.weight[expert].double().t()
-            for slot in slots[mine].unique().tolist():
+            for slot in slots[mine].unique().tolist() if adapters else ():
                 rows = mine[slots[mine] == slot]
                 h = routing.x[rows].double() @ self.a[slot, expert].double().t()
                 y[rows] += h @ self.b[slot, expert].double() * self.scaling[slot].double()

@@ -46,27 +46,31 @@ def over_routings(builder: Any, built: Built, given: dict[str, Any]) -> Step:
 
 
 def in_pairs(built: Built, truth: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The truth of routing 0 in the order of pairs, as peers write it; without adapters, their base's."""
+    """The truth of routing 0 in the order of pairs, as peers write it."""
     return torch.empty_like(truth[0]).index_copy_(0, built.routings[0].order, truth[0])
 
 
-def build_peers(peers: Any, built: Built, truth: Sequence[torch.Tensor] | None) -> PeerSteps:
+def build_peers(
+    peers: Any, built: Built, truth: Sequence[torch.Tensor] | None, base_truth: Sequence[torch.Tensor] | None
+) -> PeerSteps:
     """The peers and their base, as far as they can be built, run, and are right.
 
-    truth: of routing 0; None: unchecked.
+    truth, base_truth: of routing 0, with and without adapters; None: unchecked.
     """
     found = PeerSteps()
     if peers is None:
         found.missing = dict.fromkeys(PEERS, "no --peers folder")
         return found
     given = problem(built)
-    expected = None if truth is None else in_pairs(built, truth)
     for name, builder in BUILDERS.items():
+        expected = base_truth if name == BASE else truth
         try:
             step = over_routings(getattr(peers, builder), built, given)
-            check = expected is not None and name != BASE
-            found.steps[name] = checked(step, given["out"][0], expected) if check and expected is not None else step
+            found.steps[name] = step
+            if expected is not None:
+                checked(step, given["out"][0], in_pairs(built, expected))
         except Exception as error:
+            found.steps.pop(name, None)
             found.missing[name] = reason(error)
     run_all(found, built.count)
     return found

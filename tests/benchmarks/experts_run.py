@@ -38,11 +38,14 @@ def measure(case: ExpertCase, built: Built, clock: Clock, rates: Rates, peers: A
     error = max(error, check(built.ours, last, built.reference(last), dtype))
     total_bytes, flops = built.least()
     floor_us = rates.floor_us(total_bytes, flops)
-    found = build_peers(peers, built, truth)
-    del truth
+    base_truth = built.reference(0, adapters=False)
+    found = build_peers(peers, built, truth, base_truth)
     steps: dict[str, Step] = {"ours": built.ours, "bare": built.bare}
     if case.in_place:
         steps["grouped_mm"] = built.base
+    for name in steps.keys() - {"ours"}:
+        check(steps[name], 0, base_truth, dtype)
+    del truth, base_truth
     repeats = repeats_of(built.count, max(floor_us, 2.0))
     prepared = prepare_all({**steps, **found.steps}, clock, built.count, repeats, found.missing)
     eager = [y.clone() for y in built.ours(last)]
@@ -77,5 +80,5 @@ def warm_case(case: ExpertCase, peers: Any) -> None:
     with closing(build(case, "cuda", sets=1)) as built:
         for step in (built.ours, built.bare, built.base):
             step(0)
-        build_peers(peers, built, None)
+        build_peers(peers, built, None, None)
         torch.cuda.synchronize()

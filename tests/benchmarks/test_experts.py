@@ -119,7 +119,10 @@ def test_peers_get_the_same_problem_and_a_wrong_one_is_left_out() -> None:
     def wrong(**problem: Any) -> Callable[[int], Any]:
         return lambda i: problem["out"][i].fill_(1.0)
 
-    peers = types.SimpleNamespace(moe_base=wrong, vllm_moe=plain_moe, sglang_moe=wrong)
+    def base(**problem: Any) -> Callable[[int], Any]:
+        return plain_moe(**{**problem, "B": [[torch.zeros_like(b) for b in bs] for bs in problem["B"]]})
+
+    peers = types.SimpleNamespace(moe_base=base, vllm_moe=plain_moe, sglang_moe=wrong)
     for name in ("qwen3-gate_up-M16-a8-r16", "qwen3-down-M16-a8-r16", "qwen3-gate_up-ids-M1-a1-r16"):
         row = run(tiny(name), peers=peers)
         assert row["status"] == "ok", row
