@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from fxlora.kernels import ops
 from fxlora.kernels.expert_segments import segment_experts_torch
 from tests.benchmarks import driver
 from tests.benchmarks.driver import Suite
-from tests.benchmarks.experts_cases import CASES, MODELS, SLOTS, TARGETS
+from tests.benchmarks.experts_cases import CASES, MODELS, SLOTS, TARGETS, shapes
 from tests.benchmarks.experts_peers import PEERS
 from tests.benchmarks.experts_run import BASES, run_case, warm_case
 from tests.benchmarks.gpu_timing import Clock, GraphClock, Rates, spread
@@ -79,6 +80,13 @@ def warm_one(name: str, peers: Any) -> None:
         time_segments(name, GraphClock(), 1)
 
 
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Write the plot of a record."""
+    from tests.benchmarks import plot
+
+    plot.draw(record, path, [name for name, *_ in shapes()], "LoRA on experts", "grouped GEMM")
+
+
 REPORT = Report(
     width=34,
     legend=(
@@ -90,7 +98,9 @@ REPORT = Report(
     targets=TARGETS,
     base_name=True,
 )
-SUITE = Suite("tests.benchmarks.experts", __doc__ or "", [*CASES, *SEGMENT_NAMES], TARGETS, REPORT, run_one, warm_one)
+SUITE = Suite(
+    "tests.benchmarks.experts", __doc__ or "", [*CASES, *SEGMENT_NAMES], TARGETS, REPORT, run_one, warm_one, draw
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

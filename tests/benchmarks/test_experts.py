@@ -6,6 +6,7 @@ import json
 import types
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,6 +136,13 @@ def test_peers_get_the_same_problem_and_a_wrong_one_is_left_out() -> None:
 def test_tables_are_timed(name: str) -> None:
     row = experts.run_one(name, WallClock(), RATES, None, 2)
     assert row["status"] == "ok", row
+
+
+def test_a_plot_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [run(tiny("qwen3-gate_up-M16-a8-r16"))]
+    experts.draw({"rows": rows, "gpu": "some GPU", "date": "2026-01-01"}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
 def test_without_a_gpu_it_lists_and_says_so(
