@@ -216,7 +216,7 @@ def expert_decode_tiles(entries: int, features: int, columns: int, dtype: torch.
     """Tiles of experts over few rows each. entries: T * J."""
     block_k = min(512, max(32, next_power_of_2(features)))
     block_n = min(256 if entries <= 32 else 512, max(32, next_power_of_2(columns)))
-    delta = DeltaTile(16, block_k, block_n, 132, 1056, 8)
+    delta = DeltaTile(16, block_k, block_n, 132, 132, 8)  # one a multiprocessor, beside the base product
     if dtype == torch.float32:
         return ExpertDecodeTiles(delta, ExpertGemmTile(64, 32, False, 1056, 4, 3))
     return ExpertDecodeTiles(delta, ExpertGemmTile(64, 128, True, 1056, 4, 4))

@@ -1,4 +1,4 @@
-"""Draws result files of `tests.benchmarks.linear` (`experts` with --plot): cost over base against the rows of a batch, one panel per shape.
+"""Draws result files of `tests.benchmarks.linear`: cost over base against the rows of a batch, one panel per shape.
 
 `python -m tests.benchmarks.plot OUT.png RUN.json [RUN.json ...]`; of a case in several files the last one counts. Needs
 matplotlib (`pip install 'fxlora[bench]'`).

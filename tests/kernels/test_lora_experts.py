@@ -140,6 +140,18 @@ def test_a_slot_that_is_emptied_adds_nothing(device: str) -> None:
         assert torch.equal(case.run(), case.base())
 
 
+def test_an_infinite_adapter_stays_in_its_rows(device: str) -> None:
+    for rows, experts in (DENSITY["few"], DENSITY["many"]):
+        case = make_expert_case(rows=rows, experts=experts, ranks=(4, 8, 20), device=device, missing=False)
+        before = case.run()
+        assert case.pool is not None
+        start = int(case.pool.a_start[1])
+        case.pool.a[start : start + 8 * experts] = torch.inf
+        found, own = case.run(), (case.row_slots == 1).any(1)
+        assert not found[own].isfinite().any()
+        assert torch.equal(found[~own], before[~own])
+
+
 def test_what_does_not_fit_is_refused(device: str) -> None:
     case = make_expert_case(rows=8, device=device)
     wrong = [
