@@ -71,15 +71,16 @@ def forward_of(case: ExpertCase, handle: int) -> Callable[[], torch.Tensor]:
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("density", DENSITY)
 def test_shapes_and_strides(density: str, in_place: bool, dtype: torch.dtype) -> None:
-    for options in (
-        {},
+    calls: list[dict[str, object]] = [
         {"transposed": True, "bias": True},
-        {"width": 2},
         {"features": 333, "out": 77},
+        {},
+        {"width": 2},
         {"features": 72, "out": 40, "bias": True},
         {"shared": ("A", "B", "", "AB")},
         {"has_pool": False},
-    ):
+    ]
+    for options in calls if dtype == BF16 else calls[:2]:
         assert_experts_right(case_of(density, in_place, dtype=dtype, **options))
 
 
