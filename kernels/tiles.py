@@ -227,7 +227,7 @@ def expert_prefill_tile(height: int, columns: int, dtype: torch.dtype) -> Expert
     """Tile of experts over many rows each. height: rows of a tile, 64 or 128."""
     if dtype == torch.float32:
         return ExpertPrefillTile(64, 32, 16, 264, 8, 2, False, False, 32, 16, 32, 4, 528, 4, 2)
-    shrink = (64, 32, 64, 4, 528, 4, 4)
+    shrink = (64, 32, 64, 4, 264, 4, 4)
     if height < 128:
         return ExpertPrefillTile(128, 64, 32, 264, 4, 4, True, True, *shrink)
     return ExpertPrefillTile(256, 64, 32, 132, 8, 3, True, True, *shrink)
