@@ -88,6 +88,14 @@ def parts_of(name: str, leaves: Mapping[str, str]) -> list[str]:
     return [paths[0] for paths in parts] if all(len(paths) == 1 for paths in parts) else []
 
 
+def features_of(pair: tuple[torch.Tensor, torch.Tensor], experts: int, rank: int) -> tuple[int, int] | None:
+    """In- and out-features of a pair for all experts; None where its shapes are no such pair's."""
+    if not {half.dim() for half in pair} <= {2, 3}:
+        return None
+    first, second = _rows_of_a(pair[0], experts, rank), _rows_of_b(pair[1], experts, rank)
+    return None if first is None or second is None else (first[0].shape[1], second[0].shape[1])
+
+
 def split_experts(
     pair: tuple[torch.Tensor, torch.Tensor], experts: int, rank: int, keys: tuple[str, ...]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:

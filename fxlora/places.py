@@ -17,7 +17,7 @@ import torch
 
 from fxlora.adapter import Adapter
 from fxlora.adapter_keys import LoraKey, clean_path
-from fxlora.expert_binding import Part, find_part, parts_of
+from fxlora.expert_binding import Part, features_of, find_part, parts_of
 from fxlora.passes.sites import Role, Site, Skipped
 from fxlora.passes.weights import tensor_key
 
@@ -125,14 +125,14 @@ class Index:
         """
         found = []
         for module in () if key.embedding else key.modules:
-            experts = self._numbered.get(module, {})
-            leaves = [name.rpartition(".")[2] for name in wrapped]
-            for leaf in leaves if sorted(experts) == list(range(len(experts))) and experts else ():
-                if not any(_is_suffix(name, f"{module}.{leaf}") for name in wrapped):
-                    continue
-                paths = [parts_of(leaf, experts[e]) for e in range(len(experts))]
-                if all(paths):
-                    found.append((f"{module}.{leaf}", paths))
+            named = [name.rpartition(".")[2] for name in wrapped]
+            meant = [(module, leaf) for leaf in named if any(_is_suffix(n, f"{module}.{leaf}") for n in wrapped)]
+            owner, _, last = module.rpartition(".")
+            for holder, leaf in [*meant, *([] if key.nesting else [(owner, last)])]:
+                experts = self._numbered.get(holder, {})
+                paths = [parts_of(leaf, experts.get(e, {})) for e in range(len(experts))]
+                if paths and all(paths):
+                    found.append((f"{holder}.{leaf}", paths))
         return found
 
     def _is_3d(self, path: str) -> bool:
@@ -218,7 +218,7 @@ def _place_spread(index: Index, key: LoraKey, adapter: Adapter) -> Spread | str 
     candidates = index.linears_of(key, adapter.config.target_parameters)
     if not candidates or not (key.a and key.b):
         return None
-    shapes, fitting, skips = (adapter.tensors[key.a].shape, adapter.tensors[key.b].shape), [], []
+    pair, fitting, skips = (adapter.tensors[key.a], adapter.tensors[key.b]), [], []
     for pattern_path, paths in candidates:
         targets = [[index.first((path,)) for path in expert] for expert in paths]
         sites = [[s for t in expert if t for s in t.sites if s.role is Role.LINEAR] for expert in targets]
@@ -227,7 +227,8 @@ def _place_spread(index: Index, key: LoraKey, adapter: Adapter) -> Spread | str 
             continue
         rank = adapter.config.rank_of(pattern_path)
         width, inner = sum(site.out_features for site in sites[0]), {site.in_features for site in sites[0]}
-        if inner == {shapes[0][-1]} and shapes[1][0] == width and shapes[0][0] in (rank, rank * len(sites)):
+        found = features_of(pair, len(sites), rank)
+        if found is not None and inner == {found[0]} and found[1] == width:
             fitting.append(Spread(tuple(map(tuple, sites)), pattern_path))
     if len(fitting) == 1:
         return fitting[0]

@@ -18,7 +18,7 @@ from torch import fx
 
 from fxlora.passes.graph import argument, describe, op_name, operand
 from fxlora.passes.rows.labels import Label, Mixed, RowMap
-from fxlora.passes.rows.worlds import TensorFacts
+from fxlora.passes.rows.worlds import TensorFacts, UnknownShapeError
 
 if TYPE_CHECKING:
     from fxlora.passes.memory import Memory
@@ -205,7 +205,10 @@ def _taken_apart(node: fx.Node, width: int, world: World) -> Packing | None:
     source = operand(node)
     if not isinstance(source, fx.Node) or not node.op.startswith("call"):
         return None
-    name, facts = op_name(node), world.facts(node)
+    try:
+        name, facts = op_name(node), world.facts(node)
+    except UnknownShapeError:
+        return None
     if name in ("chunk", "split", "tensor_split") and isinstance(facts, tuple):
         parts = {part.shape[-1] for part in facts}
         return Packing(len(facts), False) if parts == {width // len(facts)} and width % len(facts) == 0 else None

@@ -279,7 +279,7 @@ def settle_sizes(world: World, node: fx.Node, value: Any) -> None:
 
 def settle_worlds(gm: fx.GraphModule, worlds: Sequence[World], known: dict[fx.Node, torch.Tensor]) -> None:
     """Find every size that data decides, in every world, before any shape is read there."""
-    if any(op_name(node) in _SELECTIONS for node in gm.graph.nodes):
+    if any(op_name(node) in _SELECTIONS and len(node.all_input_nodes) == 1 for node in gm.graph.nodes):
         integers = Integers(gm, worlds, known)
         for node in gm.graph.nodes:
             integers.visit(node)

@@ -247,7 +247,7 @@ def grouped_mm(p: Prover, node: fx.Node) -> Rows:
     others = [n for n in node.all_input_nodes if n not in (x, argument(node, 2, "offs"))]
     if p.ndim(x) != 2 or weight is x or any(p.rows(n) is not None for n in others):
         return Mixed("grouped_mm of other than rows by expert weights")
-    if isinstance(rows, Label) and rows.dims != (0,):
+    if isinstance(rows, Label) and rows.dims not in ((0,), ()):
         return Mixed("grouped_mm sums over the request dim")
     offsets = argument(node, 2, "offs")
     if isinstance(rows, Label) and isinstance(offsets, fx.Node) and not offsets_follow_rows(p, x, rows, offsets):

@@ -134,6 +134,15 @@ def test_an_adapter_for_each_token(name: str) -> None:
             assert worst([got[row, token]], [alone[0, 0]]) <= 1e-5
 
 
+@pytest.mark.parametrize("name", ["bmm of w[ids]", "grouped", "grouped, by argsort"])
+def test_a_graph_of_one_request(name: str) -> None:
+    """Captured for a batch of one, which tracing fixes: nobody's routing but its own is counted."""
+    model = routed({**SPELLINGS, **GROUPED}[name])
+    lora = applied(model, lambda toy: fxlora.capture(toy, **tokens(batch=1)))
+    check(lora, model, names=["a"])
+    assert worst([lora(**tokens(batch=1), adapters="b")], [lora(**tokens(batch=1), adapters="a")]) > 1e-2
+
+
 def test_torchs_own_grouped_matmul_in_half_precision() -> None:
     """The grouped matmul that dynamo traces in bf16 alone; weights are read through a cast."""
 

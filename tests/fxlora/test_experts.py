@@ -226,3 +226,22 @@ def test_memory_of_experts_is_packed_and_runs_out_by_name(tmp_path: Path) -> Non
     lora.load_adapter("a", adapters["a"])
     with pytest.raises(CapacityError, match="expert_pool_rows=3 at 5 experts cannot hold one adapter of max_rank 5"):
         served(build, entry.inputs(), {}, max_rank=5, expert_pool_rows=3)
+
+
+@torch.no_grad()
+def test_modules_that_peft_turns_into_parameters(tmp_path: Path) -> None:
+    """gate_proj, up_proj and down_proj as PEFT converts them: one pair of double rank and alpha for gate and up."""
+    entry = ZOO["qwen3moe"]
+    build = entry.with_experts("grouped_mm")
+    modules = ["q_proj", "gate", "gate_proj", "up_proj", "down_proj"]
+    adapters = {
+        name: make_adapter(
+            build, peft.LoraConfig(r=rank, lora_alpha=5, use_rslora=rslora, target_modules=modules), folder
+        )
+        for name, rank, rslora, folder in (("a", 2, False, tmp_path / "a"), ("b", 3, True, tmp_path / "b"))
+    }
+    lora = served(build, entry.inputs(), adapters)
+    pools = {site.name.rpartition(".")[2]: lora.pool._rooms[site].pool for site in lora.sites if site.num_experts}
+    assert [pools[leaf].rank.tolist()[:2] for leaf in ("gate_up_proj", "down_proj")] == [[4, 6], [2, 3]]
+    inputs, names = entry.inputs(batch=4, seed=3), ["a", "b", None, "b"]
+    Oracle(build, adapters).check(lora(**inputs, adapters=names), inputs, names)
