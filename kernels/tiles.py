@@ -219,7 +219,8 @@ def expert_decode_tiles(entries: int, features: int, columns: int, dtype: torch.
     delta = DeltaTile(16, block_k, block_n, 132, 132, 8)  # one a multiprocessor, beside the base product
     if dtype == torch.float32:
         return ExpertDecodeTiles(delta, ExpertGemmTile(64, 32, False, 1056, 4, 3))
-    return ExpertDecodeTiles(delta, ExpertGemmTile(64, 128, True, 1056, 4, 4))
+    even = features % 128 == 0
+    return ExpertDecodeTiles(delta, ExpertGemmTile(64, 128 if even else 64, True, 1056, 4, 4 if even else 6))
 
 
 @cache
