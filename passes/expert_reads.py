@@ -67,7 +67,7 @@ def read_product(
     elif name == "einsum":
         found = _einsum(reader, node, other, seen)
     else:
-        found = f"read by {name.lstrip('?')}"
+        return f"a 3-D weight, read by {name.lstrip('?')}"
     if isinstance(found, str):
         return f"expert weights, {found}"
     return _checked(reader, node, seen, found)

@@ -5,6 +5,7 @@ A rule answers ``Mixed`` whenever an output element could depend on two requests
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,6 +46,9 @@ def rows_of(p: Prover, node: fx.Node) -> Any:
         return None
     if name in SCALARS and not p.is_tensor(node):
         return Mixed(f"{name} turns rows into a number that all requests see")
+    counts = [n for n in node.all_input_nodes if not p.is_tensor(n) and isinstance(p.labels.get(n), Mixed)]
+    if counts and not _keeps_sizes(p, node, name, counts):
+        return p.labels[counts[0]]
     rows = _apply_rule(p, node, name)
     if rows is None and name not in ("getitem", "values", "indices"):
         return Mixed(f"{name} loses sight of its rows")
@@ -56,6 +60,20 @@ def _is_counted(node: fx.Node) -> bool:
     value = fake_value(node)
     sizes = value if isinstance(value, tuple | list) else [value]
     return any(isinstance(size, torch.SymInt) and free_unbacked_symbols(size) for size in sizes)
+
+
+def _keeps_sizes(p: Prover, node: fx.Node, name: str, counts: Sequence[fx.Node]) -> bool:
+    """True where sizes that data decides only name the sizes that the operand has already."""
+    if name in ("view", "reshape", "unflatten"):
+        return True
+    sizes = varargs(node, 1, "size", "shape")
+    if name != "expand" or not p.is_tensor(operand(node)):
+        return False
+    lead = len(sizes) - p.ndim(operand(node))
+    at = [d for d, size in enumerate(sizes) if size in counts]
+    return all(
+        d >= lead and p.shape(operand(node), w)[d - lead] == p.shape(node, w)[d] for d in at for w in range(p.count)
+    )
 
 
 def _apply_rule(p: Prover, node: fx.Node, name: str) -> Any:

@@ -205,7 +205,32 @@ def less_its_experts_mean(self: Routed, x: Tensor, weights: Tensor, ids: Tensor)
     return y
 
 
+def looped_over_picks(part: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Body:
+    """A loop whose part is (all tokens, tokens of an expert, their positions) -> the rows that its expert sees."""
+
+    def body(self: Routed, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        y = x.new_zeros((x.shape[0], N))
+        for e in range(E):
+            token, place = torch.where(ids == e)
+            y[token] += weights[token, place, None] * (part(x, x[token], token) @ self.w[e].T)
+        return y
+
+    return body
+
+
 MIXED: Mapping[str, tuple[Body, str]] = {
+    "scaled by how many there are": (
+        looped_over_picks(lambda x, rows, token: rows / (token.shape[0] + 1)),
+        "a size that the data of all requests decides",
+    ),
+    "summed over as many copies": (
+        looped_over_picks(lambda x, rows, token: rows[None].expand(token.shape[0], -1, -1).sum(0)),
+        "a size that the data of all requests decides",
+    ),
+    "cut where the count says": (
+        looped_over_picks(lambda x, rows, token: torch.cat([x[: token.shape[0]], x[token.shape[0] :] * 2])[token]),
+        "a size that the data of all requests decides",
+    ),
     "experts of another request": (chosen(of_other_requests), "mix requests"),
     "rows mixed before": (chosen(centred), "mean over the request dim"),
     "rows not sorted": (unsorted_rows, "offsets are not proven"),

@@ -254,12 +254,12 @@ def test_products_of_experts_letter_by_letter(name: str) -> None:
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (lambda self, x: x[:, :1] + self.w, "expert weights, read by add"),
+        (lambda self, x: x[:, :1] + self.w, "3-D weight, read by add"),
         (lambda self, x: torch.bmm(self.w, self.w), "multiplied with themselves"),
         (lambda self, x: torch.einsum("bti,bio->to", x, self.w), "sums over rows or experts"),
         (lambda self, x: torch.bmm(x, self.w[:, :, [1, 0, 3, 2]]), "a part or a reshape"),
         (lambda self, x: torch.matmul(x, self.w.reshape(K, B * K)), "a part or a reshape"),
-        (lambda self, x: F.layer_norm(self.w[1], (K,)), "read by layer_norm"),
+        (lambda self, x: F.layer_norm(self.w[1], (K,)), "3-D weight, read by layer_norm"),
     ],
 )
 def test_other_reads_of_expert_weights_are_refused_as_such(body: Body, reason: str) -> None:
