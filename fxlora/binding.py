@@ -9,18 +9,16 @@ Letters: K in-features (V, the vocabulary, for an embedding), N out-features, R 
 
 from __future__ import annotations
 
-import difflib
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from fxlora.adapter import Adapter
 from fxlora.adapter_config import AdapterConfig
-from fxlora.adapter_keys import LoraKey, clean_path, group_keys
+from fxlora.adapter_keys import LoraKey, group_keys
+from fxlora.entries import Entry
 from fxlora.errors import (
     AdapterFormatError,
     AdapterShapeError,
@@ -32,28 +30,14 @@ from fxlora.errors import (
     UnboundTensorError,
     UnsupportedAdapterError,
 )
-from fxlora.passes.sites import Role, Site, Skipped
-from fxlora.passes.weights import tensor_key
+from fxlora.expert_binding import Piece, compose, make_piece, split_experts
+from fxlora.passes.sites import Site, Skipped
+from fxlora.places import Index, Place, Spread, Target, find_place
+from fxlora.renames import Rename
 
 _log = logging.getLogger(__name__)
 
-_NEAREST_LOOKUPS_MAX = 32
 _COMPARED_ROWS = 4096
-
-
-@dataclass(frozen=True, eq=False)
-class Entry:
-    """What one adapter adds at one site: x @ a_RK.T @ b_RN * scaling.
-
-    a_RK: [R, K] (embedding: [R, V], read by column); b_RN: [R, N], PEFT's B transposed; dtype and device as stored.
-    scaling is kept apart from both. keys: the adapter's names for the two, and those of equal entries under aliases.
-    """
-
-    a_RK: torch.Tensor
-    b_RN: torch.Tensor
-    scaling: float
-    rank: int
-    keys: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,18 +54,25 @@ class BoundAdapter:
 
 
 def bind_adapter(
-    adapter: Adapter, sites: Sequence[Site], skipped: Sequence[Skipped], weights: Mapping[str, torch.Tensor]
+    adapter: Adapter,
+    sites: Sequence[Site],
+    skipped: Sequence[Skipped],
+    weights: Mapping[str, torch.Tensor],
+    rename: Rename | None = None,
 ) -> BoundAdapter:
     """Finds the site of every adapter tensor and checks shape, rank and values. Reads each tensor once.
 
     weights: every parameter path of the model, all aliases, in registration order, -> the base tensor itself.
+    rename: today's name of a module under its name in an earlier version of the model.
     Raises UnboundTensorError (all tensors without a site), IncompletePairError, AdapterShapeError, RankError,
     UnsupportedAdapterError (convolutions), ConflictingEntriesError, BaseWeightMismatchError, AdapterDtypeError,
     NonFiniteError or AdapterFormatError. The rank limit is checked by the pool.
     """
-    index = _Index(sites, skipped, weights)
+    index = Index(sites, skipped, weights)
     lora, plain = group_keys(adapter.tensors)
-    places = [_place(index, key, adapter.config) for key in lora]
+    if rename is not None:
+        lora = [replace(key, modules=tuple(dict.fromkeys((*key.modules, *map(rename, key.modules))))) for key in lora]
+    places = [find_place(index, key, adapter) for key in lora]
     copies = [(key, index.first(key.paths)) for key in plain]
     unbound = [item for key, place in zip(lora, places, strict=True) for item in _unplaced(index, key, place)]
     unbound += [Unbound(key.key, key.reason) for key, target in copies if target is None]
@@ -92,10 +83,7 @@ def bind_adapter(
         raise AdapterFormatError(
             f"adapter {adapter.origin} holds no LoRA tensors; it holds {list(adapter.tensors)[:5]}"
         )
-    entries: dict[Site, Entry] = {}
-    for key, place in zip(lora, places, strict=True):
-        assert isinstance(place, _Place)
-        _add_entry(entries, place.site, _make_entry(adapter, key, place))
+    entries = _make_entries(adapter, [(key, place) for key, place in zip(lora, places, strict=True)])
     for copy, target in copies:
         assert target is not None
         _check_base_copy(copy.key, adapter.tensors[copy.key], target)
@@ -103,123 +91,8 @@ def bind_adapter(
     return BoundAdapter(adapter.origin, adapter.config, entries, tuple(copy.key for copy, _ in copies))
 
 
-@dataclass(eq=False)
-class _Target:
-    """One base tensor: the sites that read it, and why other reads of it have none."""
-
-    weight: torch.Tensor | None
-    sites: list[Site] = field(default_factory=list)
-    skips: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, eq=False)
-class _Place:
-    """Where a pair of keys goes, and the path by which PEFT's patterns see it."""
-
-    site: Site
-    pattern_path: str
-
-
-class _Index:
-    """Parameter paths of a model, and what is known of the tensor behind each; aliases share one target."""
-
-    def __init__(self, sites: Sequence[Site], skipped: Sequence[Skipped], weights: Mapping[str, torch.Tensor]) -> None:
-        by_key: dict[Any, _Target] = {}
-        self._by_path: dict[str, _Target] = {}
-        self._children: dict[str, list[str]] = {}
-        for name, weight in weights.items():
-            path = clean_path(name)
-            self._by_path[path] = by_key.setdefault(tensor_key(weight), _Target(weight))
-            self._children.setdefault(path.rpartition(".")[0], []).append(path)
-        for site in sites:
-            target = by_key.setdefault(tensor_key(site.weight), _Target(site.weight))
-            target.sites.append(site)
-            for name in (site.parameter, *site.aliases):
-                self._by_path.setdefault(clean_path(name), target)
-        for skip in skipped:
-            for target in self._targets_of(skip):
-                target.skips.append(skip.reason)
-        self._modules = sorted({path.removesuffix(".weight") for path, target in self._by_path.items() if target.sites})
-        self._lookups_left = _NEAREST_LOOKUPS_MAX
-
-    def first(self, paths: Sequence[str]) -> _Target | None:
-        """The target of the first of these parameter paths that exists."""
-        return next((self._by_path[path] for path in paths if path in self._by_path), None)
-
-    def parameter_of(self, key: LoraKey, wrapped: Sequence[str]) -> tuple[str, str, bool] | None:
-        """(parameter path, pattern path, whether `target_parameters` wrapped it) of a key's module, if it exists.
-
-        PEFT wraps a module's targeted parameters in order of registration, each around the last: the outermost has
-        nesting 0. It sees a wrapped parameter by its own path, a targeted module by the module's.
-        """
-        for module in key.modules:
-            children = self._children.get(module, [])
-            targeted = [path for path in children if any(_is_suffix(name, path) for name in wrapped)]
-            if targeted and not key.embedding and key.nesting < len(targeted):
-                path = targeted[len(targeted) - 1 - key.nesting]
-                return path, path, True
-            path = f"{module}.weight"
-            if path in self._by_path and not key.nesting:
-                return path, module, False
-            if module in self._by_path and not key.nesting:
-                return module, module, False  # a weight that no module holds under `weight` goes by its own path
-        return None
-
-    def skips_at(self, modules: Sequence[str]) -> list[str]:
-        """Reasons given for the weights of these modules, or for a module that they are or lie in."""
-        paths = [path for module in modules for path in self._children.get(module, [])]
-        for module in modules:
-            paths += accumulate(module.split("."), "{}.{}".format)
-        targets = [self._by_path[path] for path in paths if path in self._by_path]
-        return list(dict.fromkeys(reason for target in targets for reason in target.skips))
-
-    def nearest(self, module: str) -> str | None:
-        """The closest module path that has a site; for the first few asked only, as the search is slow."""
-        if self._lookups_left <= 0:
-            return None
-        self._lookups_left -= 1
-        return next(iter(difflib.get_close_matches(module, self._modules, n=1)), None)
-
-    def _targets_of(self, skip: Skipped) -> list[_Target]:
-        paths = [clean_path(name) for name in (skip.name, *skip.aliases)]
-        known = {id(target): target for path in paths if (target := self._by_path.get(path))}
-        if not known:
-            target = _Target(None)
-            for path in paths:
-                self._by_path[path] = target
-                self._children.setdefault(path.rpartition(".")[0], []).append(path)
-            return [target]
-        return list(known.values())
-
-
-def _is_suffix(name: str, path: str) -> bool:
-    return path == name or path.endswith(f".{name}")
-
-
-def _place(index: _Index, key: LoraKey, config: AdapterConfig) -> _Place | str:
-    """Where a key goes, or the reason why nowhere."""
-    found = index.parameter_of(key, config.target_parameters)
-    if found is None:
-        skips = index.skips_at(key.modules)
-        return "; ".join(skips) if skips else "no weight of this name"
-    path, pattern_path, was_wrapped = found
-    target = index.first((path,))
-    assert target is not None
-    roles = (Role.EMBEDDING,) if key.embedding else (Role.LINEAR, Role.LOGITS)
-    fitting = [site for site in target.sites if site.role in roles]
-    if was_wrapped and fitting and (len(target.sites) > 1 or target.skips):
-        return f"target_parameters names {path}, which is read in more than one role, so the role meant is unknown"
-    if len(fitting) == 1:
-        return _Place(fitting[0], pattern_path)
-    if fitting:
-        return f"{path} is read as {' and as '.join(site.role.value for site in fitting)}: the role meant is unknown"
-    asked = " or ".join(role.value for role in roles)
-    others = [f"{path} is read as {site.role.value}, the key asks for {asked}" for site in target.sites]
-    return "; ".join(target.skips + others) or f"{path} is not read by the graph"
-
-
-def _unplaced(index: _Index, key: LoraKey, place: _Place | str) -> list[Unbound]:
-    if isinstance(place, _Place):
+def _unplaced(index: Index, key: LoraKey, place: Place | Spread | str) -> list[Unbound]:
+    if not isinstance(place, str):
         return []
     nearest = index.nearest(key.modules[0])
     nearest = None if nearest in key.modules else nearest
@@ -236,9 +109,51 @@ def _require_pairs(keys: Sequence[LoraKey]) -> None:
         raise IncompletePairError(f"{len(single)} LoRA pairs are incomplete: " + "; ".join(single))
 
 
-def _make_entry(adapter: Adapter, key: LoraKey, place: _Place) -> Entry:
+def _make_entries(adapter: Adapter, placed: Sequence[tuple[LoraKey, Place | Spread | str]]) -> dict[Site, Entry]:
+    """One entry for each site; what goes to several places of an expert weight is put together."""
+    entries: dict[Site, Entry] = {}
+    pieces: dict[Site, list[Piece]] = {}
+    for key, place in placed:
+        if isinstance(place, Spread):
+            for site, entry in _spread(adapter, key, place):
+                _add_entry(entries, site, entry)
+            continue
+        assert isinstance(place, Place)
+        if not place.site.num_experts:
+            _add_entry(entries, place.site, _make_entry(adapter, key, place))
+            continue
+        piece = make_piece(
+            place.site,
+            (adapter.tensors[key.a], adapter.tensors[key.b]),
+            keys=key.names,
+            rank=adapter.config.rank_of(place.pattern_path),
+            scaling=adapter.config.scaling_of(place.pattern_path),
+            expert=place.expert,
+            part=place.part,
+            wrapped=place.wrapped,
+        )
+        pieces.setdefault(place.site, []).append(piece)
+    return entries | {site: compose(site, found) for site, found in pieces.items()}
+
+
+def _spread(adapter: Adapter, key: LoraKey, place: Spread) -> Iterator[tuple[Site, Entry]]:
+    """The entries of a pair for all experts at each expert's own linears."""
+    config, path = adapter.config, place.pattern_path
+    rank, scaling = config.rank_of(path), config.scaling_of(path)
+    pair = (adapter.tensors[key.a], adapter.tensors[key.b])
+    for expert, (a_RK, b_RN) in enumerate(split_experts(pair, len(place.linears), rank, key.names)):
+        start = 0
+        for site in place.linears[expert]:
+            end = start + site.out_features
+            yield site, Entry(a_RK, b_RN[:, start:end], scaling, rank, key.names)
+            start = end
+
+
+def _make_entry(adapter: Adapter, key: LoraKey, place: Place) -> Entry:
     a_RK, b_NR = adapter.tensors[key.a], adapter.tensors[key.b]
     site, rank = place.site, adapter.config.rank_of(place.pattern_path)
+    if place.wrapped and site.stored_KN and a_RK.dim() == b_NR.dim() == 2:
+        a_RK, b_NR = b_NR.t(), a_RK.t()  # PEFT takes any 2-D parameter for [out, in]
     shapes = f"{key.a} is {list(a_RK.shape)} and {key.b} is {list(b_NR.shape)}"
     if a_RK.dim() > 2 or b_NR.dim() > 2:
         raise UnsupportedAdapterError(f"{shapes}: LoRA of convolutions is not served; expected two dims each")
@@ -272,7 +187,7 @@ def _same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and bool((one == other.to(one.device)).all())
 
 
-def _check_base_copy(key: str, copy: torch.Tensor, target: _Target) -> None:
+def _check_base_copy(key: str, copy: torch.Tensor, target: Target) -> None:
     """The copy must be the base weight in the coarser of the two dtypes; compared by blocks of rows on its device."""
     base = target.weight
     if base is None:

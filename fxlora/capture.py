@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from fxlora.errors import CaptureError
 from fxlora.passes.weights import Weights, tensor_key
+from fxlora.renames import renames_of
 from fxlora.signature import META_KEY, constant_leaves, supply_builtins, tensor_leaves
 
 _log = logging.getLogger(__name__)
@@ -141,4 +142,5 @@ def _remember(gm: fx.GraphModule, model: nn.Module, args: tuple[Any, ...], kwarg
         "output_embedding": head,
         "model": kept,
         "order": names if named else (),
+        "renames": renames_of([model]),
     }

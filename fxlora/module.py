@@ -17,7 +17,8 @@ from fxlora.passes.pipeline import Job, PassReport
 from fxlora.passes.plan import Group
 from fxlora.passes.sites import Site, Skipped
 from fxlora.pool import AdapterPool
-from fxlora.signature import Signature
+from fxlora.renames import renames_of
+from fxlora.signature import META_KEY, Signature
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class LoraModule(nn.Module):
         self.assumed, self.mixed_outputs = job.plan.assumed, job.plan.mixed_outputs
         self.frozen: bool = job.sizing.frozen
         self._weights = dict(job.weights.names)
+        self._rename = base.meta.get(META_KEY, {}).get("renames") or renames_of(job.models)
         placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
         position = {node: i for i, node in enumerate(placeholders)}
         self._primary = position[job.primary]
@@ -96,7 +98,7 @@ class LoraModule(nn.Module):
         and nothing has changed. The graph does not change either.
         """
         with read_adapter(source) as adapter:
-            self.pool.load(name, bind_adapter(adapter, self.sites, self.skipped, self._weights))
+            self.pool.load(name, bind_adapter(adapter, self.sites, self.skipped, self._weights, self._rename))
 
     def unload_adapter(self, name: str) -> None:
         """Free the slot and the memory of an adapter. Raises UnknownAdapterError."""

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NoReturn, TypedDict
+from typing import Any, NoReturn
 
 import torch
 
@@ -32,83 +32,40 @@ from fxlora.errors import (
     UnboundTensorError,
     UnknownAdapterError,
 )
-from fxlora.kernels.registry import PoolKind, SitePool, register_runtime, unregister_runtime
-from fxlora.passes.sites import Role, Site
+from fxlora.kernels.registry import register_runtime, unregister_runtime
+from fxlora.passes.plan import AdapterShape
+from fxlora.passes.sites import Site
+from fxlora.rooms import (
+    EXTENT_ROWS,
+    ExpertRoom,
+    ExtentAllocator,
+    Place,
+    Room,
+    round_up_rows,
+    rows_for,
+)
+
+__all__ = ["EXTENT_ROWS", "AdapterPool", "ExtentAllocator", "round_up_rows"]
 
 _log = logging.getLogger(__name__)
-
-EXTENT_ROWS = 16
-"""Extents start and end on multiples of this, the smallest R a tensor-core tile takes."""
-
-
-def round_up_rows(rows: int) -> int:
-    """`rows` as a whole number of extent granules."""
-    return -(-rows // EXTENT_ROWS) * EXTENT_ROWS
-
-
-class ExtentAllocator:
-    """First fit over `rows` rows, in granules of 16. Rows of an extent are adjacent; freeing merges neighbours."""
-
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
-        self._taken: dict[int, int] = {}
-
-    @property
-    def free(self) -> int:
-        """Rows that no extent holds."""
-        return self.rows - sum(self._taken.values())
-
-    @property
-    def largest_free(self) -> int:
-        """Rows of the largest extent that `find` could give."""
-        return max((end - start for start, end in self._gaps()), default=0)
-
-    def find(self, rows: int) -> int | None:
-        """Start of the first gap of `rows` rows, rounded up to granules; None if there is none. Takes nothing."""
-        need = round_up_rows(rows)
-        return next((start for start, end in self._gaps() if end - start >= need), None)
-
-    def take(self, start: int, rows: int) -> None:
-        """Takes an extent that `find` gave for as many rows."""
-        self._taken[start] = round_up_rows(rows)
-
-    def release(self, start: int) -> None:
-        """Gives an extent back by its start."""
-        del self._taken[start]
-
-    def _gaps(self) -> list[tuple[int, int]]:
-        gaps, last = [], 0
-        for start in sorted(self._taken):
-            if start > last:
-                gaps.append((last, start))
-            last = start + self._taken[start]
-        return [*gaps, (last, self.rows)] if last < self.rows else gaps
-
-
-@dataclass(frozen=True, eq=False)
-class _Room:
-    """One site's memory and who holds which rows of it."""
-
-    pool: SitePool
-    extents: ExtentAllocator
 
 
 @dataclass(frozen=True, eq=False)
 class _Loaded:
-    """One adapter in the pool: its slot, and the start of its extent at each site it adds to."""
+    """One adapter in the pool: its slot, and its place at each site it adds to."""
 
     slot: int
-    starts: Mapping[Site, int]
+    places: Mapping[Site, Place]
 
 
 @dataclass(frozen=True, eq=False)
 class _Staged:
-    """One entry, checked, in the dtype and on the device of its pool."""
+    """One entry, checked, and its A and B in the dtype and on the device of its pool."""
 
     site: Site
+    entry: Entry
     a_RK: torch.Tensor
     b_RN: torch.Tensor
-    scaling: float
 
 
 class AdapterPool:
@@ -126,27 +83,35 @@ class AdapterPool:
         max_adapters: int,
         max_rank: int,
         pool_rows: int | None = None,
+        expert_pool_rows: int | None = None,
         groups: Sequence[tuple[Site, ...]] | None = None,
     ) -> None:
-        """Allocates one pool per site (expert sites have none) and registers them, one handle per group.
+        """Allocates one pool per site and registers them, one handle per group.
 
         digest: 32 bits that name the plan. pool_rows: rank rows per site, rounded up to 16; by default every slot can
-        hold max_rank. groups: distinct lists of the sites that one op serves, by default each site alone; a site may be
-        in several. Raises CapacityError when one adapter of max_rank would not fit, ValueError for sizes below 1.
+        hold max_rank. expert_pool_rows: rank rows per expert of a site that has several; by default every slot can hold
+        rank 16 there, or max_rank if that is lower, and one adapter of max_rank always fits. groups: distinct lists of
+        the sites that one op serves, by default each site alone; a site may be in several. Raises CapacityError when
+        one adapter of max_rank would not fit, ValueError for sizes below 1.
         """
         if max_adapters < 1 or max_rank < 1:
             raise ValueError(f"max_adapters is {max_adapters} and max_rank is {max_rank}; both are at least 1")
         self.max_adapters, self.max_rank = max_adapters, max_rank
-        self.pool_rows = _rows_for(max_adapters, max_rank, pool_rows)
-        self.sites = tuple(site for site in sites if site.role is not Role.EXPERTS)
-        sizes = {site: _sizes_of(site, self.pool_rows, max_adapters, max_rank) for site in self.sites}
-        self._bytes = sum(SitePool.bytes_needed(**size) for size in sizes.values())
-        _log.info("adapter pools: %d sites of %d rank rows, %d bytes", len(sizes), self.pool_rows, self._bytes)
-        self._rooms = {
-            site: _Room(SitePool.allocate(**size), ExtentAllocator(self.pool_rows)) for site, size in sizes.items()
+        shape = AdapterShape(max_adapters, max_rank, pool_rows, expert_pool_rows)
+        self.pool_rows = rows_for(shape)
+        self.sites = tuple(sites)
+        rooms: dict[Site, type[Room] | type[ExpertRoom]] = {
+            site: ExpertRoom if site.num_experts else Room for site in self.sites
         }
+        sizes = {site: room.bytes_needed(site, shape) for site, room in rooms.items()}
+        self._bytes = sum(sizes.values())
+        _log.info("adapter pools: %d sites of %d rank rows, %d bytes", len(sizes), self.pool_rows, self._bytes)
+        if experts := [size for site, size in sizes.items() if site.num_experts]:
+            _log.info("of these, %d expert sites with %d bytes", len(experts), sum(experts))
+        self._rooms = {site: room(site, shape) for site, room in rooms.items()}
         members = [(site,) for site in self.sites] if groups is None else list(groups)
-        handles = register_runtime(digest, [tuple(self._rooms[site].pool for site in group) for group in members])
+        pools: list[Any] = [tuple(self._rooms[site].pool for site in group) for group in members]
+        handles = register_runtime(digest, pools)
         self.handles: Mapping[tuple[Site, ...], int] = MappingProxyType(dict(zip(members, handles, strict=True)))
         self._loaded: Mapping[str, _Loaded] = {}
         self._lock = threading.Lock()
@@ -192,13 +157,14 @@ class AdapterPool:
                 )
             self._check_entries(bound)
             slot = self._free_slot()
-            starts = {site: self._find(site, entry.rank) for site, entry in bound.entries.items()}
+            loaded = list(self.names)
+            places = {site: self._rooms[site].find(entry, loaded) for site, entry in bound.entries.items()}
             staged = [self._stage(name, site, entry) for site, entry in bound.entries.items()]
-            self._write(slot, starts, staged)
+            self._write(slot, places, staged)
             for item in staged:
-                self._rooms[item.site].extents.take(starts[item.site], len(item.a_RK))
-            self._loaded = {**self._loaded, name: _Loaded(slot, starts)}
-        _log.info("loaded adapter %r into slot %d: %d sites", name, slot, len(starts))
+                self._rooms[item.site].take(places[item.site], item.entry)
+            self._loaded = {**self._loaded, name: _Loaded(slot, places)}
+        _log.info("loaded adapter %r into slot %d: %d sites", name, slot, len(places))
         return slot
 
     def unload(self, name: str) -> None:
@@ -206,11 +172,11 @@ class AdapterPool:
         with self._lock:
             self._require_open()
             slot = self.slot_of(name)
-            starts = self._loaded[name].starts
+            places = self._loaded[name].places
             self._loaded = {other: loaded for other, loaded in self._loaded.items() if other != name}
-            for site, start in starts.items():
+            for site, place in places.items():
                 self._rooms[site].pool.clear(slot)
-                self._rooms[site].extents.release(start)
+                self._rooms[site].release(place)
         _log.info("unloaded adapter %r from slot %d", name, slot)
 
     def close(self) -> None:
@@ -237,15 +203,16 @@ class AdapterPool:
         if homeless:
             raise UnboundTensorError(tuple(homeless), bound=len(bound.entries) - len(homeless))
         for site, entry in bound.entries.items():
-            rank, shapes = len(entry.a_RK), (tuple(entry.a_RK.shape), tuple(entry.b_RN.shape))
-            if shapes != ((rank, site.in_features), (rank, site.out_features)):
-                raise AdapterShapeError(
-                    f"A {shapes[0]} and B {shapes[1]} at site {site.name}; "
-                    f"expected [R, {site.in_features}] and [R, {site.out_features}]"
-                )
+            shapes = tuple(entry.a_RK.shape), tuple(entry.b_RN.shape)
+            rank = min(entry.rank, *(len(half) for half in (entry.a_RK, entry.b_RN)))
             if not 0 < rank <= self.max_rank:
                 raise RankError(
                     f"rank {rank} at site {site.name} ({entry.keys[:1]}); this pool takes 1 to {self.max_rank}"
+                )
+            if shapes != (expected := self._rooms[site].expected(entry)):
+                raise AdapterShapeError(
+                    f"A {shapes[0]} and B {shapes[1]} of rank {entry.rank} at site {site.name}; expected {expected[0]} "
+                    f"and {expected[1]}"
                 )
             if not abs(entry.scaling) <= torch.finfo(torch.float32).max:
                 raise NonFiniteError(f"scaling {entry.scaling} at site {site.name} does not fit fp32")
@@ -258,21 +225,9 @@ class AdapterPool:
             raise CapacityError(message, unit="slots", asked=1, free=0, largest_free=0)
         return slot
 
-    def _find(self, site: Site, rank: int) -> int:
-        extents = self._rooms[site].extents
-        start = extents.find(rank)
-        if start is None:
-            asked, free, largest = round_up_rows(rank), extents.free, extents.largest_free
-            message = (
-                f"rank {rank} at site {site.name} asks for {asked} adjacent pool rows; {free} of {extents.rows} are "
-                f"free, {largest} adjacent. Loaded: {list(self.names)}; unload one or raise pool_rows"
-            )
-            raise CapacityError(message, unit="pool rows", asked=asked, free=free, largest_free=largest)
-        return start
-
     def _stage(self, name: str, site: Site, entry: Entry) -> _Staged:
         a_RK = self._convert(name, site, "A", entry.a_RK, entry.keys)
-        return _Staged(site, a_RK, self._convert(name, site, "B", entry.b_RN, entry.keys), entry.scaling)
+        return _Staged(site, entry, a_RK, self._convert(name, site, "B", entry.b_RN, entry.keys))
 
     def _convert(self, name: str, site: Site, half: str, tensor: torch.Tensor, keys: tuple[str, ...]) -> torch.Tensor:
         if tensor.dtype != site.dtype:
@@ -284,51 +239,12 @@ class AdapterPool:
             )
         return converted
 
-    def _write(self, slot: int, starts: Mapping[Site, int], staged: Sequence[_Staged]) -> None:
+    def _write(self, slot: int, places: Mapping[Site, Place], staged: Sequence[_Staged]) -> None:
         """Writes every entry; if the device fails midway, what was written is unpublished again."""
         try:
             for item in staged:
-                self._rooms[item.site].pool.write(
-                    slot, start=starts[item.site], a_RK=item.a_RK, b_RN=item.b_RN, scaling=item.scaling
-                )
+                self._rooms[item.site].write(slot, places[item.site], item.entry, item.a_RK, item.b_RN)
         except BaseException:
             for item in staged:
                 self._rooms[item.site].pool.clear(slot)
             raise
-
-
-class _PoolSizes(TypedDict):
-    """Keywords of SitePool.allocate and bytes_needed."""
-
-    kind: PoolKind
-    pool_rows: int
-    in_features: int
-    out_features: int
-    max_adapters: int
-    max_rank: int
-    dtype: torch.dtype
-    device: torch.device
-
-
-def _sizes_of(site: Site, pool_rows: int, max_adapters: int, max_rank: int) -> _PoolSizes:
-    return {
-        "kind": site.kind,
-        "pool_rows": pool_rows,
-        "in_features": site.in_features,
-        "out_features": site.out_features,
-        "max_adapters": max_adapters,
-        "max_rank": max_rank,
-        "dtype": site.dtype,
-        "device": site.device,
-    }
-
-
-def _rows_for(max_adapters: int, max_rank: int, pool_rows: int | None) -> int:
-    needed = round_up_rows(max_rank)
-    if pool_rows is None:
-        return max_adapters * needed
-    rows = round_up_rows(pool_rows)
-    if rows < needed:
-        message = f"pool_rows={pool_rows} cannot hold one adapter of max_rank {max_rank}, which takes {needed} rows"
-        raise CapacityError(message, unit="pool rows", asked=needed, free=rows, largest_free=rows)
-    return rows

@@ -34,6 +34,52 @@ class Plan(NamedTuple):
         self.variant.launch(self.grid, args)
 
 
+Plans = dict[object, tuple[object, Plan]]
+
+
+class PlannedCall:
+    """A call whose launches are planned once for all calls like it.
+
+    device_index: GPU, -1 for interpreted kernels. plans: of the group that is called. signature: what a plan follows
+    from, beside the launcher and the tile.
+    """
+
+    device_index: int
+    plans: Plans
+    signature: tuple[object, ...]
+
+    @property
+    def stream(self) -> int:
+        """Raw handle of the current stream; 0 on CPU (interpreted kernels)."""
+        return raw_stream(self.device_index) if self.device_index >= 0 else 0
+
+    def plan(self, launcher: Launcher, tile: object, make: Callable[[], Plan], step: int = 0) -> Plan:
+        """What one launch of the call does not owe to its tensors, made once for calls of this shape and tile.
+
+        make: returns it. step: tells apart the launches of one kernel in one call.
+        """
+        key = (launcher, self.signature, step)
+        found = self.plans.get(key)
+        if found is None or (found[0] is not tile and found[0] != tile):
+            if len(self.plans) >= MAX_PLANS:
+                self.plans.clear()
+            found = self.plans[key] = (tile, make())
+        return found[1]
+
+    def planned(
+        self,
+        launcher: Launcher,
+        grid: tuple[int, ...],
+        numbers: tuple[int, ...],
+        num_warps: int,
+        **constants: object,
+    ) -> Plan:
+        """A plan. With PDL the launch may start while the one before it on the stream still runs."""
+        pdl = bool(constants["PDL"])
+        variant = launcher.variant(constants, device=self.device_index, num_warps=num_warps, pdl=pdl)
+        return Plan(variant, grid, numbers)
+
+
 class Members:
     """What a group's pools contribute to every call: arguments that never move, examined once.
 
@@ -47,7 +93,7 @@ class Members:
         self.has_pools = bool(self.owned)
         self.h_width = max((pool.rank_bound for pool in self.owned), default=1)
         self.max_adapters = self.owned[0].start.numel() if self.owned else 1
-        self.plans: dict[object, tuple[object, Plan]] = {}
+        self.plans: Plans = {}
         self.a_pools = Fixed(tuple(map(_a_arguments, pools)))  # A, start, rank, scaling of each member
         self.b_pools = Fixed(tuple([None if pool is None else pool.b for pool in pools]))
 
@@ -56,7 +102,7 @@ def _a_arguments(pool: SitePool | None) -> PoolArguments:
     return (None,) * 4 if pool is None else (pool.a, pool.start, pool.rank, pool.scaling)
 
 
-class LinearCall:
+class LinearCall(PlannedCall):
     """x [T, K] with adjacent columns, a weight and a bias for each member, row map and pools, as kernels take them."""
 
     def __init__(
@@ -78,7 +124,7 @@ class LinearCall:
         self.leading = x.shape[:-1]
         x_TK = x if x.dim() == 2 else x.reshape(self.rows, self.features)
         self.x = x_TK if x_TK.stride(1) == 1 else x_TK.contiguous()
-        self.weights, self.biases, self.members = weights, biases, members
+        self.weights, self.biases, self.members, self.plans = weights, biases, members, members.plans
         self.segments, self.row_slots, self.row_coeffs = segments, row_slots, row_coeffs
         self.widths = tuple([weight.shape[0] for weight in weights])
         self.has_bias = tuple([bias is not None for bias in biases])
@@ -94,11 +140,6 @@ class LinearCall:
         )  # fmt: skip
 
     @property
-    def stream(self) -> int:
-        """Raw handle of the current stream; 0 on CPU (interpreted kernels)."""
-        return raw_stream(self.device_index) if self.device_index >= 0 else 0
-
-    @property
     def strided_weights(self) -> tuple[tuple[torch.Tensor | int, ...], ...]:
         """Pointer and both strides of each weight."""
         return tuple([strided(weight) for weight in self.weights])
@@ -111,30 +152,3 @@ class LinearCall:
     def new_outputs(self) -> list[torch.Tensor]:
         """[..., N] of each member, uninitialised."""
         return [self.x.new_empty(*self.leading, n) for n in self.widths]
-
-    def plan(self, launcher: Launcher, tile: object, make: Callable[[], Plan], step: int = 0) -> Plan:
-        """What one launch of the call does not owe to its tensors, made once for calls of this shape and tile.
-
-        make: returns it. step: tells apart the launches of one kernel in one call.
-        """
-        plans = self.members.plans
-        key = (launcher, self.signature, step)
-        found = plans.get(key)
-        if found is None or (found[0] is not tile and found[0] != tile):
-            if len(plans) >= MAX_PLANS:
-                plans.clear()
-            found = plans[key] = (tile, make())
-        return found[1]
-
-    def planned(
-        self,
-        launcher: Launcher,
-        grid: tuple[int, ...],
-        numbers: tuple[int, ...],
-        num_warps: int,
-        **constants: object,
-    ) -> Plan:
-        """A plan. With PDL the launch may start while the one before it on the stream still runs."""
-        pdl = bool(constants["PDL"])
-        variant = launcher.variant(constants, device=self.device_index, num_warps=num_warps, pdl=pdl)
-        return Plan(variant, grid, numbers)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from fxlora.kernels.errors import OpInputError
+from fxlora.kernels.expert_pool import ExpertPool
+from fxlora.kernels.expert_segments import expert_segments_size, is_in_place
 from fxlora.kernels.registry import SitePool
 
 
@@ -24,6 +26,36 @@ def check_rows(x_rows: int, row_slots: torch.Tensor, row_coeffs: torch.Tensor | 
 
 
 def check_members(weights: Sequence[torch.Tensor], pools: Sequence[SitePool | None]) -> None:
-    """Raises OpInputError when a group has not one pool (or None) for each weight."""
+    """Raises OpInputError when a group has not one pool (or None) for each weight, or is that of an expert weight."""
     if len(weights) != len(pools):
         raise OpInputError(f"the op got {len(weights)} weights, its group has {len(pools)} members")
+    if isinstance(pools[0], ExpertPool):
+        raise OpInputError("the handle is that of an expert weight, not of linears or embeddings")
+
+
+def check_experts(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, segments: torch.Tensor, pool: ExpertPool | None
+) -> None:
+    """Raises OpInputError when x [T, K], weight [E, N, K], bias, pool and segments do not fit each other."""
+    if x.dim() != 2 or weight.dim() != 3 or weight.shape[2] != x.shape[1] or weight.dtype != x.dtype:
+        raise OpInputError(
+            f"x is {x.dtype} {tuple(x.shape)}, weight {weight.dtype} {tuple(weight.shape)}; expected [T, K] and "
+            "[E, N, K] of one dtype"
+        )
+    num_experts, out_features, in_features = weight.shape
+    if bias is not None and bias.shape != (num_experts, out_features):
+        raise OpInputError(f"bias is {tuple(bias.shape)}; expected [{num_experts}, {out_features}]")
+    if pool is None:
+        return
+    found = (pool.num_experts, pool.b.shape[1], pool.a.shape[1])
+    if found != (num_experts, out_features, in_features) or pool.a.dtype != x.dtype:
+        raise OpInputError(
+            f"weight is {weight.dtype} {tuple(weight.shape)}, its pool is made for {pool.a.dtype} {found} (E, N, K)"
+        )
+    slots = pool.rank.numel()
+    size = expert_segments_size(x.shape[0], num_experts, slots, is_in_place(segments.numel()))
+    if segments.numel() != size:
+        raise OpInputError(
+            f"segments have {segments.numel()} elements; {x.shape[0]} rows of {num_experts} experts over the {slots} "
+            f"slots of the pool have {size}"
+        )

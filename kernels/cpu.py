@@ -17,7 +17,7 @@ Letters: T rows, J slots per row, K in-features, N out-features, R rank, S slots
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -27,7 +27,8 @@ import torch.nn.functional as F
 
 from fxlora.kernels.checks import check_members, check_rows
 from fxlora.kernels.errors import OpInputError
-from fxlora.kernels.registry import Extent, SitePool, pools_of
+from fxlora.kernels.extent import Extent
+from fxlora.kernels.registry import SitePool, pools_of
 from fxlora.kernels.segments import slot_starts_at, slots_of, tile_count_at
 
 SINGLE_ROWS = 16
@@ -63,10 +64,12 @@ class Shrink(NamedTuple):
     rows: Callable[[torch.Tensor, Extent], torch.Tensor]
 
 
-Member = tuple[torch.Tensor, Sequence[Extent | None]]
-"""Output [T, N] and the extents of its pool."""
+Extents = Sequence[Extent | None] | Mapping[int, Extent | None]
 
-_SHRINK_X = Shrink(
+Member = tuple[torch.Tensor, Extents]
+"""Output [T, N] and the extents of its pool, by the slots of the plan."""
+
+SHRINK_X = Shrink(
     one=lambda x_K, extent: torch.mv(extent.a, x_K),
     rows=lambda x_nK, extent: torch.mm(extent.window, x_nK.t())[extent.ranks].t(),
 )
@@ -105,11 +108,11 @@ def _parse(content: bytes, num_rows: int, width: int) -> HostPlan:
         for slot in used:
             entries_of_slot = order[starts[slot] : starts[slot + 1]]
             rows = entries_of_slot[entries_of_slot % width == j] // width
-            blocks += _cut(rows, slot, j, block_rows(num_rows))
+            blocks += cut(rows, slot, j, block_rows(num_rows))
     return HostPlan(max_adapters, (), tuple(blocks))
 
 
-def _cut(rows: torch.Tensor, slot: int, j: int, block: int) -> list[Rows]:
+def cut(rows: torch.Tensor, slot: int, j: int, block: int) -> list[Rows]:
     """Whole blocks of adjacent rows, then everything else gathered. rows: int64 [n], ascending."""
     if not rows.numel():
         return []
@@ -143,7 +146,7 @@ def lora_linear(
     check_members(weights, pools)
     outputs = [F.linear(x, weight, bias).contiguous() for weight, bias in zip(weights, biases, strict=True)]
     x_TK = x.reshape(row_slots.shape[0], x.shape[-1]).contiguous()
-    _add_adapters(outputs, pools, x_TK, row_slots, row_coeffs, segments, _SHRINK_X)
+    _add_adapters(outputs, pools, x_TK, row_slots, row_coeffs, segments, SHRINK_X)
     return outputs
 
 
@@ -196,25 +199,27 @@ def _add_adapters(
         if len(pool.extents) != plan.max_adapters:
             raise OpInputError(f"segments were sorted for {plan.max_adapters} slots, the pool has {len(pool.extents)}")
     members = [(output.view(row_slots.shape[0], -1), pool.extents) for output, pool in owned]
-    add = _add_single if plan.single else _add_blocks
+    add = add_single if plan.single else add_blocks
     if outputs[0].dtype not in (torch.bfloat16, torch.float16):
         add(members, source, row_coeffs, plan, shrink)
         return
-    wide = [(y_TN.float(), [_as_fp32(extent) for extent in extents]) for y_TN, extents in members]
+    wide = [(y_TN.float(), [as_fp32(extent) for extent in extents]) for y_TN, extents in members]
     add(wide, source.float() if source.is_floating_point() else source, row_coeffs, plan, shrink)
     for (y_TN, _), (y32_TN, _) in zip(members, wide, strict=True):
         y_TN.copy_(y32_TN)
 
 
-def _as_fp32(extent: Extent | None) -> Extent | None:
+def as_fp32(extent: Extent | None) -> Extent | None:
+    """The extent with its views copied to fp32."""
     if extent is None:
         return None
     return extent._replace(a=extent.a.float(), window=extent.window.float(), b=extent.b.float())
 
 
-def _add_single(
+def add_single(
     members: Sequence[Member], source: torch.Tensor, row_coeffs: torch.Tensor | None, plan: HostPlan, shrink: Shrink
 ) -> None:
+    """Adds the adapters of `plan.single` to the outputs in place."""
     sources = source.unbind(0)
     coeffs = None if row_coeffs is None else row_coeffs.tolist()
     for y_TN, extents in members:
@@ -226,9 +231,10 @@ def _add_single(
                 ys[row].addmv_(extent.b.t(), shrink.one(sources[row], extent), alpha=alpha)
 
 
-def _add_blocks(
+def add_blocks(
     members: Sequence[Member], source: torch.Tensor, row_coeffs: torch.Tensor | None, plan: HostPlan, shrink: Shrink
 ) -> None:
+    """Adds the adapters of `plan.blocks` to the outputs in place."""
     for slot, j, start, stop, padded, rows in plan.blocks:
         gathered = stop < 0
         block = source.index_select(0, padded) if gathered else source[start:stop]

@@ -8,8 +8,8 @@ compile backend.
 A call finds its adapter memory by handle (registry.py) at the time it runs; Triton is imported by the first call on
 CUDA. With TRITON_INTERPRET=1 set before this import, CPU tensors run the Triton bodies as well.
 
-Letters: T rows (product of the leading dims of x), J slots per row, K in-features, N out-features, S slots, V
-vocabulary.
+Letters: T rows (product of the leading dims of x), J slots per row, E experts, K in-features, N out-features, S slots,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from fxlora.kernels import cpu
+from fxlora.kernels import cpu, cpu_experts
+from fxlora.kernels.expert_segments import expert_segments_size, segment_experts_torch
 from fxlora.kernels.segments import segment_rows_torch, segments_size
 
 P = ParamSpec("P")
@@ -46,6 +47,16 @@ _library.define(
     "-> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_library.define(
+    "segment_experts(Tensor row_slots, Tensor? offsets, Tensor? expert_ids, int num_experts, int max_adapters) "
+    "-> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "lora_experts(Tensor x, Tensor weight, Tensor? bias, Tensor row_slots, Tensor? row_coeffs, Tensor segments, "
+    "int group) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 segment_rows = torch.ops.fxlora.segment_rows.default
 """(row_slots int32 [T, J], max_adapters S) -> int32 of `segments_size`, the layout of segments.py.
@@ -68,6 +79,22 @@ As `lora_linear`."""
 lora_embedding = torch.ops.fxlora.lora_embedding.default
 """(ids [...] of any int dtype, weight [V, N], row_slots, row_coeffs, segments, group) -> [..., N]: the rows of `weight`
 plus the sum over j of coeff_j scaling_j A_j[id] B_j."""
+
+segment_experts = torch.ops.fxlora.segment_experts.default
+"""(row_slots int32 [T, J], offsets int [E] or None, expert_ids int [T] or None, num_experts E, max_adapters S) -> int32
+of `expert_segments_size`, the layout of expert_segments.py.
+
+A row is one (token, expert) pair. Exactly one of the two says which expert a row goes to: offsets, where each expert's
+rows end, for rows that come sorted by expert (rows past the last end go to none); or expert_ids, in any order, where a
+value outside 0 .. E - 1 means none. Raises OpInputError where they do not fit, on CPU on a bad slot too."""
+
+lora_experts = torch.ops.fxlora.lora_experts.default
+"""(x [T, K], weight [E, N, K], bias [E, N] or None, row_slots int32 [T, J], row_coeffs fp32 [T, J] or None, segments of
+`segment_experts`, group handle) -> [T, N]: with e the expert of row t, y = x W_e^T + bias_e + sum over j of coeff_j
+scaling_j (x A_je^T) B_je. Rows without an expert are zero.
+
+weight may have any stride (one stored [E, K, N] comes transposed). As for `lora_linear`: -1 and slots with rank 0 add
+nothing, h is accumulated and scaled in fp32, the same errors are raised."""
 
 
 def _fake_segment_rows(row_slots: torch.Tensor, max_adapters: int) -> torch.Tensor:
@@ -109,6 +136,29 @@ def _fake_lora_embedding(
     return weight.new_empty(*ids.shape, weight.shape[1])
 
 
+def _fake_segment_experts(
+    row_slots: torch.Tensor,
+    offsets: torch.Tensor | None,
+    expert_ids: torch.Tensor | None,
+    num_experts: int,
+    max_adapters: int,
+) -> torch.Tensor:
+    size = expert_segments_size(row_slots.shape[0], num_experts, max_adapters, expert_ids is None)
+    return row_slots.new_empty(size)
+
+
+def _fake_lora_experts(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    row_slots: torch.Tensor,
+    row_coeffs: torch.Tensor | None,
+    segments: torch.Tensor,
+    group: int,
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
 def _without_grad(body: Callable[P, R]) -> Callable[P, R]:
     """The op skips autograd, so its body must not record the torch ops that it calls.
 
@@ -146,6 +196,8 @@ def _register() -> None:
         "lora_linear": (_fake_lora_linear, cpu.lora_linear),
         "lora_logits": (_fake_lora_logits, cpu.lora_logits),
         "lora_embedding": (_fake_lora_embedding, cpu.lora_embedding),
+        "segment_experts": (_fake_segment_experts, segment_experts_torch),
+        "lora_experts": (_fake_lora_experts, cpu_experts.lora_experts),
     }
     for name, (fake, cpu_body) in rows.items():
         triton_body = _triton_body(name)

@@ -35,11 +35,16 @@ _SHRINKS_PER_TILE = 3  # a shrink takes about a quarter of the time of a 128 x 2
 
 
 @triton.jit
-def load_h(row_tile, columns, adapters, num_rows, J: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr) -> tl.tensor:
-    """h of a row tile's rows, [BM, BR]; zero in the columns of slots that a row does not use."""
+def tile_rows(row_tile, BM: tl.constexpr) -> tl.tensor:
+    """Rows of a row tile."""
+    return (row_tile * BM + tl.arange(0, BM)).to(tl.int64)
+
+
+@triton.jit
+def load_h(rows, columns, adapters, num_rows, J: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr) -> tl.tensor:
+    """h of these rows, [BM, BR]; zero in the columns of slots that a row does not use, and past the last row."""
     col_slots, _, ranks = columns
     col_slots, h_cols = spread(col_slots, ranks, BR)
-    rows = (row_tile * BM + tl.arange(0, BM)).to(tl.int64)
     h_tile = tl.zeros([BM, BR], adapters.h.dtype.element_ty)
     for j in tl.static_range(J):
         own = (col_slots >= 0)[None, :] & (slots_of(rows, j, adapters, num_rows, J)[:, None] == col_slots[None, :])
@@ -111,10 +116,10 @@ def adapted_tile(
             if DEPTH == 2:
                 more_columns = load_groups(row_tile, BR // 16, adapters, BR)
         if step == tl.minimum(ask_at + 1, steps - 1):
-            h_tile = load_h(row_tile, columns, adapters, num_rows, J, BM, BR)
+            h_tile = load_h(tile_rows(row_tile, BM), columns, adapters, num_rows, J, BM, BR)
             b_tile = load_b(cols, columns, adapters, num_cols, BR)
             if DEPTH == 2:
-                more_h = load_h(row_tile, more_columns, adapters, num_rows, J, BM, BR)
+                more_h = load_h(tile_rows(row_tile, BM), more_columns, adapters, num_rows, J, BM, BR)
                 more_b = load_b(cols, more_columns, adapters, num_cols, BR)
     if count > 0:
         acc = dot(h_tile, b_tile, acc, "ieee")
@@ -122,7 +127,7 @@ def adapted_tile(
         acc = dot(more_h, more_b, acc, "ieee")
     for first_group in tl.range(DEPTH * (BR // 16), count, BR // 16, num_stages=1):
         columns = load_groups(row_tile, first_group, adapters, BR)
-        h_tile = load_h(row_tile, columns, adapters, num_rows, J, BM, BR)
+        h_tile = load_h(tile_rows(row_tile, BM), columns, adapters, num_rows, J, BM, BR)
         acc = dot(h_tile, load_b(cols, columns, adapters, num_cols, BR), acc, "ieee")
     return acc, place
 

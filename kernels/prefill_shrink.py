@@ -25,7 +25,8 @@ from fxlora.kernels.triton_helpers import cdiv, check_pool, dot, next_slot
 FIELDS = tl.constexpr(3)
 """int32 per group: slot, first pool row, first column of h + number of ranks - 1."""
 
-_MOST = tl.constexpr(8)  # groups that are read at once
+MOST = tl.constexpr(8)
+"""Groups that are read at once."""
 
 
 class Adapters(NamedTuple):
@@ -77,7 +78,7 @@ def write_groups(row_tile, slots, adapters) -> tl.tensor:
             tl.store(record + count + 2 * adapters.capacity, first + tl.minimum(rank - first, 16) - 1)
             count += 1
         slot = next_slot(slots, slot, adapters.max_adapters)
-    tl.store(record + count + tl.arange(0, _MOST), tl.full([_MOST], -1, tl.int32))
+    tl.store(record + count + tl.arange(0, MOST), tl.full([MOST], -1, tl.int32))
     tl.store(record + FIELDS * adapters.capacity, count)
     return count
 
@@ -146,7 +147,7 @@ def adapters_of(
     width = cdiv(pool.rank_bound, 16) * 16
     h_EW = torch.empty(num_rows * num_slots, width, dtype=x_TK.dtype, device=x_TK.device)
     most_groups = min(max_adapters, tile.BM * num_slots) * (width // 16)
-    capacity = cdiv(most_groups + _MOST.value, 16) * 16
+    capacity = cdiv(most_groups + MOST.value, 16) * 16
     record = FIELDS.value * capacity + 1
     groups = torch.empty(cdiv(num_rows, tile.BM), record, dtype=torch.int32, device=x_TK.device)
     slots = row_slots.contiguous()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
+from fxlora.kernels.expert_pool import ExpertPool
 from fxlora.kernels.registry import SitePool
 
 
@@ -69,6 +70,48 @@ def lora_embedding(
     if pool is not None:
         _add_deltas(y.view(-1, y.shape[-1]), lambda row, a_RV: a_RV[:, ids_T[row]], row_slots, row_coeffs, pool)
     return y
+
+
+def experts_of(
+    rows: int, offsets: torch.Tensor | None, expert_ids: torch.Tensor | None, num_experts: int
+) -> list[int | None]:
+    """Expert of each row, None where it has none."""
+    if expert_ids is not None:
+        return [expert if 0 <= expert < num_experts else None for expert in expert_ids.tolist()]
+    assert offsets is not None
+    ends = offsets.tolist()
+    return [next((expert for expert in range(num_experts) if row < ends[expert]), None) for row in range(rows)]
+
+
+def lora_experts(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    row_slots: torch.Tensor,
+    row_coeffs: torch.Tensor | None,
+    row_experts: Sequence[int | None],
+    pool: ExpertPool | None,
+) -> torch.Tensor:
+    """x [T, K], weight [E, N, K], bias [E, N] or None, the expert of each row or None -> fp32 [T, N]."""
+    y_TN = torch.zeros(x.shape[0], weight.shape[1], device=x.device)
+    for row, expert in enumerate(row_experts):
+        if expert is None:
+            continue
+        x_K = x[row].float()
+        y_TN[row] = weight[expert].float() @ x_K
+        if bias is not None:
+            y_TN[row] += bias[expert].float()
+        for j, slot in enumerate(row_slots[row].tolist() if pool is not None else ()):
+            assert pool is not None
+            rank = int(pool.rank[slot]) if 0 <= slot < pool.rank.numel() else 0
+            if not rank:
+                continue
+            a_first = int(pool.a_start[slot] + expert * pool.a_step[slot])
+            b_first = int(pool.b_start[slot] + expert * pool.b_step[slot])
+            h_R = pool.a[a_first : a_first + rank].float() @ x_K
+            factor = float(pool.scaling[slot]) * (1.0 if row_coeffs is None else float(row_coeffs[row, j]))
+            y_TN[row] += factor * (h_R @ pool.b[b_first : b_first + rank].float())
+    return y_TN
 
 
 def _add_deltas(

@@ -13,31 +13,19 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeVar, cast
+from typing import Literal, TypeVar, cast
 
 import torch
 
-from fxlora.kernels.errors import PlanMismatchError, PoolWriteError, RuntimeGoneError
+from fxlora.kernels.errors import OpInputError, PlanMismatchError, PoolWriteError, RuntimeGoneError
+from fxlora.kernels.expert_pool import ExpertPool
+from fxlora.kernels.extent import Extent, check_slot, extent_of, finite_as
 from fxlora.kernels.workspace import prepare
 
 T = TypeVar("T")
 PoolKind = Literal["linear", "embedding"]
 
 _DIGEST_BITS, _ORDINAL_BITS, _GROUP_BITS = 32, 16, 15
-
-
-class Extent(NamedTuple):
-    """What a CPU body reads of one slot: views of the pools, made once at load.
-
-    window: A, for a rank of 1 together with a neighbouring pool row: the bits of a product of one row depend on where
-    the result lies. `ranks` are this slot's rows of it.
-    """
-
-    a: torch.Tensor  # [R, K] (embedding: [V, R])
-    window: torch.Tensor  # [W, K], W >= R (embedding: same as a)
-    ranks: slice
-    b: torch.Tensor  # [R, N]
-    scaling: float
 
 
 @dataclass(eq=False)
@@ -126,7 +114,7 @@ class SitePool:
         dtype; nothing is written then.
         """
         rank = self._check(slot, start, a_RK, b_RN)
-        b_RN = self._finite(b_RN)
+        b_RN = finite_as(b_RN, self.b)
         self.clear(slot)
         if not rank:
             return
@@ -139,40 +127,22 @@ class SitePool:
         self.rank[slot] = rank
         self.extents[slot] = self._extent(start, rank, float(scaling))
 
-    def _finite(self, b_RN: torch.Tensor) -> torch.Tensor:
-        """B as the pool will hold it."""
-        converted = b_RN.detach().to(self.b)
-        bad = converted.numel() - int(converted.isfinite().sum())
-        if bad:
-            raise PoolWriteError(
-                f"{bad} of {converted.numel()} values of B are not finite in {self.b.dtype}: prefill multiplies B by "
-                "zero in the neighbours' rows of a batch, and they would become NaN"
-            )
-        return converted
-
     def _extent(self, start: int, rank: int, scaling: float) -> Extent:
-        b_RN = self.b[start : start + rank]
-        if self.kind == "embedding":
-            a_VR = self.a[:, start : start + rank]
-            return Extent(a_VR, a_VR, slice(0, rank), b_RN, scaling)
-        first = max(0, start - 1) if rank == 1 else start
-        window_WK = self.a[first : first + max(rank, 2)]
-        return Extent(
-            self.a[start : start + rank], window_WK, slice(start - first, start - first + rank), b_RN, scaling
-        )
+        if self.kind == "linear":
+            return extent_of(self.a, self.b, start, start, rank, scaling)
+        a_VR = self.a[:, start : start + rank]
+        return Extent(a_VR, a_VR, slice(0, rank), self.b[start : start + rank], scaling)
 
     def clear(self, slot: int) -> None:
         """Makes `slot` add nothing at this site. The rows keep their values until they are written again."""
-        if not 0 <= slot < len(self.extents):
-            raise PoolWriteError(f"slot {slot} is outside the {len(self.extents)} slots of this site")
+        check_slot(slot, len(self.extents))
         self.rank[slot] = 0
         self.extents[slot] = None
 
     def _check(self, slot: int, start: int, a_RK: torch.Tensor, b_RN: torch.Tensor) -> int:
         pool_rows, in_features = self.a_PK.shape
         rank = a_RK.shape[0]
-        if not 0 <= slot < len(self.extents):
-            raise PoolWriteError(f"slot {slot} is outside the {len(self.extents)} slots of this site")
+        check_slot(slot, len(self.extents))
         if a_RK.shape != (rank, in_features) or b_RN.shape != (rank, self.b.shape[1]):
             raise PoolWriteError(
                 f"A {tuple(a_RK.shape)} and B {tuple(b_RN.shape)} do not fit a site that reads {in_features} "
@@ -186,20 +156,21 @@ class SitePool:
 
 
 Group = tuple[SitePool | None, ...]
+ExpertGroup = tuple[ExpertPool | None]
 
 _lock = threading.Lock()
 _made: Counter[int] = Counter()
-_groups: dict[int, Group] = {}
+_groups: dict[int, Group | ExpertGroup] = {}
 _derived: dict[int, object] = {}
 
 
-def register_runtime(digest: int, groups: Sequence[Group]) -> tuple[int, ...]:
+def register_runtime(digest: int, groups: Sequence[Group | ExpertGroup]) -> tuple[int, ...]:
     """Makes the pools of one runtime reachable by handle: one int64 for each group, in order.
 
-    digest: 32 bits that name the plan. A member without a pool is None (base only). Handle bits, from the top: digest
-    (32), ordinal of the runtime among those of that digest made in this process (16), index of the group (15). The
-    first runtime of a plan gets the same handles in every process; no handle is used twice in one. The registry keeps
-    the pools alive until `unregister_runtime`.
+    digest: 32 bits that name the plan. A member without a pool is None (base only); an expert weight is a group of
+    its own. Handle bits, from the top: digest (32), ordinal of the runtime among those of that digest made in this
+    process (16), index of the group (15). The first runtime of a plan gets the same handles in every process; no handle
+    is used twice in one. The registry keeps the pools alive until `unregister_runtime`.
     """
     if not 0 <= digest < 1 << _DIGEST_BITS:
         raise ValueError(f"digest {digest:#x} does not fit {_DIGEST_BITS} bits")
@@ -231,7 +202,15 @@ def pools_of(handle: int) -> Group:
     ever registered in this process.
     """
     group = _groups.get(handle)
-    return group if group is not None else _raise_missing(handle)
+    return cast("Group", group if group is not None else _raise_missing(handle))
+
+
+def expert_pool_of(handle: int) -> ExpertPool | None:
+    """The pool of the expert weight behind a handle. Raises as `pools_of`, and OpInputError for a group of others."""
+    (pool, *others) = pools_of(handle) or (None, None)
+    if others or not isinstance(pool, ExpertPool | None):
+        raise OpInputError(f"handle {handle:#018x} is that of linears or embeddings, not of an expert weight")
+    return pool
 
 
 def derived_of(handle: int, make: Callable[[Group], T]) -> T:

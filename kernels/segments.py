@@ -64,14 +64,19 @@ def slots_of(size: int, entries: int) -> int:
     return -1 if rest else max_adapters
 
 
-def segment_rows_torch(row_slots: torch.Tensor, max_adapters: int) -> torch.Tensor:
-    """CPU body of `segment_rows`. Raises OpInputError on a slot that is neither -1 nor in 0 .. S - 1."""
-    slots_E = row_slots.reshape(-1)
-    entries = slots_E.numel()
-    if entries:
-        low, high = (int(bound) for bound in slots_E.aminmax())
+def check_slots(row_slots: torch.Tensor, max_adapters: int) -> None:
+    """Raises OpInputError on a slot that is neither -1 nor in 0 .. S - 1. Reads the values: for tensors on the CPU."""
+    if row_slots.numel():
+        low, high = (int(bound) for bound in row_slots.aminmax())
         if low < -1 or high >= max_adapters:
             raise OpInputError(f"row_slots hold values from {low} to {high}; expected -1 to {max_adapters - 1}")
+
+
+def segment_rows_torch(row_slots: torch.Tensor, max_adapters: int) -> torch.Tensor:
+    """CPU body of `segment_rows`. Raises OpInputError on a slot that is neither -1 nor in 0 .. S - 1."""
+    check_slots(row_slots, max_adapters)
+    slots_E = row_slots.reshape(-1)
+    entries = slots_E.numel()
     keys_E = torch.where(slots_E < 0, max_adapters, slots_E)
     sorted_E, order_E = keys_E.sort(stable=True)
     bounds = torch.arange(max_adapters + 2, dtype=sorted_E.dtype, device=sorted_E.device)

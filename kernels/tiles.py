@@ -96,6 +96,59 @@ class GemvTile:
     shrink: VectorTile
 
 
+@dataclass(frozen=True)
+class DeltaTile:
+    """Of the adapters' part in expert_decode.py: programs share the columns of an entry until there are `programs`."""
+
+    BR: int
+    BK: int
+    BN: int
+    programs: int
+    most_programs: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class ExpertGemmTile:
+    """Of the base product of expert_decode.py: so many programs share the tiles of the batch; SWAP as in GemmTile."""
+
+    BN: int
+    BK: int
+    SWAP: bool
+    programs: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class ExpertDecodeTiles:
+    """The two launches of experts over few rows each."""
+
+    delta: DeltaTile
+    gemm: ExpertGemmTile
+
+
+@dataclass(frozen=True)
+class ExpertPrefillTile:
+    """Of expert_prefill.py and its shrink, where `shrink_parts` programs share the columns of shrink_BM rows."""
+
+    BN: int
+    BK: int
+    BR: int
+    programs: int
+    num_warps: int
+    num_stages: int
+    w_tma: bool
+    x_tma: bool
+    shrink_BM: int
+    shrink_BR: int
+    shrink_BK: int
+    shrink_parts: int
+    shrink_programs: int
+    shrink_warps: int
+    shrink_stages: int
+
+
 # Chosen for bf16 by CUDA-graph replay over weights that do not fit L2, adapters of rank 16 (most rank 16), in
 # microseconds behind a kernel that overlaps nothing, beside torch.mm in the same run; NVIDIA H200, torch 2.11.0,
 # triton 3.6.0, 2026-11-24. fp32 tiles were not measured.
@@ -176,6 +229,29 @@ def prefill_tile(rows: int, columns: int, width: int) -> Tile:
     fits = (t for t in _PREFILL if -(-rows // t[0]) * -(-columns // t[1]) >= 120)
     bm, bn, warps, stages = next(fits, _PREFILL[-1])
     return Tile(bm, bn, 64, 32 if width <= 64 else 64, warps, stages)
+
+
+@cache
+def expert_decode_tiles(entries: int, features: int, columns: int, dtype: torch.dtype) -> ExpertDecodeTiles:
+    """Tiles of experts over few rows each. entries: T * J."""
+    block_k = min(512, max(32, next_power_of_2(features)))
+    block_n = min(256 if entries <= 32 else 512, max(32, next_power_of_2(columns)))
+    delta = DeltaTile(16, block_k, block_n, 132, 132, 8)  # one a multiprocessor, beside the base product
+    if dtype == torch.float32:
+        return ExpertDecodeTiles(delta, ExpertGemmTile(64, 32, False, 1056, 4, 3))
+    even = features % 128 == 0
+    return ExpertDecodeTiles(delta, ExpertGemmTile(64, 128 if even else 64, True, 1056, 4, 4 if even else 6))
+
+
+@cache
+def expert_prefill_tile(height: int, columns: int, dtype: torch.dtype) -> ExpertPrefillTile:
+    """Tile of experts over many rows each. height: rows of a tile, 64 or 128."""
+    if dtype == torch.float32:
+        return ExpertPrefillTile(64, 32, 16, 264, 8, 2, False, False, 32, 16, 32, 4, 528, 4, 2)
+    shrink = (64, 32, 64, 4, 264, 4, 4)
+    if height < 128:
+        return ExpertPrefillTile(128, 64, 32, 264, 4, 4, True, True, *shrink)
+    return ExpertPrefillTile(256, 64, 32, 132, 8, 3, True, True, *shrink)
 
 
 def shrink_tile(rows: int) -> Tile:

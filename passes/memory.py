@@ -14,13 +14,15 @@ from torch import fx
 
 from fxlora.passes.graph import op_name, operand
 from fxlora.passes.reads import Reader
-from fxlora.passes.rows.families import CREATIONS, KEEPS_STATISTICS, VIEWS
+from fxlora.passes.rows.families import CREATIONS, KEEPS_STATISTICS, VIEWS, is_pointwise
 from fxlora.passes.rows.rules import is_known
 from fxlora.passes.rows.worlds import TensorFacts, UnknownShapeError
 from fxlora.passes.rows.writes import also_written, is_write
 
 # Known ops that may hand on an operand or a view of it, though most of their forms make a tensor of their own.
 _MAY_SHARE = VIEWS | CREATIONS | {"einsum", "values", "indices", "native_dropout", "max", "min"}
+# Ops whose result may be a view of their first operand, never of an index.
+_OF_FIRST = {"getitem", "index", "index_select", "select", "slice", "narrow"}
 _INPUTS = "inputs"
 
 
@@ -70,6 +72,8 @@ class Memory:
         name = op_name(node)
         if is_known(name) and name not in _MAY_SHARE and not is_write(node):
             return []
+        if name in _OF_FIRST or (is_write(node) and is_pointwise(name.removesuffix("_"))):
+            return [n for n in [operand(node)] if isinstance(n, fx.Node) and self._holds_memory(n)]
         return [n for n in node.all_input_nodes if self._holds_memory(n)]
 
     def _holds_memory(self, node: fx.Node) -> bool:

@@ -24,7 +24,8 @@ from fxlora.passes.normalize import count_weight_nodes, inline_modules, refuse_a
 from fxlora.passes.plan import AdapterShape, Plan, Targets, plan_graph
 from fxlora.passes.reads import Reader
 from fxlora.passes.rewrite import rewrite_sites
-from fxlora.passes.rows.propagate import Prover
+from fxlora.passes.rows.integers import settle_worlds
+from fxlora.passes.rows.propagate import Prover, constant_integers
 from fxlora.passes.rows.seeds import BatchDims, choose_seeds
 from fxlora.passes.rows.worlds import GraphInput, Sizing, World, size_worlds
 from fxlora.passes.siblings import group_siblings
@@ -99,6 +100,7 @@ def size_graph(job: Job) -> None:
     """Choose the request dims of the inputs, and the sizes of the proof."""
     job.seeds, job.primary = choose_seeds(job.inputs, job.batch_dims)
     job.sizing = size_worlds(job.gm, job.inputs, job.seeds, job.bound)
+    settle_worlds(job.gm, job.sizing.worlds, constant_integers(job.gm, job.bound))
 
 
 def open_calls(job: Job) -> None:
@@ -109,6 +111,7 @@ def open_calls(job: Job) -> None:
         job.gm.recompile()
         job.weights = Weights(job.gm, job.bound, job.models)
         job.sizing = size_worlds(job.gm, job.inputs, job.seeds, job.bound)
+        settle_worlds(job.gm, job.sizing.worlds, constant_integers(job.gm, job.bound))
 
 
 def find_linear_sites(job: Job) -> None:

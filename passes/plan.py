@@ -7,12 +7,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from difflib import get_close_matches
 
 from torch import fx
 
+from fxlora.passes import experts
 from fxlora.passes.errors import RowsNotProvenError, TargetError
+from fxlora.passes.memory import Memory
 from fxlora.passes.reads import Reader
 from fxlora.passes.rows import moves
 from fxlora.passes.rows.labels import Label, Mixed, RowMap
@@ -25,12 +27,13 @@ Targets = None | str | Sequence[str]
 @dataclass(frozen=True)
 class AdapterShape:
     """How much adapter memory each site gets: slots, the largest rank, and rank rows in all (None: enough for every
-    slot).
+    slot). expert_pool_rows: rank rows per expert of a site that has several.
     """
 
     max_adapters: int
     max_rank: int
     pool_rows: int | None = None
+    expert_pool_rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -111,11 +114,13 @@ def plan_graph(
     uses: list[PlannedUse] = []
     left = list(skipped)
     wanted = _Targets(targets)
+    rewritten = _rewritten_routings(prover, sites, reader)
     for site in sites:
         if not wanted.takes(site):
-            left.append(Skipped(site.parameter, "not targeted: `targets` does not name it", site.aliases))
+            left.append(Skipped(site.parameter, wanted.why_not(site), site.aliases))
             continue
         planned, reason = _plan_uses(prover, site, reader)
+        reason = reason or next((rewritten[node] for node in site.uses if node in rewritten), "")
         if reason:
             if wanted.explicit:
                 raise RowsNotProvenError(f"targets names {site.name!r}, but {reason}")
@@ -148,11 +153,25 @@ def _misplaced(prover: Prover, path: str, node: fx.Node) -> str:
     return "" if rows == own else f"output {path}: its rows are not those of the requests in order"
 
 
+def _rewritten_routings(prover: Prover, sites: Sequence[Site], reader: Reader) -> dict[fx.Node, str]:
+    calls = [node for site in sites if site.role is Role.EXPERTS for node in site.uses]
+    if not calls:
+        return {}
+    memory = Memory(prover.graph, reader)
+    return experts.rewritten_routings([(node, reader.read_as(node, "experts")) for node in calls], memory)
+
+
 def _plan_uses(prover: Prover, site: Site, reader: Reader) -> tuple[list[PlannedUse], str]:
     planned = []
     for node in site.uses:
         read = reader.read_as(node, site.kind)
         rows = prover.rows(read.x)
+        if read.product is not None and isinstance(rows, Label):
+            found = experts.plan_rows(prover, node, read)
+            if isinstance(found, str):
+                return [], found
+            planned.append(PlannedUse(node, site, found, tuple(node.users)))
+            continue
         lead = prover.ndim(read.x) - (site.role is not Role.EMBEDDING)
         if isinstance(rows, Label) and read.x_order is not None:
             rows = moves.permute(prover, read.x, rows, read.x_order)
@@ -172,6 +191,7 @@ class _Targets:
 
     def __init__(self, targets: Targets) -> None:
         self.linear_only = targets == "all-linear"  # PEFT's word: every linear but the one that makes logits
+        self.default = targets is None
         self.all = targets is None or targets == "all" or self.linear_only
         self.explicit = not self.all
         self.pattern = targets if isinstance(targets, str) and not self.all else None
@@ -188,7 +208,18 @@ class _Targets:
         """Does ``targets`` name this site?"""
         if self.linear_only and site.role is not Role.LINEAR:
             return False
+        if self.default and site.role is Role.EXPERTS:
+            return False
         return self.match((site.name, site.parameter, *site.aliases))
+
+    def why_not(self, site: Site) -> str:
+        """The reason for a site that ``targets`` leaves out."""
+        if self.default and site.role is Role.EXPERTS:
+            return (
+                f"not targeted: adapter memory for {site.num_experts} experts is allocated only where `targets` asks "
+                f'for it; apply with targets="all", or name {site.name.rpartition(".")[2]!r} in targets'
+            )
+        return "not targeted: `targets` does not name it"
 
     def match(self, paths: Iterable[str]) -> bool:
         if self.all:
@@ -224,8 +255,9 @@ class _Targets:
 def digest_of(sites: Sequence[Site], shape: AdapterShape, groups: Sequence[Group] = ()) -> int:
     """32 bits that change whenever sites, their shapes and dtypes, the adapter memory or the groups change."""
     facts = [
-        (s.parameter, s.role.value, s.in_features, s.out_features, str(s.dtype), str(s.device.type)) for s in sites
+        (s.parameter, s.role.value, s.num_experts, s.in_features, s.out_features, str(s.dtype), str(s.device.type))
+        for s in sites
     ]
     members = [[(site.parameter, site.role.value) for site in group.sites] for group in groups]
-    text = repr((facts, shape.max_adapters, shape.max_rank, shape.pool_rows, members))
+    text = repr((facts, *astuple(shape), members))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")

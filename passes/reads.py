@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxlora.passes.expert_reads import gathered_root, read_product
+from fxlora.passes.experts import ExpertProduct
 from fxlora.passes.graph import argument, op_name, operand
 from fxlora.passes.rows.worlds import TensorFacts, World
 from fxlora.passes.weights import CASTS, PASS_ON, Weights
@@ -39,24 +41,33 @@ _NO_READ = {
     "ones_like",
     "_assert_tensor_metadata",
 }
-_GROUPED = {"_grouped_mm", "grouped_mm", "grouped_mm_fallback"}
+
+
+_RANKINGS = {"topk", "sort", "argsort", "argmax", "argmin", "max", "min"}
+_MAX_ROUTING = 100
+
+
+def _is_float(facts: TensorFacts) -> bool:
+    return facts.dtype.is_floating_point
 
 
 @dataclass(frozen=True)
 class Read:
-    """One call that reads a whole weight as a linear or an embedding.
+    """One call that reads a whole weight as a linear, an embedding or experts.
 
     Attributes:
-        kind: ``linear`` or ``embedding``.
+        kind: ``linear``, ``embedding`` or ``experts``.
         root: The node of the weight itself.
         operand: The weight operand of the call (behind casts and transposes of the root).
         operand_is_KN: True when that operand is [K, N] (a linear wants [N, K]).
-        stored_KN: True when the weight itself is stored [K, N].
+        stored_KN: True when the weight itself is stored [K, N] ([E, K, N]).
         x: The activation [..., K], or the ids.
         bias: [N], or None.
         addend: Anything else an addmm adds to the product.
         x_order: Dim order that moves K of ``x`` last; None where it is.
         out_order: Dim order from [..., N] to the call's own result; None where they are equal.
+        product: How an expert call combines x with the experts' weights.
+        experts: E, 0 for other kinds.
     """
 
     kind: str
@@ -69,6 +80,8 @@ class Read:
     addend: fx.Node | None = None
     x_order: tuple[int, ...] | None = None
     out_order: tuple[int, ...] | None = None
+    product: ExpertProduct | None = None
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,6 +128,9 @@ class Reader:
         found = []
         for other in node.all_input_nodes:
             root, chain = self.weights.root(other)
+            if root is None and name not in PASS_ON and (root := gathered_root(self.weights, other)) is not None:
+                found.append(self._experts(node, name, other, root))
+                continue
             if root is None or self._dim(root) < 2:
                 continue
             read = self._read(node, name, other, root, chain)
@@ -132,21 +148,18 @@ class Reader:
 
     def _read(self, node: fx.Node, name: str, other: fx.Node, root: fx.Node, chain: list[str]) -> Read | Refusal | None:
         if name in _INDEXED and other is operand(node) and self._gathers(node):
+            if self._dim(root) == 3:
+                return None  # what is picked here, the call that reads it tells
             if self._dim(root) == 2 and self._orientation(other, root) == Orientation(0, False):
                 return self._lookup(node, root, other)
-            return Refusal(
-                root,
-                "expert weights (3-D), gathered per row"
-                if self._dim(root) > 2
-                else "a gather of a transposed or sliced weight",
-            )
+            return Refusal(root, "a gather of a transposed or sliced weight")
         if name in PASS_ON and other is operand(node):
             return None
         if node.kwargs.get("out") is not None:
             return Refusal(root, f"{name} puts its result into a tensor that it is given (out=)")
+        if self._dim(root) == 3:
+            return self._experts(node, name, other, root)
         if self._dim(root) != 2:
-            if name in _GROUPED or name in ("bmm", "matmul", "baddbmm", "einsum"):
-                return Refusal(root, f"expert weights ({self._dim(root)}-D), read by {name}")
             return Refusal(root, f"a {self._dim(root)}-D weight, read by {name.lstrip('?')}")
         seen = self._orientation(other, root)
         if seen is None:
@@ -154,6 +167,30 @@ class Reader:
         if name == "embedding":
             return self._embedding(node, root, other, seen)
         return self._linear(node, name, root, other, seen)
+
+    def _experts(self, node: fx.Node, name: str, other: fx.Node, root: fx.Node) -> Read | Refusal:
+        found = read_product(self, node, name, other)
+        if isinstance(found, str):
+            return Refusal(root, found)
+        product, stored_KN, x, addend = found
+        tensor = self.weights.tensor_of(root)
+        assert tensor is not None
+        return Read(
+            "experts", root, other, False, stored_KN, x, addend=addend, product=product, experts=tensor.shape[0]
+        )  # fmt: skip
+
+    def gather_index(self, node: fx.Node) -> fx.Node | None:
+        """The integer tensor that a call indexes one dim of its operand by, every other dim being taken whole."""
+        if op_name(node) == "index_select":
+            return argument(node, 2, "index")
+        keys = self._keys(node, argument(node, 1, "indices"))
+        left_out = None if op_name(node) == "index" else Ellipsis
+        whole = all(key is left_out or key == slice(None) for key in keys[1:])
+        return keys[0] if self._is_index(keys[0]) and whole else None
+
+    def gathers(self, node: fx.Node) -> bool:
+        """True for a call that picks elements of its operand by a tensor."""
+        return op_name(node) in _INDEXED and self._gathers(node)
 
     def _gathers(self, node: fx.Node) -> bool:
         key = argument(node, 2, "index") if op_name(node) == "index_select" else argument(node, 1, "indices")
@@ -180,7 +217,25 @@ class Reader:
             keys = self._keys(node, key)
         if not self._is_index(keys[0]) or any(k is not None and k != slice(None) for k in keys[1:]):
             return Refusal(root, f"{op_name(node)} reads a part of the weight")
+        if self._is_routed(keys[0]):
+            return Refusal(root, "a table of which routing picks rows (a bias for each expert), no embedding")
         return Read("embedding", root, other, False, False, keys[0])
+
+    def _is_routed(self, ids: fx.Node) -> bool:
+        """True for an index that ranks what the model computed, as a router does."""
+        stack, seen = [ids], {ids}
+        while stack and len(seen) < _MAX_ROUTING:
+            node = stack.pop()
+            ranks = op_name(node) in _RANKINGS and self.is_tensor(operand(node))
+            if ranks and self.world.facts(operand(node)).dtype.is_floating_point:
+                return True
+            for other in node.all_input_nodes:
+                facts = self.world.facts(other)
+                whole = isinstance(facts, tuple) or (isinstance(facts, TensorFacts) and not _is_float(facts))
+                if other not in seen and whole:
+                    seen.add(other)
+                    stack.append(other)
+        return False
 
     def _embedding(self, node: fx.Node, root: fx.Node, other: fx.Node, seen: Orientation) -> Read | Refusal:
         first, second = operand(node), argument(node, 1, "weight", "indices")
@@ -205,7 +260,7 @@ class Reader:
         view = stand_in = torch.empty_strided(tuple(tensor.shape), (2 * tensor.shape[1] + 3, 1), device="meta")
         for node in reversed(path):
             if op_name(node) not in CASTS:
-                view = self._viewed(node, view)
+                view = self.viewed(node, view)
         if not isinstance(view, torch.Tensor) or view.untyped_storage()._cdata != stand_in.untyped_storage()._cdata:
             return None
         lead = view.dim() - 2
@@ -227,7 +282,8 @@ class Reader:
             raise ValueError(f"a view by the tensor {node.name}")
         return facts
 
-    def _viewed(self, node: fx.Node, view: Any) -> Any:
+    def viewed(self, node: fx.Node, view: Any) -> Any:
+        """A view-making call run on a stand-in for its operand; None where it does not run."""
         try:
             args = fx.map_arg(node.args[1:], self._number)
             kwargs = fx.map_arg(dict(node.kwargs), self._number)

@@ -18,6 +18,7 @@ from fxlora.passes.graph import op_name, operand
 from fxlora.passes.memory import may_write
 from fxlora.passes.plan import Group, Plan, PlannedUse
 from fxlora.passes.reads import Read, Reader
+from fxlora.passes.rewrite_experts import ExpertEmitter
 from fxlora.passes.rows.labels import RowMap
 from fxlora.passes.sites import Role, Site
 from fxlora.passes.weights import PASS_ON, TRANSPOSES
@@ -31,6 +32,7 @@ class MapEmitter:
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.nodes: dict[RowMap, fx.Node] = {seed: slots}
         self.place: dict[fx.Node, tuple[int, int]] = {slots: (self.order[slots], 0)}
+        self.slots: dict[RowMap, fx.Node] = {}
         self.inputs: dict[RowMap, tuple[fx.Node, fx.Node]] = {}
         self._last = max((n for n in graph.nodes if n.op == "placeholder"), key=lambda n: self.order[n])
 
@@ -46,11 +48,17 @@ class MapEmitter:
     def row_inputs(self, row_map: RowMap) -> tuple[fx.Node, fx.Node]:
         """``row_slots`` int32 [T, 1] and ``segments`` of a map of T rows, shared by all its sites."""
         if row_map not in self.inputs:
-            flat = self.node(row_map)
-            emit = self._emitter([flat])
-            slots = emit(torch.reshape, flat, (-1, 1))
+            slots = self.row_slots(row_map)
+            emit = self._emitter([slots])
             self.inputs[row_map] = (slots, emit(torch.ops.fxlora.segment_rows.default, slots, self.max_adapters))
         return self.inputs[row_map]
+
+    def row_slots(self, row_map: RowMap) -> fx.Node:
+        """``row_slots`` of a map alone, for ops whose rows are sorted otherwise."""
+        if row_map not in self.slots:
+            flat = self.node(row_map)
+            self.slots[row_map] = self._emitter([flat])(torch.reshape, flat, (-1, 1))
+        return self.slots[row_map]
 
     def _emitter(self, needed: list[fx.Node]) -> Callable[..., fx.Node]:
         state = {"after": max(needed, key=self._placed)}
@@ -81,7 +89,8 @@ def rewrite_sites(
 ) -> dict[fx.Node, fx.Node]:
     """Replace every planned call, one op for each group; returns what stands in each call's place."""
     emitter = MapEmitter(gm.graph, seed, slots, plan.shape.max_adapters)
-    row_inputs = [emitter.row_inputs(group.uses[0].rows) for group in plan.groups]
+    row_inputs = [_row_inputs(emitter, group) for group in plan.groups]
+    experts = ExpertEmitter(plan.shape.max_adapters)
     results: dict[fx.Node, fx.Node] = {}
     moved: set[fx.Node] = set()
     for group, inputs in zip(plan.groups, row_inputs, strict=True):
@@ -92,10 +101,17 @@ def rewrite_sites(
         moved.update(group.moved)
         reads = [reader.read_as(use.node, use.site.kind) for use in group.uses]
         with gm.graph.inserting_before(first):
-            made = _make_op(gm.graph, group, reads, reader, inputs, handles[group.sites])
+            made = _make_op(gm.graph, group, reads, reader, inputs, handles[group.sites], experts)
         for use, read, result in zip(group.uses, reads, made, strict=True):
             results[use.node] = _replace_use(gm.graph, use, read, result, results, reader)
     return results
+
+
+def _row_inputs(emitter: MapEmitter, group: Group) -> tuple[fx.Node, fx.Node | None]:
+    rows = group.uses[0].rows
+    if group.uses[0].site.kind == "experts":
+        return emitter.row_slots(rows), None  # the table of an expert op needs the routing too
+    return emitter.row_inputs(rows)
 
 
 def _make_op(
@@ -103,12 +119,15 @@ def _make_op(
     group: Group,
     reads: list[Read],
     reader: Reader,
-    row_inputs: tuple[fx.Node, fx.Node],
+    row_inputs: tuple[fx.Node, fx.Node | None],
     handle: int,
+    experts: ExpertEmitter,
 ) -> list[fx.Node]:
     """The op of a group at the current place, and the node of each member's result."""
     row_slots, segments = row_inputs
     first, read = group.uses[0], reads[0]
+    if first.site.kind == "experts":
+        return [experts.op(partial(_call, graph, first), first, read, reader, row_slots, handle)]
     rest = (row_slots, None, segments, handle)
     if first.site.kind == "embedding":
         return [_call(graph, first, torch.ops.fxlora.lora_embedding.default, read.x, read.operand, *rest)]
@@ -142,14 +161,16 @@ def _replace_use(
     out.meta |= {k: v for k, v in node.meta.items() if k in ("val", "example_value")}
     reader.take_place(out, node)
     node.replace_all_uses_with(out)
+    unread = node.all_input_nodes if use.site.kind == "experts" else [read.x]  # of experts, copies of their weights too
     graph.erase_node(node)
-    _erase_unread(graph, read.x)
+    for source in unread:
+        _erase_unread(graph, source)
     return out
 
 
-def _call(graph: fx.Graph, use: PlannedUse, target: Any, *args: Any) -> fx.Node:
+def _call(graph: fx.Graph, use: PlannedUse, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """A call that stands for (a part of) a use: it comes from the same line of the model."""
-    made = graph.call_function(target, args)
+    made = graph.call_function(target, args, kwargs)
     made.meta = {k: v for k, v in use.node.meta.items() if k in ("stack_trace", "nn_module_stack")}
     return made
 

@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 import torch
 from torch import fx
+from torch.export.unflatten import InterpreterModule
 
+from fxlora.passes.experts import Packing, packing_of
 from fxlora.passes.reads import Read, Reader, Refusal
 from fxlora.passes.rows.worlds import World
 from fxlora.passes.weights import Weights, tensor_key
@@ -42,7 +44,11 @@ class Site:
         dtype: Dtype of the activations (embedding: of the result), which is the pool's dtype.
         device: Where the weight lives.
         uses: The calls that read the weight in this role.
-        stored_KN: True when the weight is stored [K, N].
+        stored_KN: True when the weight is stored [K, N] ([E, K, N]).
+        num_experts: E, where the weight holds a matrix for each of several experts; else 0.
+        packing: How an expert weight holds several matrices side by side along N, where the graph takes them apart.
+        declared_KN: What the module that owns an expert weight says of its layout (`is_transposed`), which decides what
+            PEFT calls in and out; None where no such module is at hand.
     """
 
     name: str
@@ -56,10 +62,15 @@ class Site:
     device: torch.device
     uses: tuple[fx.Node, ...] = field(default=(), repr=False)
     stored_KN: bool = field(default=False, repr=False)
+    num_experts: int = 0
+    packing: Packing | None = None
+    declared_KN: bool | None = None
 
     @property
-    def kind(self) -> Literal["linear", "embedding"]:
+    def kind(self) -> Literal["linear", "embedding", "experts"]:
         """How its calls read the weight: logits are a linear too."""
+        if self.role is Role.EXPERTS:
+            return "experts"
         return "embedding" if self.role is Role.EMBEDDING else "linear"
 
 
@@ -102,16 +113,23 @@ def find_sites(
         if len({read.stored_KN for _, read in found}) > 1:
             refused.setdefault(key, "read both plainly and transposed, so one adapter has no single meaning")
         elif key not in refused:
-            sites.append(_site(weights, world, tensors[key], kind, found))
+            sites.append(_site(weights, world, tensors[key], kind, found, modules))
     sites = [site for site in sites if tensor_key(site.weight) not in refused]
     return sites, _skipped(weights, sites, refused, modules)
 
 
-def _site(weights: Weights, world: World, tensor: torch.Tensor, kind: str, found: list[tuple[fx.Node, Read]]) -> Site:
+def _site(
+    weights: Weights,
+    world: World,
+    tensor: torch.Tensor,
+    kind: str,
+    found: list[tuple[fx.Node, Read]],
+    modules: Sequence[torch.nn.Module],
+) -> Site:
     paths = weights.paths_of(tensor)
     first, read = found[0]
     facts = world.facts(first if kind == "embedding" else read.x)
-    rows, columns = tensor.shape
+    rows, columns = tensor.shape[-2:]
     embedding = kind == "embedding"
     k, n = (rows, columns) if embedding or read.stored_KN else (columns, rows)
     return Site(
@@ -126,7 +144,23 @@ def _site(weights: Weights, world: World, tensor: torch.Tensor, kind: str, found
         device=tensor.device,
         uses=tuple(node for node, _ in found),
         stored_KN=read.stored_KN,
+        num_experts=read.experts,
+        packing=packing_of([node for node, _ in found], n, world) if read.experts else None,
+        declared_KN=_declared_KN(paths, modules) if read.experts else None,
     )
+
+
+def _declared_KN(paths: Sequence[str], modules: Sequence[torch.nn.Module]) -> bool | None:
+    """``is_transposed`` of the module that owns a parameter; containers that tracing made tell nothing."""
+    for path in paths:
+        for module in modules:
+            try:
+                owner = module.get_submodule(path.rpartition(".")[0])
+            except AttributeError:
+                continue
+            if type(owner) is not torch.nn.Module and not isinstance(owner, fx.GraphModule | InterpreterModule):
+                return bool(getattr(owner, "is_transposed", False))
+    return None
 
 
 def _skipped(

@@ -15,7 +15,11 @@ from fxlora.passes.plan import Group, Plan, PlannedUse
 from fxlora.passes.sites import Role, Site
 from fxlora.passes.weights import Weights, tensor_key
 
-_SITE_OPS = {Role.LINEAR: "fxlora::lora_linear", Role.LOGITS: "fxlora::lora_logits"}
+_SITE_OPS = {
+    Role.LINEAR: "fxlora::lora_linear",
+    Role.LOGITS: "fxlora::lora_logits",
+    Role.EXPERTS: "fxlora::lora_experts",
+}
 _EMBEDDING = "fxlora::lora_embedding"
 
 
@@ -76,16 +80,30 @@ def _check_group(op: fx.Node, group: Group, weights: Weights, handles: Mapping[t
     keys = [None if tensor is None else tensor_key(tensor) for tensor in found]
     if keys != [tensor_key(tensor) for tensor in planned]:
         raise VerifyError(f"{op.name} does not read the weights of {[site.name for site in group.sites]}, in order")
+    if role is Role.EXPERTS:
+        _check_table(op, group)
     if op.args[-1] != handles[group.sites]:
         raise VerifyError(f"{op.name} does not have the handle of {[site.name for site in group.sites]}")
+
+
+def _check_table(op: fx.Node, group: Group) -> None:
+    """The table of an expert op is that of its own rows and of its weight's experts."""
+    table, experts = op.args[5], group.uses[0].site.num_experts
+    made = isinstance(table, fx.Node) and op_name(table) == "fxlora::segment_experts"
+    args = table.args if made else (None,) * 4  # type: ignore[union-attr]
+    if args[0] is not op.args[3] or args[3] != experts or (args[1] is None) == (args[2] is None):
+        raise VerifyError(f"{op.name} does not read the table of its own rows over {experts} experts")
 
 
 def _check_result(
     op: fx.Node, index: int, use: PlannedUse, results: Mapping[fx.Node, fx.Node], present: set[fx.Node]
 ) -> None:
-    """Whatever read the call now reads this member's result, behind a reorder of dims or an addition at most."""
+    """Whatever read the call now reads this member's result, behind a reorder of dims or an addition at most (of an
+    expert op, whose rows are flat, a reshape too).
+    """
     result = pick = results.get(use.node)
-    while isinstance(pick, fx.Node) and pick is not op and op_name(pick) in ("permute", "add"):
+    between = ("permute", "add", "reshape", "unsqueeze") if use.site.role is Role.EXPERTS else ("permute", "add")
+    while isinstance(pick, fx.Node) and pick is not op and op_name(pick) in between:
         pick = operand(pick)
     if use.site.role is Role.LINEAR and pick is not None and op_name(pick) == "getitem" and pick.args[1] == index:
         pick = operand(pick)

@@ -58,8 +58,9 @@ class Entry:
     """One family: how to build it, what to feed it, and what PEFT can target in it.
 
     attention, mlp, head and embedding are PEFT `target_modules` (suffixes); gate holds `target_parameters`: a router,
-    and linears that PEFT would turn into expert targets if they were named as modules. embedding is empty where
-    several modules share the table (T5, BART): PEFT adapts the module it names, fxlora the table.
+    and linears that PEFT would turn into expert targets if they were named as modules. experts holds those of the
+    routed experts' weights. embedding is empty where several modules share the table (T5, BART): PEFT adapts the module
+    it names, fxlora the table.
     routed is True where expert GEMMs make a row's last bits depend on how its neighbours route. gain scales every
     matrix and every adapter: below 1 where order-one weights make the family ill-conditioned (T5 attends unscaled).
     """
@@ -77,6 +78,17 @@ class Entry:
     routed: bool = False
     gain: float = 1.0
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    experts: Sequence[str] = ()
+
+    def with_experts(self, implementation: str) -> Callable[[], nn.Module]:
+        """`build`, with experts computed as one of transformers' implementations does."""
+
+        def build() -> nn.Module:
+            model = self.build()
+            model.config._experts_implementation = implementation
+            return model
+
+        return build
 
     def build(self) -> nn.Module:
         """A fresh model with the same weights at every call: eval mode, fp32, CPU, outputs of order one."""
@@ -194,24 +206,31 @@ WHISPER = {
     "begin_suppress_tokens": None,
 }
 GATE = ("mlp.gate.weight",)
+ROUTED: Mapping[str, Any] = {
+    "mlp": (),
+    "gate": GATE,
+    "routed": True,
+    "experts": ("experts.gate_up_proj", "experts.down_proj"),
+}
 
 DOCUMENTED: tuple[Entry, ...] = (
     causal("llama", "Llama", GROUPED),
     causal("qwen3", "Qwen3", GROUPED, overrides={"tie_word_embeddings": True}),
-    causal("qwen3moe", "Qwen3Moe", {**GROUPED, **EXPERTS}, mlp=(), gate=GATE, routed=True),
-    causal("mixtral", "Mixtral", {**GROUPED, "num_local_experts": 5}, mlp=(), gate=GATE, routed=True),
+    causal("qwen3moe", "Qwen3Moe", {**GROUPED, **EXPERTS}, **ROUTED),
+    causal("mixtral", "Mixtral", {**GROUPED, "num_local_experts": 5}, **ROUTED),
     causal(
         "deepseekv3",
         "DeepseekV3",
         DEEPSEEK,
         attention=("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
-        mlp=(),
-        gate=("mlp.gate.weight", "shared_experts.gate_proj.weight", "layers.0.mlp.down_proj.weight"),
-        routed=True,
+        **{
+            **ROUTED,
+            "gate": ("mlp.gate.weight", "shared_experts.gate_proj.weight", "layers.0.mlp.down_proj.weight"),
+        },
     ),
     causal("gemma", "Gemma", GROUPED),
     causal("gemma2", "Gemma2", {**GROUPED, "query_pre_attn_scalar": 16, "sliding_window": 4}),
-    causal("olmoe", "Olmoe", {**TEXT, "num_key_value_heads": 2, **EXPERTS}, mlp=(), gate=GATE, routed=True),
+    causal("olmoe", "Olmoe", {**TEXT, "num_key_value_heads": 2, **EXPERTS}, **ROUTED),
     Entry(
         "gpt2",
         "GPT2LMHeadModel",
@@ -337,9 +356,38 @@ UNNAMED: tuple[Entry, ...] = (
         "granitemoe",
         "GraniteMoe",
         {**TEXT, "num_key_value_heads": 2, "num_local_experts": 5, "num_experts_per_tok": 2},
-        mlp=(),
+        **{**ROUTED, "gate": ("router.weight",)},
+    ),
+    causal(
+        "gptoss",
+        "GptOss",
+        {**GROUPED, "num_local_experts": 5, "num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default"}},
+        **{**ROUTED, "gate": ("router.weight",)},
+    ),
+    causal(
+        "qwen2moe",
+        "Qwen2Moe",
+        {**TEXT, "num_key_value_heads": 2, **EXPERTS, "shared_expert_intermediate_size": 20},
+        **{**ROUTED, "gate": ("mlp.gate.weight", "shared_expert_gate.weight", "shared_expert.up_proj.weight")},
+    ),
+    Entry(
+        "llama4",
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        {
+            **GROUPED,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 1,
+            "intermediate_size_mlp": 56,
+            "interleave_moe_layer_step": 1,
+        },
+        ids_inputs,
+        QKVO,
+        head=("lm_head",),
+        embedding=("embed_tokens",),
         gate=("router.weight",),
         routed=True,
+        experts=("experts.gate_up_proj", "experts.down_proj"),
     ),
     Entry(
         "t5",

@@ -30,6 +30,7 @@ class Benchmark(StrEnum):
     """The benchmarks `fxlora bench` can run."""
 
     cpu = "cpu"
+    experts = "experts"
     linear = "linear"
 
 

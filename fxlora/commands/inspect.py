@@ -16,8 +16,10 @@ import fxlora
 from fxlora.adapter import read_adapter
 from fxlora.binding import BoundAdapter, bind_adapter
 from fxlora.commands.models import example_inputs, load_model
+from fxlora.entries import Entry
 from fxlora.errors import AdapterError, Unbound, UnboundTensorError
 from fxlora.passes.sites import Site, Skipped
+from fxlora.renames import Rename, renames_of
 
 
 def inspect_model(folder: Path, adapters: Sequence[Path], console: Console, *, fold: bool = True) -> bool:
@@ -27,12 +29,13 @@ def inspect_model(folder: Path, adapters: Sequence[Path], console: Console, *, f
     """
     model = load_model(folder)
     graph = fxlora.capture(model, **example_inputs(model))
-    lora = fxlora.apply(graph, max_adapters=1, max_rank=1)
+    lora = fxlora.apply(graph, max_adapters=1, max_rank=1, targets="all")
     weights = dict(model.named_parameters(remove_duplicate=False))
     console.print(*_sites(lora, fold=fold), sep="\n")
     if lora.skipped:
         console.print(_skipped(lora.skipped, fold=fold))
-    binds = [_report(console, path, lora.sites, lora.skipped, weights, fold=fold) for path in adapters]
+    rename = renames_of([model])
+    binds = [_report(console, path, lora.sites, lora.skipped, weights, rename, fold=fold) for path in adapters]
     return all(binds)
 
 
@@ -90,6 +93,14 @@ def _also(aliases: Sequence[str]) -> str:
     return "also " + ", ".join(alias.removesuffix(".weight") for alias in aliases) if aliases else ""
 
 
+def _experts(site: Site, entry: Entry) -> str:
+    """Which experts an adapter has tensors for, where it is not each of them for itself."""
+    remarks = [f"one {half} for all experts" for half, shared in zip("AB", entry.shared, strict=True) if shared]
+    if len(entry.experts) < site.num_experts:
+        remarks.append(f"{len(entry.experts)} of {site.num_experts} experts: {fold_names(map(str, entry.experts))}")
+    return ", ".join(remarks)
+
+
 def _sites(lora: fxlora.LoraModule, *, fold: bool) -> list[Table | Text]:
     """Return the table of sites, and below it what each row map stands for."""
     numbers: dict[str, str] = {}
@@ -102,7 +113,7 @@ def _sites(lora: fxlora.LoraModule, *, fold: bool) -> list[Table | Text]:
             site.name,
             _also(site.aliases),
             site.role.value,
-            f"{site.out_features} x {site.in_features}",
+            f"{f'{site.num_experts} x ' if site.num_experts else ''}{site.out_features} x {site.in_features}",
             str(len(site.uses)),
             numbers[lora.row_map(site)],
             ", ".join(other.name.rpartition(".")[2] for other in lora.siblings(site)),
@@ -110,6 +121,8 @@ def _sites(lora: fxlora.LoraModule, *, fold: bool) -> list[Table | Text]:
         for site in lora.sites
     )
     legend = [Text(f"  rows {number}: {text}", style="dim") for text, number in numbers.items()]
+    if any(site.num_experts for site in lora.sites):
+        legend.append(Text('  experts: sites only where apply is given targets="all", or their names', style="dim"))
     return [_fill(table, rows, fold=fold), *legend, Text()]
 
 
@@ -124,13 +137,14 @@ def _report(
     sites: Sequence[Site],
     skipped: Sequence[Skipped],
     weights: Mapping[str, torch.Tensor],
+    rename: Rename,
     *,
     fold: bool,
 ) -> bool:
     """Print what one adapter binds to, or why it does not. Returns whether it binds in full."""
     try:
         with read_adapter(path) as adapter:
-            bound = bind_adapter(adapter, sites, skipped, weights)
+            bound = bind_adapter(adapter, sites, skipped, weights, rename)
     except UnboundTensorError as error:
         console.print(Text(f"{path.name}: does not bind, {len(error.unbound)} tensors have no site", style="bold red"))
         console.print(_unbound(error.unbound, fold=fold))
@@ -154,6 +168,7 @@ def _bound(name: str, bound: BoundAdapter, *, fold: bool) -> Table:
     tensors = sum(len(entry.keys) for entry in bound.entries.values())
     title = f"{name}: binds in full, {tensors} tensors to {len(bound.entries)} sites"
     rows = (
-        (site.name, "", site.role.value, str(entry.rank), f"{entry.scaling:g}") for site, entry in bound.entries.items()
+        (site.name, _experts(site, entry), site.role.value, str(entry.rank), f"{entry.scaling:g}")
+        for site, entry in bound.entries.items()
     )
     return _fill(_table(title, "site", "role", "rank", "scaling"), rows, fold=fold)

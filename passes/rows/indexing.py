@@ -184,3 +184,25 @@ def _spell(item: Any) -> str:
             else f"{'' if item.start is None else item.start}:{'' if item.stop is None else item.stop}"
         )
     return str(item)
+
+
+def selected(p: Prover, node: fx.Node) -> Any:
+    """Rows of the positions of a mask's true elements: each belongs to the request of its element."""
+    rows = p.rows(operand(node))
+    if not isinstance(rows, Label):
+        return rows
+    places = []
+    for w in range(p.count):
+        value = p.integers.values[w].get(node)
+        if not isinstance(value, tuple | torch.Tensor):
+            return Mixed(f"{op_name(node)} whose positions are not known")
+        places.append(value if isinstance(value, tuple) else value.unbind(-1))
+    ids = [rows.map.ids[w][tuple(places[w][d] for d in rows.dims)] for w in range(p.count)]
+    in_one, dims = p.is_tensor(node), rows.dims
+
+    def build(emit: Any, parent: fx.Node) -> fx.Node:
+        columns = [emit(torch.select, node, 1, d) if in_one else emit(operator.getitem, node, d) for d in dims]
+        return emit(operator.getitem, parent, tuple(columns))
+
+    label = derive(p, node, rows, ids, (0,), build, "of selected elements")
+    return label if in_one else (label,) * len(places[0])

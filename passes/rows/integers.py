@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from fxlora.passes.graph import argument, op_name, operand
+from fxlora.passes.graph import argument, fake_value, op_name, operand
 from fxlora.passes.rows.worlds import TensorFacts, UnknownShapeError, World
 from fxlora.passes.rows.writes import also_written, is_write
 
-_UNINITIALISED = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
+_UNINITIALISED = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"}
 _RANKINGS = {"topk", "sort", "argsort", "argmax", "argmin", "max", "min", "median", "mode", "kthvalue", "msort"}
 _INDEXING = {
     "getitem",
@@ -48,6 +49,10 @@ _INDEXING = {
     "index_fill_",
 }
 _MUTATIONS = {"setitem"}
+_SELECTIONS = {"where", "nonzero", "argwhere", "nonzero_numpy"}
+_GROUPED = {"_grouped_mm", "grouped_mm", "grouped_mm_fallback"}
+# How rows per expert are counted: some of it in floating point, exactly.
+_COUNTING = {"histc", "bincount", "one_hot", "cumsum", "sum", "float", "double", "to", "type", "clone", "contiguous"}
 
 # Where these compare with a literal, sizes of the proof must reach well beyond it to show both outcomes.
 _THRESHOLDS = {
@@ -80,6 +85,19 @@ def _forget(target: Any, values: dict[fx.Node, Any]) -> None:
             del values[node]
 
 
+def _covering_order(shape: Sequence[int], dim: int, generator: torch.Generator) -> torch.Tensor:
+    """A random order along a dim at every place of the others, in which each position comes first somewhere."""
+    order = torch.rand(tuple(shape), generator=generator).argsort(dim).movedim(dim, -1)
+    size = order.shape[-1]
+    rows = order.reshape(-1, size).clone()
+    if 1 < size <= rows.shape[0]:
+        picked = torch.randperm(rows.shape[0], generator=generator)[:size]
+        places = (rows[picked] == torch.arange(size)[:, None]).int().argmax(-1)
+        rows[picked, places] = rows[picked, 0]
+        rows[picked, 0] = torch.arange(size)
+    return rows.reshape(order.shape).movedim(-1, dim)
+
+
 def _literals(node: fx.Node) -> list[Any]:
     return [*node.args, *node.kwargs.values()]
 
@@ -104,6 +122,8 @@ class Integers:
         for node in graph.nodes:
             if op_name(node) in _INDEXING:
                 stack += [n for n in node.all_input_nodes if n not in needed and self._integer(n)]
+            if op_name(node) in _GROUPED and isinstance(argument(node, 2, "offs"), fx.Node):
+                stack.append(argument(node, 2, "offs"))
         writes: dict[fx.Node, list[fx.Node]] = {}
         for node in graph.nodes:
             if is_write(node):
@@ -117,7 +137,8 @@ class Integers:
                 continue
             needed.add(node)
             for other in [*node.all_input_nodes, *writes.get(node, [])]:
-                if other not in needed and (self._integer(other) or op_name(other) in _RANKINGS | _MUTATIONS):
+                followed = self._integer(other) or op_name(other) in _RANKINGS | _MUTATIONS | _COUNTING
+                if other not in needed and followed:
                     stack.append(other)
         return needed
 
@@ -138,6 +159,7 @@ class Integers:
             result = self._evaluate(node, world, values)
             if result is not None:
                 values[node] = result
+                settle_sizes(world, node, result)
             elif is_write(node):
                 for target in (operand(node), *also_written(node)):
                     _forget(target, values)
@@ -154,7 +176,7 @@ class Integers:
         if name.rstrip("_") in _THRESHOLDS and any(
             type(a) is int and abs(a) > _LARGEST_LITERAL for a in _literals(node)
         ):
-            return None
+            return self._compared(node, name, world, values) if all(n in values for n in tensors) else None
         if all(n in values for n in tensors):
             return self._run(node, world, values)
         if name in _RANKINGS:
@@ -163,6 +185,12 @@ class Integers:
             except RuntimeError:
                 return None
         return None
+
+    def _compared(self, node: fx.Node, name: str, world: World, values: dict[fx.Node, Any]) -> Any:
+        """Equality with a large literal, where this world shows both outcomes (one expert's number among all)."""
+        result = self._run(node, world, values) if name in ("eq", "ne") else None
+        shows = isinstance(result, torch.Tensor) and bool(result.any()) and not bool(result.all())
+        return result if shows else None
 
     @staticmethod
     def _facts(world: World, node: fx.Node) -> Any:
@@ -176,11 +204,14 @@ class Integers:
             return values[n] if n in values else world.facts(n)
 
         try:
-            args = fx.map_arg(node.args, concrete)
+            args: tuple[Any, ...] = fx.map_arg(node.args, concrete)
             kwargs = {
                 k: v for k, v in fx.map_arg(dict(node.kwargs), concrete).items() if k not in ("device", "pin_memory")
             }
             args = tuple("cpu" if isinstance(a, torch.device) else a for a in args)
+            if op_name(node) == "histc":
+                counted: Any = args[0]
+                args = (counted.float(), *args[1:])  # on the CPU it counts floats alone
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
             result = node.target(*args, **kwargs)  # type: ignore[operator]
@@ -201,12 +232,14 @@ class Integers:
         dim = argument(node, 2 if name in ("topk", "kthvalue") else 1, "dim", default=default)
         if not isinstance(dim, int):
             return None
-        order = torch.rand(source.shape, generator=world.generator).argsort(dim)
-        if tuple(order.shape) != indices.shape:
-            keep = indices.shape[dim] if len(indices.shape) == len(source.shape) else 1
-            order = order.narrow(dim, 0, keep)
-            order = order.reshape(indices.shape)
-        drawn = order.to(indices.dtype)
+        if node not in world.rankings:
+            order = _covering_order(source.shape, dim, world.generator)
+            if tuple(order.shape) != indices.shape:
+                keep = indices.shape[dim] if len(indices.shape) == len(source.shape) else 1
+                order = order.narrow(dim, 0, keep)
+                order = order.reshape(indices.shape)
+            world.rankings[node] = order.to(indices.dtype).contiguous()
+        drawn = world.rankings[node]
         return (None, drawn) if isinstance(facts, tuple) else drawn
 
     def index_values(self, node: fx.Node, size: int, world_index: int) -> torch.Tensor:
@@ -228,3 +261,25 @@ class Integers:
         # Kept apart from computed values: what is computed from such an index must not rest on how it was drawn.
         drawn[node] = torch.cat(rounds)[:count].reshape(facts.shape) if rounds else torch.empty(facts.shape).long()
         return drawn[node]
+
+
+def settle_sizes(world: World, node: fx.Node, value: Any) -> None:
+    """Sizes that data decides (of ``where``, ``nonzero``) are, in a world, those of the values there."""
+    if world.symbols is None or op_name(node) not in _SELECTIONS:
+        return
+    recorded = fake_value(node)
+    pairs = zip(recorded, value, strict=True) if isinstance(value, tuple) else [(recorded, value)]
+    for fake, real in pairs:
+        if not isinstance(fake, torch.Tensor) or not isinstance(real, torch.Tensor):
+            return
+        for size, number in zip(fake.shape, real.shape, strict=True):
+            if isinstance(size, torch.SymInt) and free_unbacked_symbols(size) == {size.node._expr}:
+                world.settle(size.node._expr, int(number))
+
+
+def settle_worlds(gm: fx.GraphModule, worlds: Sequence[World], known: dict[fx.Node, torch.Tensor]) -> None:
+    """Find every size that data decides, in every world, before any shape is read there."""
+    if any(op_name(node) in _SELECTIONS and len(node.all_input_nodes) == 1 for node in gm.graph.nodes):
+        integers = Integers(gm, worlds, known)
+        for node in gm.graph.nodes:
+            integers.visit(node)

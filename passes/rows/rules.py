@@ -5,12 +5,15 @@ A rule answers ``Mixed`` whenever an output element could depend on two requests
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from fxlora.passes.graph import argument, op_name, operand, varargs
-from fxlora.passes.rows import contractions, moves, views  # noqa: F401  views registers its rules
+from fxlora.passes.graph import argument, fake_value, op_name, operand, varargs
+from fxlora.passes.rows import contractions, indexing, moves, views  # noqa: F401  views registers its rules
 from fxlora.passes.rows.families import (
     ALONG_DIM,
     CREATIONS,
@@ -25,6 +28,7 @@ from fxlora.passes.rows.families import (
     rule,
 )
 from fxlora.passes.rows.labels import Label, Mixed, Rows, join, remap, shift
+from fxlora.passes.rows.routing import offsets_follow_rows
 
 if TYPE_CHECKING:
     from fxlora.passes.rows.propagate import Prover
@@ -33,8 +37,8 @@ if TYPE_CHECKING:
 def rows_of(p: Prover, node: fx.Node) -> Any:
     """The rows of a call: a Rows, or a tuple of them for an op that returns several tensors."""
     name = op_name(node)
-    if name in NO_DATA:
-        return None
+    if name in NO_DATA or (name == "getitem" and op_name(operand(node)) in ("size", "shape")):
+        return Mixed("a size that the data of all requests decides") if _is_counted(node) else None
     incoming = [r for n in node.all_input_nodes for r in _flat(p.labels.get(n))]
     if not any(r is not None for r in incoming):
         return None
@@ -42,10 +46,34 @@ def rows_of(p: Prover, node: fx.Node) -> Any:
         return None
     if name in SCALARS and not p.is_tensor(node):
         return Mixed(f"{name} turns rows into a number that all requests see")
+    counts = [n for n in node.all_input_nodes if not p.is_tensor(n) and isinstance(p.labels.get(n), Mixed)]
+    if counts and not _keeps_sizes(p, node, name, counts):
+        return p.labels[counts[0]]
     rows = _apply_rule(p, node, name)
     if rows is None and name not in ("getitem", "values", "indices"):
         return Mixed(f"{name} loses sight of its rows")
     return rows
+
+
+def _is_counted(node: fx.Node) -> bool:
+    """True for sizes that depend on data: how many elements of a mask are true is no request's own."""
+    value = fake_value(node)
+    sizes = value if isinstance(value, tuple | list) else [value]
+    return any(isinstance(size, torch.SymInt) and free_unbacked_symbols(size) for size in sizes)
+
+
+def _keeps_sizes(p: Prover, node: fx.Node, name: str, counts: Sequence[fx.Node]) -> bool:
+    """True where sizes that data decides only name the sizes that the operand has already."""
+    if name in ("view", "reshape", "unflatten"):
+        return True
+    sizes = varargs(node, 1, "size", "shape")
+    if name != "expand" or not p.is_tensor(operand(node)):
+        return False
+    lead = len(sizes) - p.ndim(operand(node))
+    at = [d for d, size in enumerate(sizes) if size in counts]
+    return all(
+        d >= lead and p.shape(operand(node), w)[d - lead] == p.shape(node, w)[d] for d in at for w in range(p.count)
+    )
 
 
 def _apply_rule(p: Prover, node: fx.Node, name: str) -> Any:
@@ -182,6 +210,16 @@ def per_sample(p: Prover, node: fx.Node) -> Rows:
     return own
 
 
+@rule("where", "nonzero", "argwhere", "nonzero_numpy")
+def where(p: Prover, node: fx.Node) -> Any:
+    """The positions of true elements; of three operands, an elementwise choice."""
+    return (
+        pointwise(p, node)
+        if len(node.args) + len(node.kwargs) > 1 and op_name(node) == "where"
+        else (indexing.selected(p, node))
+    )
+
+
 @rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")
 def layer_norm(p: Prover, node: fx.Node) -> Any:
     """Normalisation over the last dims."""
@@ -222,13 +260,16 @@ def linear(p: Prover, node: fx.Node) -> Rows:
 @rule("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
 def grouped_mm(p: Prover, node: fx.Node) -> Rows:
     """Row m of x times one expert's weight: the row stays its request's, whichever expert it goes to."""
-    x, weight = operand(node), argument(node, 1, "mat2", "mat_b", "weight")
+    x, weight = argument(node, 0, "input", "self", "mat_a"), argument(node, 1, "mat2", "mat_b", "weight")
     rows = p.rows(x)
     others = [n for n in node.all_input_nodes if n not in (x, argument(node, 2, "offs"))]
     if p.ndim(x) != 2 or weight is x or any(p.rows(n) is not None for n in others):
         return Mixed("grouped_mm of other than rows by expert weights")
-    if isinstance(rows, Label) and rows.dims != (0,):
+    if isinstance(rows, Label) and rows.dims not in ((0,), ()):
         return Mixed("grouped_mm sums over the request dim")
+    offsets = argument(node, 2, "offs")
+    if isinstance(rows, Label) and isinstance(offsets, fx.Node) and not offsets_follow_rows(p, x, rows, offsets):
+        return Mixed("grouped_mm whose offsets are not proven to follow from each row's own choice of expert")
     return rows
 
 

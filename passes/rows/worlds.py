@@ -73,11 +73,15 @@ class TensorFacts:
 
 @dataclass
 class World:
-    """One assignment of sizes. ``facts(node)`` is a TensorFacts, an int, a tuple of these, or None."""
+    """One assignment of sizes. ``facts(node)`` is a TensorFacts, an int, a tuple of these, or None.
+
+    rankings: positions drawn for calls that rank data (topk, sort), the same whenever they are asked for.
+    """
 
     values: dict[fx.Node, Any] = field(default_factory=dict)
     symbols: dict[Any, int] | None = None
     generator: torch.Generator = field(default_factory=torch.Generator)
+    rankings: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
     _exprs: dict[Any, int] = field(default_factory=dict)
 
     def facts(self, node: fx.Node) -> Any:
@@ -105,6 +109,14 @@ class World:
         if isinstance(value, list | tuple):
             return tuple(self._convert(item) for item in value)
         return value
+
+    def settle(self, symbol: Any, size: int) -> None:
+        """Give a size that data decides the value it has in this world; shapes are read anew."""
+        assert self.symbols is not None
+        if self.symbols.get(symbol) != size:
+            self.symbols[symbol] = sympy.Integer(size)  # type: ignore[assignment]
+            self.values.clear()
+            self._exprs.clear()
 
     def size(self, size: Any) -> int:
         if isinstance(size, int):

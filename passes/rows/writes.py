@@ -170,11 +170,19 @@ def store(p: Prover, node: fx.Node, target: fx.Node, items: Sequence[Any], value
     if own is None and new is None:
         return None
     made, covered = _store_ids(p, node, target, by_source, where, out, own, new)
-    if follows and (own is not None or not covered):
+    if follows and (own is not None or not covered) and not _stays_home(p, by_source, parts[0], own, made):
         return Mixed("a write whose positions depend on several requests")
     if own is not None and any(indexing.is_index(p, i) for i in by_source):
         return join([made, own], p.ndim(target), p.count, op_name(node))  # positions may leave rows as they were
     return made
+
+
+def _stays_home(p: Prover, items: Sequence[Any], value: Rows, own: Label | None, made: Rows) -> bool:
+    """Does every request choose positions among its own rows alone? Then what stays unwritten is its own choice too."""
+    if not isinstance(value, Label) or not isinstance(made, Label) or (own is not None and made != own):
+        return False
+    indices = [p.rows(item) for item in items if p.is_tensor(item) and p.rows(item) is not None]
+    return all(isinstance(rows, Label) and rows.map is value.map for rows in indices)
 
 
 def _tells_rows(rows: Rows, start: int, width: int) -> bool:

@@ -192,11 +192,11 @@ def value_against(row: Mapping[str, Any], against: str, form: str = "plain") -> 
     return 1 / best[form]["ratio"] if best else None
 
 
-def judge(rows: Sequence[Mapping[str, Any]], form: str = "plain") -> list[Verdict]:
+def judge(rows: Sequence[Mapping[str, Any]], form: str = "plain", targets: Sequence[Target] = TARGETS) -> list[Verdict]:
     """Every target on every measured case it speaks of; rows that no target names are left out."""
     return [
         Verdict(target, row["name"], value_against(row, target.against, form))
-        for target in TARGETS
+        for target in targets
         for row in rows
         if target.matches(row["name"])
     ]

@@ -8,7 +8,7 @@ numbers of `Case`, error, bytes, flops, floor_us, sets, calls, rounds, tiny_us, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import closing
 from dataclasses import asdict
 from typing import Any
@@ -53,8 +53,9 @@ def prepare_all(
     return prepared
 
 
-def summarise(times: dict[str, list[float]]) -> Row:
-    """Medians, spreads and ratios of the times of one case, by implementation and form."""
+def summarise(times: dict[str, list[float]], others: Collection[str] = ()) -> Row:
+    """Medians, spreads and ratios of the times of one case, by implementation and form. others: those that are neither
+    ours nor base nor a peer."""
     tiny = times[TINY]
     names = [name.removesuffix(" chain") for name in times if name.endswith(" chain")]
     by_form = {name: {"chain": times[f"{name} chain"], "plain": less(times[f"{name} plain"], tiny)} for name in names}
@@ -62,7 +63,7 @@ def summarise(times: dict[str, list[float]]) -> Row:
     peers = {
         name: {form: ratios(found[form], ours[form]) for form in FORMS}
         for name, found in by_form.items()
-        if name not in ("base", "ours")
+        if name not in ("base", "ours", *others)
     }
     row: Row = {
         "tiny_us": spread(tiny),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -86,16 +86,12 @@ def problem(built: Built, sets: int) -> dict[str, Any]:
     }
 
 
-def checked(step: Step, given: Mapping[str, Any], truth: torch.Tensor) -> Step:
-    """Run set 0 and compare; returns the step."""
-    given["out"][0].fill_(float("nan"))
+def checked(step: Step, out: torch.Tensor, truth: torch.Tensor) -> Step:
+    """Run set 0, which leaves its result in `out`, and compare; returns the step."""
+    out.fill_(float("nan"))
     step(0)
-    judge_outputs([given["out"][0]], [truth], truth_dtype(given), "set 0")
+    judge_outputs([out.view(truth.shape)], [truth], out.dtype, "set 0")
     return step
-
-
-def truth_dtype(given: Mapping[str, Any]) -> torch.dtype:
-    return given["x"].dtype
 
 
 def reason(error: Exception) -> str:
@@ -126,18 +122,22 @@ def build_peers(peers: Any, built: Built, truth: list[torch.Tensor] | None) -> P
     for name, (builder, options) in fitting.items():
         try:
             step: Step = getattr(peers, builder)(**given, **options)
-            found.steps[name] = step if expected is None else checked(step, given, expected)
+            found.steps[name] = step if expected is None else checked(step, given["out"][0], expected)
         except Exception as error:
             found.missing[name] = reason(error)
-    # Some builders drop what another peer has cached per weight; run all once more, so that capture finds everything.
+    run_all(found, len(built.sets))
+    return found
+
+
+def run_all(found: PeerSteps, count: int) -> None:
+    """Run every step on every set: some builders drop what another peer has cached, and capture has to find it."""
     for name in list(found.steps):
         try:
-            for i in range(len(built.sets)):
+            for i in range(count):
                 found.steps[name](i)
         except Exception as error:
             del found.steps[name]
             found.missing[name] = reason(error)
-    return found
 
 
 def time_peft(peers: Any, built: Built, truth: list[torch.Tensor], device: str) -> tuple[list[float], str | None]:
@@ -148,7 +148,7 @@ def time_peft(peers: Any, built: Built, truth: list[torch.Tensor], device: str) 
     given = problem(built, 1)
     builder: Callable[..., Step] = partial(peers.peft_mixed, **given)
     try:
-        step = checked(builder(), given, truth[0])
+        step = checked(builder(), given["out"][0], truth[0])
         clock = WallClock(device)
         return clock.rounds({EAGER: clock.prepare(step, 1, 2)}, PEFT_ROUNDS)[EAGER], None
     except Exception as error:

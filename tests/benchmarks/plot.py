@@ -21,6 +21,7 @@ STYLES = {
     "ours": ("#000000", "o"),
     "vllm": ("#D55E00", "s"),
     "vllm_dual": ("#E69F00", "D"),
+    "sglang": ("#0072B2", "^"),
     "sglang_v2": ("#0072B2", "^"),
     "sglang_csgmv": ("#56B4E9", "v"),
     "gathered_bmm": ("#009E73", "x"),
@@ -44,14 +45,20 @@ def curves(rows: Sequence[Row], shape: str) -> dict[str, list[tuple[int, float]]
     return found
 
 
-def draw(record: Mapping[str, Any], path: Path) -> None:
-    """Write the plot of one record, as the JSON file holds it."""
+def draw(
+    record: Mapping[str, Any],
+    path: Path,
+    shapes: Sequence[str] = PANELS,
+    what: str = "LoRA linear",
+    base: str = "matmul",
+) -> None:
+    """Write the plot of one record, as the JSON file holds it: a panel for each shape."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found = {shape: curves(record["rows"], shape) for shape in PANELS}
+    found = {shape: curves(record["rows"], shape) for shape in shapes}
     panels = {shape: lines for shape, lines in found.items() if lines}
     columns = min(4, max(1, len(panels)))
     height = max(1, -(-len(panels) // columns))
@@ -63,7 +70,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
             colour, marker = STYLES[name]
             axis.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=5, label=name)
         axis.axhline(1.0, color="#999999", linewidth=1, linestyle="--")
-        axis.set(title=shape, xscale="log", yscale="log", xlabel="rows in the batch", ylabel="time over plain matmul")
+        axis.set(title=shape, xscale="log", yscale="log", xlabel="rows in the batch", ylabel=f"time over plain {base}")
         axis.grid(visible=True, which="both", alpha=0.2)
         sizes = sorted({size for points in lines.values() for size, _ in points})
         axis.set_xticks(sizes, [str(size) for size in sizes], minor=False)
@@ -72,7 +79,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
         axis.yaxis.set_minor_formatter("{x:g}")
     handles = {label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(STYLES), frameon=False)
-    figure.suptitle(f"LoRA linear, rank {RANK}, bf16, {record['gpu']}, {record['date']}")
+    figure.suptitle(f"{what}, rank {RANK}, bf16, {record['gpu']}, {record['date']}")
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -12,16 +12,13 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.benchmarks.gpu_timing import GraphClock
-from tests.benchmarks.linear_cases import CASES
-from tests.benchmarks.linear_run import warm_case
-from tests.benchmarks.overheads import run_overhead
 from tests.benchmarks.peers_adapter import load_peers, reason
 
 
@@ -30,28 +27,28 @@ def _peers(folder: Path | None) -> Any:
     return load_peers(folder)
 
 
-def warm(job: tuple[str, Path | None]) -> tuple[str, str | None]:
-    """Run one name once in this process. -> (name, why it failed or None)"""
-    name, folder = job
+def warm(job: tuple[str, str, Path | None]) -> tuple[str, str | None]:
+    """Run one name of a benchmark once in this process. -> (name, why it failed or None)"""
+    module, name, folder = job
     torch.set_num_threads(1)
     try:
         with torch.no_grad():
-            if name in CASES:
-                warm_case(CASES[name], _peers(folder))
-            else:
-                run_overhead(name, GraphClock(), 1)
+            import_module(module).SUITE.warm_one(name, _peers(folder))
         torch.cuda.empty_cache()
     except Exception as error:
         return name, reason(error)
     return name, None
 
 
-def precompile(names: Sequence[str], processes: int, folder: Path | None, deadline: float | None) -> None:
-    """Warm every name, in `processes` spawned processes; starts none after the deadline (of time.monotonic)."""
+def precompile(module: str, names: Sequence[str], processes: int, folder: Path | None, deadline: float | None) -> None:
+    """Warm every name of a benchmark in `processes` spawned processes; starts none after the deadline.
+
+    deadline: of time.monotonic.
+    """
     begin = time.monotonic()
     done = 0
     with ProcessPoolExecutor(min(processes, len(names)), mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(warm, (name, folder)) for name in names]
+        futures = [pool.submit(warm, (module, name, folder)) for name in names]
         try:
             for future in as_completed(futures, None if deadline is None else max(deadline - begin, 0.0)):
                 name, why = future.result()

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.benchmarks import linear, linear_run, peers_adapter, plot
+from tests.benchmarks import driver, linear, linear_run, peers_adapter, plot
 from tests.benchmarks.gpu_timing import Rates, WallClock, less, ratios, repeats_of, rounds_within, spread
 from tests.benchmarks.linear_build import Built, build, relative_error
 from tests.benchmarks.linear_cases import CASES, TARGETS, Case, judge, least_bytes, least_flops, set_count
-from tests.benchmarks.linear_report import WIDTH, header, line, missing_lines, target_lines
+from tests.benchmarks.linear_report import REPORT, missing_lines
 from tests.benchmarks.linear_run import run_case, summarise
 from tests.benchmarks.overheads import HOST_CASES, NAMES, run_overhead
 
@@ -52,19 +52,19 @@ def test_every_designed_case_is_there() -> None:
             assert f"{shape}-M{rows}-a{adapters}-r{rank}" in CASES
     assert CASES.keys() >= set(LATER.split())
     assert len({*CASES, *NAMES}) == len(CASES) + len(NAMES)
-    assert max(map(len, [*CASES, *NAMES])) <= WIDTH
+    assert max(map(len, [*CASES, *NAMES])) <= REPORT.width
 
 
 def test_every_target_speaks_of_a_case() -> None:
     for target in TARGETS:
         assert any(target.matches(name) for name in [*CASES, *NAMES]), target.pattern
-    quick = linear.selected("", quick=True)
+    quick = driver.selected(linear.SUITE, "", quick=True)
     assert "4096x4096-M1-a1-r16" in quick
     assert "bare-M1-r16" not in quick
-    everything = linear.selected("", quick=False)
+    everything = driver.selected(linear.SUITE, "", quick=False)
     assert everything[: len(quick)] == quick
     assert sorted(everything) == sorted([*CASES, *NAMES])
-    assert linear.selected("^qkv-M1-", quick=False) == ["qkv-M1-a1-r16"]
+    assert driver.selected(linear.SUITE, "^qkv-M1-", quick=False) == ["qkv-M1-a1-r16"]
 
 
 def test_least_work_and_weight_sets() -> None:
@@ -143,9 +143,9 @@ def test_the_report_shows_every_state() -> None:
         {"name": "4096x4096-M16-a16-r16", "status": "red", "reason": "set 0: relative error 1.0e+00"},
         {"name": "host-linear", "status": "ok", "host_us": 24.0, "base_host_us": 5.0},
     ]
-    assert len(line(rows[0])) <= len(header()) + 2
-    assert "RED: set 0" in line(rows[1])
-    text = "\n".join([*target_lines(rows), *missing_lines(rows)])
+    assert len(REPORT.line(rows[0])) <= len(REPORT.header()) + 2
+    assert "RED: set 0" in REPORT.line(rows[1])
+    text = "\n".join([*REPORT.target_lines(rows), *missing_lines(rows)])
     assert "targets: 2 of 3 met" in text
     assert "MISSED  4096x4096-M1-a1-r16          0.900 x base, at most 0.85 (chain 0.800)" in text
     assert "peft: n/a in 1 cases: too slow" in text
@@ -279,7 +279,7 @@ def test_overheads_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "host-group3" in HOST_CASES
     row = run_overhead(name, WallClock(), 2)
     assert row["status"] == "ok", row
-    assert line(row).endswith("us") or "us a call" in line(row)
+    assert REPORT.line(row).endswith("us") or "us a call" in REPORT.line(row)
 
 
 def test_relative_error_refuses_shapes_and_infinities() -> None:

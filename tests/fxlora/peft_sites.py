@@ -61,7 +61,7 @@ def sites_of(model: nn.Module, dtype: torch.dtype | None = None) -> ModelSites:
     for name, module in model.named_modules():
         for child, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 3:
-                skipped.append(Skipped(f"{name}.{child}", "expert weights are not served yet", ()))
+                skipped.append(Skipped(f"{name}.{child}", "not targeted: expert weights", ()))
         weight = getattr(module, "weight", None)
         if not isinstance(weight, nn.Parameter) or weight.dim() != 2:
             continue

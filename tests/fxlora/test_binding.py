@@ -229,8 +229,8 @@ def test_every_unbound_tensor_is_listed_with_reason_and_nearest(toy: ModelSites)
     assert all(key in str(caught.value) for key in reasons)
     assert reasons["fcc.lora_A.weight"] == "no weight of this name"
     assert reasons["gate.lora_embedding_A"] == "gate.weight is read as linear, the key asks for embedding"
-    assert reasons["experts.lora_A.weight"] == "expert weights are not served yet"
-    assert reasons["experts.base_layer.lora_B.weight"] == "expert weights are not served yet"
+    assert reasons["experts.lora_A.weight"] == "not targeted: expert weights"
+    assert reasons["experts.base_layer.lora_B.weight"] == "not targeted: expert weights"
     assert "bias of lora_B" in reasons["fc.lora_B.bias"]
     assert "DoRA" in reasons["fc.lora_magnitude_vector"]
     assert "saved whole" in reasons["head.modules_to_save.weight"]
@@ -395,7 +395,7 @@ def test_expert_parameters_are_unbound_with_their_reason(tmp_path: Path, targets
     assert len(caught.value.unbound) == 2 * 2 * len(targets)
     for item in caught.value.unbound:
         assert ".experts." in item.key
-        assert item.reason == "expert weights are not served yet"
+        assert item.reason == "not targeted: expert weights"
 
 
 class TwoWrapped(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -163,7 +163,12 @@ def row_errors(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     return (found - expected).norm(dim=1) / size
 
 
-def assert_near(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
+def assert_near(
+    found: Sequence[torch.Tensor],
+    expected: Sequence[torch.Tensor],
+    dtype: torch.dtype,
+    limits: Mapping[torch.dtype, float] = TOLERANCE,
+) -> None:
     assert len(found) == len(expected)
     for y, truth in zip(found, expected, strict=True):
         assert y.shape == truth.shape
@@ -171,7 +176,7 @@ def assert_near(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor],
         if y.numel():
             errors = row_errors(y, truth)
             worst = int(errors.nan_to_num(torch.inf).argmax())
-            assert errors[worst] <= TOLERANCE[dtype], f"row {worst}: relative error {errors[worst]:.2e} in {dtype}"
+            assert errors[worst] <= limits[dtype], f"row {worst}: relative error {errors[worst]:.2e} in {dtype}"
 
 
 def assert_right(case: Case) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ import sys
 import torch
 
 from tests.kernels.cases import HAS_CUDA, assert_right, make_case
+from tests.kernels.expert_cases import assert_experts_right, make_expert_case
 from tests.kernels.test_bodies import BODIES, DECODE, DEVICE, GEMV, check, small_case
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -38,6 +39,20 @@ def check_ops() -> None:
                 assert_right(make_case(kind, rows=rows, features=136, outs=(72,), dtype=dtype, device=DEVICE))
 
 
+def check_experts() -> None:
+    """Row tiles of every height, rows in place and in any order."""
+    for dtype in DTYPES:
+        for rows, experts in ((1, 4), (20, 6), (60, 6), (90, 3), (200, 3)):
+            for features, out in ((136, 72), (45, 19)):
+                for in_place in (True, False):
+                    assert_experts_right(
+                        make_expert_case(
+                            rows=rows, experts=experts, features=features, out=out, in_place=in_place, dtype=dtype,
+                            device=DEVICE, bias=True, width=1 + in_place, ranks=(8, 0, 40, 3), shared=("A", ""),
+                        )
+                    )  # fmt: skip
+
+
 def main() -> int:
     if not HAS_CUDA:
         print("skipped: no GPU")
@@ -45,6 +60,7 @@ def main() -> int:
     torch.manual_seed(0)
     check_bodies()
     check_ops()
+    check_experts()
     torch.cuda.synchronize()
     print("every result is near its reference")
     return 0

@@ -183,6 +183,7 @@ SHAPE = AdapterShape(4, 16)
         {"out_features": 5},
         {"dtype": torch.bfloat16},
         {"device": torch.device("meta")},
+        {"num_experts": 2},
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -190,7 +191,9 @@ def test_the_digest_changes_with_a_site(changes: dict[str, Any]) -> None:
     assert digest_of([site()], SHAPE) != digest_of([site(**changes)], SHAPE)
 
 
-@pytest.mark.parametrize("shape", [AdapterShape(5, 16), AdapterShape(4, 32), AdapterShape(4, 16, 64)])
+@pytest.mark.parametrize(
+    "shape", [AdapterShape(5, 16), AdapterShape(4, 32), AdapterShape(4, 16, 64), AdapterShape(4, 16, None, 8)]
+)
 def test_the_digest_changes_with_the_memory(shape: AdapterShape) -> None:
     assert digest_of([site()], SHAPE) != digest_of([site()], shape)
 
@@ -207,6 +210,33 @@ def test_the_digest_is_32_bits_and_the_same_for_the_same_plan() -> None:
     assert 0 <= first < 2**32
     assert first == digest_of([site(weight=weight(4, 3), aliases=("x",))], AdapterShape(4, 16))
     assert planned().digest == planned().digest
+
+
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [
+        (None, ["gate"]),
+        ("all", ["gate", "w"]),
+        ("all-linear", ["gate"]),
+        (["w"], ["w"]),
+        (["gate", "w"], ["gate", "w"]),
+        (".*", ["gate", "w"]),
+    ],
+)
+def test_experts_are_targets_where_they_are_asked_for(targets: Targets, names: list[str]) -> None:
+    model = holder(
+        lambda self, x: torch.einsum("ti,taoi->tao", x, self.w[self.gate(x).topk(2, -1)[1]]),
+        gate=nn.Linear(3, 5),
+        w=weight(5, 4, 3),
+    )
+    plan = analysed(model, torch.randn(7, 3), targets=targets).plan
+    assert sorted(site.name for site in plan.sites) == names
+    reasons = {skip.name: skip.reason for skip in plan.skipped}
+    if targets is None:
+        assert reasons == {
+            "w": "not targeted: adapter memory for 5 experts is allocated only where `targets` asks for it; "
+            """apply with targets="all", or name 'w' in targets"""
+        }
 
 
 def test_an_empty_list_is_an_error() -> None:

@@ -210,18 +210,62 @@ def test_other_lookups_are_refused_with_their_reason(body: Body, reason: str) ->
     assert reason in refused(body, torch.tensor([0, 2, 1]), w=weight(K, K))
 
 
+EXPERTS: dict[str, tuple[Body, tuple[str, str, str, bool]]] = {
+    "bmm of all": (lambda self, x: torch.bmm(x, self.w), ("eBk", "e", "eBn", True)),
+    "bmm of all, turned": (lambda self, x: torch.bmm(x, self.w.mT), ("eBk", "e", "eBn", False)),
+    "broadcast": (lambda self, x: torch.matmul(x[0], self.w), ("Ak", "e", "eAn", True)),
+    "broadcast by a dim of one": (lambda self, x: torch.matmul(x[:1], self.w), ("_Bk", "e", "eBn", True)),
+    "four dims": (lambda self, x: torch.matmul(x[:, None], self.w), ("A_Ck", "e", "AeCn", True)),
+    "einsum": (lambda self, x: torch.einsum("bti,eoi->beto", x, self.w), ("CDk", "e", "CeDn", False)),
+    "one of them": (lambda self, x: F.linear(x, self.w[1]), ("ABk", "", "ABn", False)),
+    "one of them, by select": (lambda self, x: torch.matmul(x, self.w.select(0, 1)), ("ABk", "", "ABn", True)),
+    "picked": (
+        lambda self, x: torch.bmm(self.w[x.argmax(-1)[:, 0]], x.transpose(1, 2)),
+        ("pkC", "p", "pnC", False),
+    ),
+    "picked along two dims": (
+        lambda self, x: torch.einsum("ti,taoi->tao", x[:, 0], self.w[x.argmax(-1)]),
+        ("pk", "pq", "pqn", False),
+    ),
+    "all in one": (lambda self, x: F.linear(x, self.w.view(B * K, K)), ("ABk", "e", "ABen", False)),
+    "picked, columns in one": (
+        lambda self, x: torch.bmm(x[:, 0].unsqueeze(1), self.w[x.argmax(-1)].permute(0, 3, 1, 2).reshape(B, K, T * K)),
+        ("pk", "pq", "p_qn", False),
+    ),
+    "picked, then turned": (
+        lambda self, x: torch.matmul(x.unsqueeze(2), self.w.transpose(1, 2)[x.argmax(-1)]).squeeze(2),
+        ("pqk", "pq", "pq_n", False),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_products_of_experts_letter_by_letter(name: str) -> None:
+    """x [E, T, K] of as many requests as experts; the letters of x, of the experts picked and of the result."""
+    body, expected = EXPERTS[name]
+    reads = reads_of(holder(body, w=weight(B, K, K)), torch.randn(B, T, K))
+    (read,) = [read for read in reads if isinstance(read, Read)]
+    assert len(reads) == 1
+    assert read.product is not None
+    found = (read.product.x_term, read.product.index_term, read.product.out_term, read.stored_KN)
+    assert (read.kind, read.experts, found) == ("experts", B, expected)
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (lambda self, x: torch.bmm(x, self.w), "3-D.*bmm"),
-        (lambda self, x: torch.einsum("bti,bio->bto", x, self.w), "3-D.*einsum"),
-        (lambda self, x: x + self.w, "3-D.*add"),
+        (lambda self, x: x[:, :1] + self.w, "3-D weight, read by add"),
+        (lambda self, x: torch.bmm(self.w, self.w), "multiplied with themselves"),
+        (lambda self, x: torch.einsum("bti,bio->to", x, self.w), "sums over rows or experts"),
+        (lambda self, x: torch.bmm(x, self.w[:, :, [1, 0, 3, 2]]), "a part or a reshape"),
+        (lambda self, x: torch.matmul(x, self.w.reshape(K, B * K)), "a part or a reshape"),
+        (lambda self, x: F.layer_norm(self.w[1], (K,)), "3-D weight, read by layer_norm"),
     ],
 )
-def test_expert_weights_are_refused_as_such(body: Body, reason: str) -> None:
-    import re
-
-    assert re.search(reason, refused(body, torch.randn(B, K, K), w=weight(B, K, K)))
+def test_other_reads_of_expert_weights_are_refused_as_such(body: Body, reason: str) -> None:
+    reads = reads_of(holder(body, w=weight(B, K, K)), torch.randn(B, T, K))
+    assert reads
+    assert all(isinstance(read, Refusal) and reason in read.reason for read in reads), reads
 
 
 def test_sizes_and_dtypes_of_a_weight_read_nothing() -> None:

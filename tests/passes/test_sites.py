@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fxlora.passes.experts import Packing
 from fxlora.passes.normalize import inline_modules, unify_weights
 from fxlora.passes.rows.seeds import choose_seeds
 from fxlora.passes.rows.worlds import size_worlds
@@ -130,16 +131,46 @@ def test_what_the_graph_never_reads_is_skipped_once_with_all_names() -> None:
     ]
 
 
-def test_expert_weights_are_skipped_with_their_reason_and_vectors_in_silence() -> None:
+def test_expert_weights_are_sites_and_vectors_are_passed_over_in_silence() -> None:
     model = holder(
         lambda self, x: torch.einsum("bi,eio->beo", x, self.experts).sum(1) * self.scale,
         experts=weight(2, 3, 4),
         scale=weight(4),
     )
-    sites, skipped = sites_of(model, torch.randn(5, 3))
-    assert sites == []
-    assert list(skipped) == ["experts"]
-    assert "expert weights (3-D)" in skipped["experts"]
+    (site,), skipped = sites_of(model, torch.randn(5, 3))
+    assert (site.name, site.role, site.num_experts) == ("experts", Role.EXPERTS, 2)
+    assert (site.in_features, site.out_features, site.stored_KN, site.packing) == (3, 4, True, None)
+    assert skipped == {}
+
+
+@pytest.mark.parametrize(
+    ("taken_apart", "packing"),
+    [
+        (lambda y: y.chunk(2, -1)[0], Packing(2, strided=False)),
+        (lambda y: y[..., :4] * y[..., 4:], Packing(2, strided=False)),
+        (lambda y: y[..., ::2] + y[..., 1::2], Packing(2, strided=True)),
+        (lambda y: (y + 1).split(2, dim=-1)[3], Packing(4, strided=False)),
+        (lambda y: y.chunk(2, 0)[0], None),
+        (lambda y: y[..., :3], None),
+        (lambda y: y.chunk(2, -1)[0] * y.split(2, -1)[0].repeat(1, 1, 2), None),
+        (lambda y: y.relu(), None),
+    ],
+)
+def test_how_a_result_is_taken_apart_tells_the_matrices_in_a_weight(
+    taken_apart: Callable[[torch.Tensor], torch.Tensor], packing: Packing | None
+) -> None:
+    model = holder(lambda self, x: taken_apart(torch.einsum("bi,eoi->beo", x, self.w)), w=weight(3, 8, 5))
+    (site,), _ = sites_of(model, torch.randn(4, 5))
+    assert site.packing == packing
+
+
+@pytest.mark.parametrize("said", [True, False, None])
+def test_what_a_module_says_of_its_layout_is_kept(said: bool | None) -> None:
+    model = holder(lambda self, x: torch.einsum("bi,eoi->beo", x, self.w), w=weight(3, 8, 5))
+    if said is not None:
+        model.is_transposed = said
+    (site,), _ = sites_of(model, torch.randn(4, 5))
+    assert site.declared_KN is bool(said)
 
 
 def test_missing_modules_are_named_with_their_place() -> None:

@@ -175,6 +175,67 @@ def test_each_break_of_a_group_is_caught(damage: Break) -> None:
         verify(job)
 
 
+def experts() -> Job:
+    """Two weights of experts over one routing, rewritten."""
+
+    def body(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        ids = x.argmax(-1)
+        h = torch.bmm(self.a[ids], x.unsqueeze(-1)).relu()
+        return torch.bmm(self.b[ids], h).squeeze(-1)
+
+    model = holder(body, a=torch.randn(3, 4, 3), b=torch.randn(3, 5, 4))
+    return rewritten(model, torch.randn(7, 3), targets="all")
+
+
+def take_another_table(job: Job) -> None:
+    """A table of the same routing, but of other rows."""
+    op, table = first(job, "fxlora::lora_experts"), first(job, "fxlora::segment_experts")
+    slots = next(n for n in job.gm.graph.nodes if n.target == "adapter_slots")
+    with job.gm.graph.inserting_before(op):
+        other = job.gm.graph.call_function(table.target, (slots, *table.args[1:]))
+    op.args = (*op.args[:5], other, op.args[6])
+
+
+def count_other_experts(job: Job) -> None:
+    table = first(job, "fxlora::segment_experts")
+    table.args = (*table.args[:3], 4, table.args[4])
+
+
+def forget_the_routing(job: Job) -> None:
+    table = first(job, "fxlora::segment_experts")
+    table.args = (table.args[0], None, None, *table.args[3:])
+
+
+def take_the_other_weight(job: Job) -> None:
+    one, two = [n for n in job.gm.graph.nodes if op_name(n) == "fxlora::lora_experts"]
+    two.args = (two.args[0], one.args[1], *two.args[2:])
+
+
+def read_around_an_op(job: Job) -> None:
+    relu = first(job, "relu")
+    relu.args = (next(n for n in job.gm.graph.nodes if n.op == "placeholder"),)
+
+
+EXPERT_BREAKS: dict[Break, str] = {
+    take_another_table: "does not read the table of its own rows over 3 experts",
+    count_other_experts: "does not read the table of its own rows over 3 experts",
+    forget_the_routing: "does not read the table of its own rows over 3 experts",
+    take_the_other_weight: r"does not read the weights of \['b'\]",
+    read_around_an_op: "is not read by what read bmm",
+}
+
+
+@pytest.mark.parametrize("damage", EXPERT_BREAKS, ids=lambda damage: damage.__name__)
+def test_each_break_of_experts_is_caught(damage: Break) -> None:
+    job = experts()
+    assert len(job.plan.groups) == 2
+    assert sum(op_name(n) == "fxlora::segment_experts" for n in job.gm.graph.nodes) == 1
+    verify(job)
+    damage(job)
+    with pytest.raises(VerifyError, match=EXPERT_BREAKS[damage]):
+        verify(job)
+
+
 def test_a_read_of_an_erased_node_is_caught() -> None:
     """torch's own lint sees it first, or the check here does."""
     job = sound()

@@ -1,0 +1,126 @@
+"""One call of an expert weight on the device: its tensors as kernel arguments, shared by every kernel it launches.
+
+Stage: run time, first thing in the Triton body of `lora_experts`. Letters: T rows, J slots per row, E experts, K
+in-features, N out-features, S slots.
+"""
+
+# ruff: noqa: ANN001 (pointers and blocks of a Triton kernel have no static type)
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from fxlora.kernels.call import PlannedCall, Plans
+from fxlora.kernels.checks import check_experts, check_rows
+from fxlora.kernels.expert_pool import ExpertPool
+from fxlora.kernels.expert_segments import is_in_place, tile_bound, tile_height
+from fxlora.kernels.launch import Fixed
+from fxlora.kernels.overlap import can_overlap
+from fxlora.kernels.triton_helpers import strided
+
+
+class ExpertSite:
+    """What the pool of an expert weight contributes to every call: arguments that never move, examined once."""
+
+    def __init__(self, pool: ExpertPool | None) -> None:
+        self.pool = pool
+        self.plans: Plans = {}
+        self.max_adapters = 1 if pool is None else pool.rank.numel()
+        self.h_width = 1 if pool is None else pool.rank_bound
+        a_pool: tuple[torch.Tensor | None, ...] = (None,) * 5
+        b_pool: tuple[torch.Tensor | None, ...] = (None,) * 4
+        if pool is not None:
+            a_pool = (pool.a, pool.a_start, pool.a_step, pool.rank, pool.scaling)
+            b_pool = (pool.b, pool.b_start, pool.b_step, pool.rank)
+        self.a_pool = Fixed(a_pool)
+        self.b_pool = Fixed(b_pool)
+
+
+class ExpertCall(PlannedCall):
+    """x [T, K] with adjacent columns, weight, bias, row map, routing and pool, as kernels take them."""
+
+    def __init__(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        row_slots: torch.Tensor,
+        row_coeffs: torch.Tensor | None,
+        segments: torch.Tensor,
+        site: ExpertSite,
+    ) -> None:
+        check_rows(x.shape[0], row_slots, row_coeffs)
+        check_experts(x, weight, bias, segments, site.pool)
+        self.rows, self.width = row_slots.shape
+        self.num_experts, self.columns, self.features = weight.shape
+        self.entries = self.rows * self.width
+        self.x = x if x.stride(1) == 1 else x.contiguous()
+        self.weight, self.bias, self.site, self.plans = weight, bias, site, site.plans
+        self.segments, self.row_slots, self.row_coeffs = segments, row_slots, row_coeffs
+        self.has_bias, self.has_pool, self.has_coeffs = bias is not None, site.pool is not None, row_coeffs is not None
+        self.slots = strided(row_slots)
+        self.coeffs = self.slots if row_coeffs is None else strided(row_coeffs)
+        self.in_place = is_in_place(segments.numel())
+        self.height = tile_height(self.rows, self.num_experts)
+        self.overlap = can_overlap(x.device)
+        self.device_index = x.get_device()
+        self.signature = (
+            self.rows, self.width, self.features, self.columns, self.num_experts, self.has_bias, self.has_coeffs,
+            self.in_place, x.dtype, self.device_index, self.overlap, self.height,
+        )  # fmt: skip
+
+    @property
+    def bound(self) -> int:
+        """TB of the table."""
+        return tile_bound(self.rows, self.num_experts, 16)
+
+    @property
+    def tiles(self) -> int:
+        """Row tiles that always suffice."""
+        return min(self.rows, tile_bound(self.rows, self.num_experts, self.height))
+
+    @property
+    def strided_bias(self) -> tuple[Any, ...]:
+        """Pointer and strides of the bias."""
+        return (None, 0, 0) if self.bias is None else strided(self.bias)
+
+
+@triton.jit
+def tiles_in_use(table) -> tl.tensor:
+    """Row tiles of the batch. table: that of expert_segments.py, then T, E and TB."""
+    return tl.load(table[0] + 2 * table[1] + table[2] + 2)
+
+
+@triton.jit
+def tile_record(tile, table) -> tl.tensor:
+    """Expert of a row tile, its first position in row_order, where its expert's positions begin and end."""
+    tile_experts_ptr = table[0] + 2 * table[1] + table[2] + 3
+    expert = tl.load(tile_experts_ptr + tile)
+    first = tl.load(tile_experts_ptr + table[3] + tile)
+    start = tl.load(table[0] + 2 * table[1] + expert)
+    return expert, first, start, tl.load(table[0] + 2 * table[1] + expert + 1)
+
+
+@triton.jit
+def tile_item(item, tiles_n, table, HEIGHT: tl.constexpr) -> tl.tensor:
+    """Expert, row tile, column tile, first position and end of an item, one tile of y.
+
+    Experts one after another, then columns, then rows: what shares a block of W runs at the same time.
+    """
+    any_tile = item // tiles_n
+    expert, any_first, start, end = tile_record(any_tile, table)
+    first_tile = any_tile - (any_first - start) // HEIGHT
+    tiles_m = tl.cdiv(end - start, HEIGHT)
+    in_expert = item - first_tile * tiles_n
+    down = in_expert % tiles_m
+    return expert, first_tile + down, in_expert // tiles_m, start + down * HEIGHT, end
+
+
+@triton.jit
+def rows_of(positions, inside, table, IN_PLACE: tl.constexpr) -> tl.tensor:
+    """Rows at these positions of row_order."""
+    return positions if IN_PLACE else tl.load(table[0] + positions, mask=inside, other=0)

@@ -1,0 +1,228 @@
+"""First launch of experts over many rows: h of every row tile, and the list of rank groups that the GEMM expands.
+
+Stage: run time, below expert_prefill.py. A tile's rows are of one expert and of the few slots its table lists; their
+ranks, 16 to a group, lie side by side in one tile of A, h or B (as in prefill_shrink.py), so the tensor cores compute
+h of all of them at once and a row keeps what is its own.
+
+Letters: T rows, J slots per row, K in-features, N out-features, S slots, W columns of h, L slots of a row tile.
+"""
+
+# ruff: noqa: ANN001 (pointers and blocks of a Triton kernel have no static type)
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from fxlora.kernels.expert_call import ExpertCall, rows_of, tile_record, tiles_in_use
+from fxlora.kernels.overlap import let_later_start, wait_for_earlier
+from fxlora.kernels.prefill_shrink import FIELDS, MOST, slots_of, spread
+from fxlora.kernels.tiles import ExpertPrefillTile
+from fxlora.kernels.triton_helpers import cdiv, dot, next_power_of_2
+
+
+class ExpertAdapters(NamedTuple):
+    """What the kernels read of the adapters and rows, and their scratch."""
+
+    a: Any  # [PA, K]
+    b: Any  # [PB, N]
+    a_start: Any  # int32 [S]
+    a_step: Any  # int32 [S]
+    b_start: Any  # int32 [S]
+    b_step: Any  # int32 [S]
+    rank: Any  # int32 [S]
+    scaling: Any  # fp32 [S]
+    max_adapters: Any
+    slots: Any  # int32 [T, J], contiguous
+    coeffs: Any  # fp32 [T, J], contiguous; never read without HAS_COEFFS
+    h: Any  # [T * J, W], like x
+    width: Any  # W
+    groups: Any  # int32 [row tiles, 3 * capacity + 1]: fields of each group, then their number
+    capacity: Any
+
+
+def adapters_of(call: ExpertCall) -> ExpertAdapters:
+    """The kernels' view of the call's pool and row map, with new scratch."""
+    pool = call.site.pool
+    assert pool is not None
+    width = cdiv(pool.rank_bound, 16) * 16
+    h_EW = call.x.new_empty(call.entries, width)
+    most_groups = min(call.site.max_adapters, call.height * call.width) * (width // 16)
+    capacity = cdiv(most_groups + MOST.value, 16) * 16
+    record = FIELDS.value * capacity + 1
+    groups = torch.empty(call.tiles, record, dtype=torch.int32, device=call.x.device)
+    slots = call.row_slots.contiguous()
+    rows = (slots, slots if call.row_coeffs is None else call.row_coeffs.contiguous())
+    table = (pool.a_start, pool.a_step, pool.b_start, pool.b_step, pool.rank, pool.scaling)
+    return ExpertAdapters(pool.a, pool.b, *table, call.site.max_adapters, *rows, h_EW, width, groups, capacity)
+
+
+@triton.jit
+def slots_of_tile(tile, table, adapters, L: tl.constexpr) -> tl.tensor:
+    """The slots of a row tile, the number of their first group and of the one after their last, [L] each."""
+    index = tl.arange(0, L)
+    at = table[0] + 2 * table[1] + table[2] + 3 + 2 * table[3] + tile * adapters.max_adapters
+    slots = tl.load(at + index, mask=index < adapters.max_adapters, other=-1)
+    ranks = tl.load(adapters.rank + slots, mask=slots >= 0, other=0)
+    ends = tl.cumsum((ranks + 15) // 16, axis=0)
+    return slots, ends - (ranks + 15) // 16, ends
+
+
+@triton.jit
+def group_slots(numbers, slots, begins, ends) -> tl.tensor:
+    """Slot of each group of these numbers, -1 where there is none, and its first rank."""
+    owner = (begins[None, :] <= numbers[:, None]) & (numbers[:, None] < ends[None, :])
+    slot = tl.max(tl.where(owner, slots[None, :], -1), axis=1)
+    return slot, (numbers - tl.sum(tl.where(owner, begins[None, :], 0), axis=1)) * 16
+
+
+@triton.jit
+def write_groups(tile, expert, count, slots, begins, ends, adapters) -> None:
+    """Lists the groups of a row tile for the expand, as load_groups reads them, ended by groups without a slot."""
+    record = adapters.groups + tile * (FIELDS * adapters.capacity + 1)
+    for first in range(0, count + MOST, 16):
+        numbers = first + tl.arange(0, 16)
+        slot, first_rank = group_slots(numbers, slots, begins, ends)
+        known = slot >= 0
+        rank = tl.load(adapters.rank + slot, mask=known, other=0)
+        b_row = tl.load(adapters.b_start + slot, mask=known, other=0)
+        b_row += expert * tl.load(adapters.b_step + slot, mask=known, other=0) + first_rank
+        mask = numbers < adapters.capacity
+        tl.store(record + numbers, slot, mask=mask)
+        tl.store(record + numbers + adapters.capacity, b_row, mask=mask)
+        last = first_rank + tl.minimum(rank - first_rank, 16) - 1
+        tl.store(record + numbers + 2 * adapters.capacity, last, mask=mask)
+    tl.store(record + FIELDS * adapters.capacity, count)
+
+
+@triton.jit
+def shrink_columns(
+    first_group, expert, rows, row_mask, slots, begins, ends, x, adapters, num_rows, num_features,
+    J: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+    HAS_COEFFS: tl.constexpr,
+) -> None:  # fmt: skip
+    """h of these rows in the BR columns of the groups from first_group on: whole groups, zero beyond the rank."""
+    lanes = tl.arange(0, BR) % 16
+    col_slots, first_ranks = group_slots(first_group + tl.arange(0, BR) // 16, slots, begins, ends)
+    known = col_slots >= 0
+    used = tl.zeros([BM, BR], tl.int1)
+    for j in tl.static_range(J):
+        used = used | (slots_of(rows, j, adapters, num_rows, J)[:, None] == col_slots[None, :])
+    if tl.max((used & row_mask[:, None] & known[None, :]).to(tl.int32)) > 0:
+        shrink_used_columns(
+            col_slots, first_ranks, lanes, expert, rows, row_mask, x, adapters, num_rows, num_features, J, BM, BR, BK,
+            STAGES, EVEN, HAS_COEFFS,
+        )  # fmt: skip
+
+
+@triton.jit
+def shrink_used_columns(
+    col_slots, first_ranks, lanes, expert, rows, row_mask, x, adapters, num_rows, num_features,
+    J: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+    HAS_COEFFS: tl.constexpr,
+) -> None:  # fmt: skip
+    """h of these rows in these columns, of which some row uses one."""
+    known = col_slots >= 0
+    ranks = tl.load(adapters.rank + col_slots, mask=known, other=0) - first_ranks
+    a_rows = tl.load(adapters.a_start + col_slots, mask=known, other=0) + first_ranks + lanes
+    a_rows += expert * tl.load(adapters.a_step + col_slots, mask=known, other=0)
+    is_rank = known & (lanes < ranks)
+    a_at = adapters.a + a_rows.to(tl.int64) * num_features
+    x_at = x[0] + rows * x[1]
+    acc = tl.zeros([BM, BR], tl.float32)
+    for first_k in tl.range(0, num_features, BK, num_stages=STAGES):
+        ks = first_k + tl.arange(0, BK)
+        inside = ks < num_features
+        x_mask = row_mask[:, None] if EVEN else row_mask[:, None] & inside[None, :]
+        a_mask = is_rank[:, None] if EVEN else is_rank[:, None] & inside[None, :]
+        x_tile = tl.load(x_at[:, None] + ks[None, :], mask=x_mask, other=0.0)  # [BM, BK]
+        a_tile = tl.load(a_at[:, None] + ks[None, :], mask=a_mask, other=0.0)  # [BR, BK]
+        acc = dot(x_tile, a_tile.T, acc, "ieee")
+    acc *= tl.load(adapters.scaling + col_slots, mask=known, other=0.0)[None, :]
+    col_slots, h_cols = spread(col_slots, first_ranks + lanes, BR)
+    for j in tl.static_range(J):
+        own = row_mask[:, None] & known[None, :] & (slots_of(rows, j, adapters, num_rows, J)[:, None] == col_slots)
+        value = acc
+        if HAS_COEFFS:
+            value = acc * tl.load(adapters.coeffs + rows * J + j, mask=row_mask, other=0.0)[:, None]
+        value = tl.where(is_rank[None, :], value, 0.0).to(adapters.h.dtype.element_ty)
+        tl.store(adapters.h + ((rows * J + j) * adapters.width)[:, None] + h_cols[None, :], value, mask=own)
+
+
+@triton.jit(do_not_specialize=["num_rows", "bound"])
+def expert_shrink_tiles_kernel(
+    x,  # [T, K]: pointer, row stride; columns adjacent
+    adapters,
+    table_ptr,
+    num_rows,
+    num_experts,
+    bound,  # TB of the table
+    num_features,
+    J: tl.constexpr,
+    L: tl.constexpr,
+    BM: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    PARTS: tl.constexpr,  # programs that share the columns of BM rows
+    STAGES: tl.constexpr,
+    EVEN: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    HAS_COEFFS: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """h and groups of all row tiles of the batch."""
+    wait_for_earlier(PDL)
+    let_later_start(PDL)
+    table = (table_ptr, num_rows, num_experts, bound)
+    EACH: tl.constexpr = (HEIGHT // BM) * PARTS
+    for item in tl.range(tl.program_id(0), tiles_in_use(table) * EACH, tl.num_programs(0), num_stages=1):
+        tile, part = item // EACH, item % PARTS
+        expert, first, _, end = tile_record(tile, table)
+        first += item % EACH // PARTS * BM
+        if (expert < num_experts) & (first < end):
+            slots, begins, ends = slots_of_tile(tile, table, adapters, L)
+            count = tl.max(ends, axis=0)
+            if item % EACH == 0:
+                write_groups(tile, expert, count, slots, begins, ends, adapters)
+            positions = first + tl.arange(0, BM)
+            row_mask = positions < end
+            rows = rows_of(positions, row_mask, table, IN_PLACE).to(tl.int64)
+            for first_group in tl.range(part * (BR // 16), count, PARTS * (BR // 16), num_stages=1):
+                shrink_columns(
+                    first_group, expert, rows, row_mask, slots, begins, ends, x, adapters, num_rows, num_features,
+                    J, BM, BR, BK, STAGES, EVEN, HAS_COEFFS,
+                )  # fmt: skip
+
+
+def shrink_tiles(call: ExpertCall, adapters: ExpertAdapters, tile: ExpertPrefillTile) -> None:
+    """Fills h and the groups of `adapters`."""
+    listed = min(call.site.max_adapters, call.height * call.width)
+    keywords: dict[str, Any] = {"launch_pdl": True} if call.overlap else {}
+    items = call.tiles * (call.height // tile.shrink_BM) * tile.shrink_parts
+    expert_shrink_tiles_kernel[(min(items, tile.shrink_programs),)](
+        (call.x, call.x.stride(0)),
+        adapters,
+        call.segments,
+        call.rows,
+        call.num_experts,
+        call.bound,
+        call.features,
+        J=call.width,
+        L=next_power_of_2(listed),
+        BM=tile.shrink_BM,
+        BR=tile.shrink_BR,
+        BK=tile.shrink_BK,
+        HEIGHT=call.height,
+        PARTS=tile.shrink_parts,
+        STAGES=tile.shrink_stages,
+        EVEN=call.features % tile.shrink_BK == 0,
+        IN_PLACE=call.in_place,
+        HAS_COEFFS=call.has_coeffs,
+        PDL=call.overlap,
+        num_warps=tile.shrink_warps,
+        **keywords,
+    )

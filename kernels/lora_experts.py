@@ -1,0 +1,40 @@
+"""Triton body of `lora_experts`: which launches serve a call.
+
+Stage: run time. The choice follows from T, E, strides and dtypes alone, never from what the batch holds or how it is
+routed: low row tiles (few rows per expert) go through expert_decode.py, high ones through expert_prefill.py.
+
+At a fixed batch shape a row's bits follow from its own x, expert and adapters alone, on either path, whatever its
+neighbours use or wherever they are routed. A row without an adapter has the bits of the same call with nothing loaded.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fxlora.kernels.expert_call import ExpertCall, ExpertSite
+from fxlora.kernels.expert_decode import decode
+from fxlora.kernels.expert_prefill import prefill
+from fxlora.kernels.expert_segments import SLOTS_FROM
+from fxlora.kernels.registry import derived_of, expert_pool_of
+from fxlora.kernels.tiles import expert_decode_tiles, expert_prefill_tile
+from fxlora.kernels.triton_helpers import device_of
+
+
+def lora_experts(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    row_slots: torch.Tensor,
+    row_coeffs: torch.Tensor | None,
+    segments: torch.Tensor,
+    group: int,
+) -> torch.Tensor:
+    """See `ops.lora_experts`."""
+    site = derived_of(group, lambda _: ExpertSite(expert_pool_of(group)))
+    with device_of(x):
+        call = ExpertCall(x, weight, bias, row_slots, row_coeffs, segments, site)
+        if not call.rows or not call.columns:
+            return x.new_zeros(call.rows, call.columns)
+        if call.height < SLOTS_FROM:
+            return decode(call, expert_decode_tiles(call.entries, call.features, call.columns, x.dtype))
+        return prefill(call, expert_prefill_tile(call.height, call.columns, x.dtype))
