@@ -27,7 +27,7 @@ from fxlora.kernels.segments import check_slots
 SLOTS_FROM = 64
 """Tiles of at least this many rows list their slots."""
 
-_HEIGHTS = ((4, 16), (16, 32), (48, 64))  # rows per expert on average, up to which tiles are that high
+_HEIGHTS = ((4, 16), (16, 32), (192, 64))  # rows per expert on average, up to which tiles are that high
 
 
 def tile_height(rows: int, num_experts: int) -> int:

@@ -158,6 +158,9 @@ class ExpertPrefillTile:
 #     14336 x 4096     30.9 (31.3)   37.5 (32.9)         45.3 (36.5)                 88.7 (49.8)
 #     4096 x 28672     55.7 (54.8)   71.0 (61.8)         73.7 (62.5)                216.3 (95.5)   738 (680)
 #     2048 x 128        3.2 (4.8)     4.1 (4.9)
+# Experts beside torch._grouped_mm, 128 of them with 8 to a token, 8 adapters: 2048 x 1536 at 16 tokens 127 (176), at
+# 2048 tokens 448 (378); 768 x 2048 at 16 tokens 74 (108), at 2048 tokens 254 (210). 8 experts with 2 to a token, 16
+# adapters: 4096 x 28672 at 16 tokens 446 (673).
 _VECTOR = VectorTile(4, 2048, 16, 528, 4)
 _SHRINK_ROWS = VectorTile(4, 2048, 16, 128, 4)
 _SHRINK_SHORT = VectorTile(8, 1024, 16, 128, 4)
@@ -234,9 +237,9 @@ def prefill_tile(rows: int, columns: int, width: int) -> Tile:
 @cache
 def expert_decode_tiles(entries: int, features: int, columns: int, dtype: torch.dtype) -> ExpertDecodeTiles:
     """Tiles of experts over few rows each. entries: T * J."""
-    block_k = min(512, max(32, next_power_of_2(features)))
-    block_n = min(256 if entries <= 32 else 512, max(32, next_power_of_2(columns)))
-    delta = DeltaTile(16, block_k, block_n, 132, 132, 8)  # one a multiprocessor, beside the base product
+    delta = DeltaTile(16, 1024, 512, 264, 132, 4) if entries <= 32 else DeltaTile(16, 256, 512, 264, 4096, 4)
+    block_k = min(delta.BK, max(32, next_power_of_2(features)))
+    delta = replace(delta, BK=block_k, BN=min(delta.BN, max(32, next_power_of_2(columns))))
     if dtype == torch.float32:
         return ExpertDecodeTiles(delta, ExpertGemmTile(64, 32, False, 1056, 4, 3))
     even = features % 128 == 0
@@ -250,7 +253,7 @@ def expert_prefill_tile(height: int, columns: int, dtype: torch.dtype) -> Expert
         return ExpertPrefillTile(64, 32, 16, 264, 8, 2, False, False, 32, 16, 32, 4, 528, 4, 2)
     shrink = (64, 32, 64, 4, 264, 4, 4)
     if height < 128:
-        return ExpertPrefillTile(128, 64, 32, 264, 4, 4, True, True, *shrink)
+        return ExpertPrefillTile(128, 64, 16, 396, 4, 3, True, True, *shrink)
     return ExpertPrefillTile(256, 64, 32, 132, 8, 3, True, True, *shrink)
 
 
