@@ -1,7 +1,7 @@
-"""Names that weights had in earlier versions of a model: adapter files keep them long after the model's own code moved.
+"""Names that weights had in earlier versions of a model: adapter files keep them after the model's own code moved.
 
-Stage: part of binding. transformers knows what it renamed (`block_sparse_moe` became `mlp` in one family); a name that
-the model does not have is looked up there, before it counts as unknown.
+Stage: part of binding. transformers knows what it renamed; a name that the model does not have is looked up there,
+before it counts as unknown.
 """
 
 from __future__ import annotations

@@ -432,6 +432,26 @@ def test_the_same_expert_twice_must_agree() -> None:
         lora.load_adapter("b", (CONFIG, other))
 
 
+@torch.no_grad()
+def test_experts_of_different_rank_and_scaling_are_one_entry() -> None:
+    """Ranks are padded with zero rows; the ratio of scalings goes into B, whatever the largest is."""
+    model = routed(SPELLINGS["bmm of w[ids]"])
+    lora = fxlora.apply(fxlora.capture(model, **tokens()), max_adapters=2, max_rank=8, targets="all")
+    ranks = {e: 2 + e % 3 for e in range(E)}
+    tensors: Tensors = {}
+    for e, rank in ranks.items():
+        tensors |= both(f"{e}.w", (rank, K), (N, rank))
+    patterns = {"rank_pattern": {f"{e}.w": rank for e, rank in ranks.items()}, "alpha_pattern": {"3.w": 9, "5.w": -20}}
+    lora.load_adapter("a", ({**CONFIG, **patterns}, tensors))
+    deltas = []
+    for e, rank in ranks.items():
+        scaling = {3: 9, 5: -20}.get(e, 3) / rank
+        deltas.append(scaling * tensors[f"{e}.w.lora_B.weight"] @ tensors[f"{e}.w.lora_A.weight"])
+    check(lora, model, tokens(batch=4, seed=6), {"w": torch.stack(deltas)})
+    (room,) = [room for site, room in lora.pool._rooms.items() if site.name == "w"]
+    assert (int(room.pool.rank[0]), float(room.pool.scaling[0])) == (4, -20 / 4)
+
+
 def test_bytes_of_an_adapter_of_a_large_mixture() -> None:
     """128 experts over 48 layers, hidden 2048, inner 768, bf16: what the README says of rank 8 and 16."""
     hidden, inner = 2048, 768
