@@ -6,6 +6,7 @@ from fxlora.apply import apply
 from fxlora.capture import capture
 from fxlora.errors import FxloraError
 from fxlora.module import LoraModule
+from fxlora.runtime import Runtime, attach, runtime
 
 __version__ = "0.1.0"
-__all__ = ["FxloraError", "LoraModule", "apply", "capture"]
+__all__ = ["FxloraError", "LoraModule", "Runtime", "apply", "attach", "capture", "runtime"]

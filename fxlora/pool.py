@@ -32,7 +32,7 @@ from fxlora.errors import (
     UnboundTensorError,
     UnknownAdapterError,
 )
-from fxlora.kernels.registry import PoolKind, SitePool, register_runtime, unregister_runtime
+from fxlora.kernels.registry import PoolKind, SitePool, SlotBuffers, register_runtime, unregister_runtime
 from fxlora.passes.sites import Role, Site
 
 _log = logging.getLogger(__name__)
@@ -127,30 +127,60 @@ class AdapterPool:
         max_rank: int,
         pool_rows: int | None = None,
         groups: Sequence[tuple[Site, ...]] | None = None,
+        slots: SlotBuffers | None = None,
     ) -> None:
         """Allocates one pool per site (expert sites have none) and registers them, one handle per group.
 
         digest: 32 bits that name the plan. pool_rows: rank rows per site, rounded up to 16; by default every slot can
         hold max_rank. groups: distinct lists of the sites that one op serves, by default each site alone; a site may be
-        in several. Raises CapacityError when one adapter of max_rank would not fit, ValueError for sizes below 1.
+        in several. slots: what the op `batch_slots` reads. Raises CapacityError when one adapter of max_rank would not
+        fit, ValueError for sizes below 1.
         """
         if max_adapters < 1 or max_rank < 1:
             raise ValueError(f"max_adapters is {max_adapters} and max_rank is {max_rank}; both are at least 1")
         self.max_adapters, self.max_rank = max_adapters, max_rank
         self.pool_rows = _rows_for(max_adapters, max_rank, pool_rows)
-        self.sites = tuple(site for site in sites if site.role is not Role.EXPERTS)
-        sizes = {site: _sizes_of(site, self.pool_rows, max_adapters, max_rank) for site in self.sites}
-        self._bytes = sum(SitePool.bytes_needed(**size) for size in sizes.values())
-        _log.info("adapter pools: %d sites of %d rank rows, %d bytes", len(sizes), self.pool_rows, self._bytes)
-        self._rooms = {
-            site: _Room(SitePool.allocate(**size), ExtentAllocator(self.pool_rows)) for site, size in sizes.items()
-        }
-        members = [(site,) for site in self.sites] if groups is None else list(groups)
-        handles = register_runtime(digest, [tuple(self._rooms[site].pool for site in group) for group in members])
-        self.handles: Mapping[tuple[Site, ...], int] = MappingProxyType(dict(zip(members, handles, strict=True)))
+        self._slots = slots
+        self._bytes = 0
+        self._rooms: dict[Site, _Room] = {}
         self._loaded: Mapping[str, _Loaded] = {}
-        self._lock = threading.Lock()
-        self._unregister = weakref.finalize(self, unregister_runtime, handles)
+        self._lock = threading.RLock()
+        self._registered: dict[tuple[int, tuple[tuple[Site, ...], ...]], Mapping[tuple[Site, ...], int]] = {}
+        self._held: list[int] = []
+        self._unregister = weakref.finalize(self, unregister_runtime, self._held)
+        self.add_sites(sites)
+        self.handles = self.register(digest, [(site,) for site in self.sites] if groups is None else groups)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites that own a pool."""
+        return tuple(self._rooms)
+
+    def add_sites(self, sites: Sequence[Site]) -> None:
+        """Allocates the pools of further sites, empty for the adapters that are loaded. Raises PoolClosedError."""
+        with self._lock:
+            self._require_open()
+            new = [site for site in sites if site.role is not Role.EXPERTS and site not in self._rooms]
+            sizes = {site: _sizes_of(site, self.pool_rows, self.max_adapters, self.max_rank) for site in new}
+            more = sum(SitePool.bytes_needed(**size) for size in sizes.values())
+            _log.info("adapter pools: %d sites of %d rank rows, %d bytes", len(sizes), self.pool_rows, more)
+            rooms = {site: _Room(SitePool.allocate(**size), ExtentAllocator(self.pool_rows)) for site, size in sizes.items()}
+            self._rooms |= rooms
+            self._bytes += more
+
+    def register(self, digest: int, groups: Sequence[tuple[Site, ...]]) -> Mapping[tuple[Site, ...], int]:
+        """One handle for each of these groups. Graphs of one plan share theirs. Raises PoolClosedError."""
+        with self._lock:
+            self._require_open()
+            key = (digest, tuple(groups))
+            if not groups:
+                return {}
+            if key not in self._registered:
+                pools = [tuple(self._rooms[site].pool for site in group) for group in groups]
+                handles = register_runtime(digest, pools, self._slots)
+                self._held += handles
+                self._registered[key] = MappingProxyType(dict(zip(groups, handles, strict=True)))
+            return self._registered[key]
 
     @property
     def slots(self) -> Mapping[str, int]:
@@ -190,16 +220,34 @@ class AdapterPool:
                 raise DuplicateAdapterError(
                     f"adapter {name!r} is loaded, in slot {self.slot_of(name)}; unload it first"
                 )
-            self._check_entries(bound)
             slot = self._free_slot()
-            starts = {site: self._find(site, entry.rank) for site, entry in bound.entries.items()}
-            staged = [self._stage(name, site, entry) for site, entry in bound.entries.items()]
-            self._write(slot, starts, staged)
-            for item in staged:
-                self._rooms[item.site].extents.take(starts[item.site], len(item.a_RK))
-            self._loaded = {**self._loaded, name: _Loaded(slot, starts)}
-        _log.info("loaded adapter %r into slot %d: %d sites", name, slot, len(starts))
+            self._place(name, slot, bound)
         return slot
+
+    def fill(self, name: str, bound: BoundAdapter) -> None:
+        """Places an adapter that holds a slot and nothing else, as `load` does."""
+        with self._lock:
+            self._require_open()
+            slot = self.slot_of(name)
+            if self._loaded[name].starts:
+                raise DuplicateAdapterError(f"adapter {name!r} is placed already, in slot {slot}")
+            self._place(name, slot, bound)
+
+    def _place(self, name: str, slot: int, bound: BoundAdapter) -> None:
+        self._check_entries(bound)
+        starts = {site: self._find(site, entry.rank) for site, entry in bound.entries.items()}
+        staged = [self._stage(name, site, entry) for site, entry in bound.entries.items()]
+        self._write(slot, starts, staged)
+        for item in staged:
+            self._rooms[item.site].extents.take(starts[item.site], len(item.a_RK))
+        self._loaded = {**self._loaded, name: _Loaded(slot, starts)}
+        _log.info("loaded adapter %r into slot %d: %d sites", name, slot, len(starts))
+
+    def sites_of(self, name: str) -> tuple[Site, ...]:
+        """The sites to which a loaded adapter adds. Raises UnknownAdapterError."""
+        with self._lock:
+            self.slot_of(name)
+            return tuple(self._loaded[name].starts)
 
     def unload(self, name: str) -> None:
         """Frees an adapter's slot and extents. Raises UnknownAdapterError or PoolClosedError."""

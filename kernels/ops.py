@@ -22,6 +22,7 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from fxlora.kernels import cpu
+from fxlora.kernels.batch_slots import batch_slots as _batch_slots
 from fxlora.kernels.segments import segment_rows_torch, segments_size
 
 P = ParamSpec("P")
@@ -46,6 +47,7 @@ _library.define(
     "-> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_library.define("batch_slots(Tensor like, int[] dims, int group) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 segment_rows = torch.ops.fxlora.segment_rows.default
 """(row_slots int32 [T, J], max_adapters S) -> int32 of `segments_size`, the layout of segments.py.
@@ -68,6 +70,10 @@ As `lora_linear`."""
 lora_embedding = torch.ops.fxlora.lora_embedding.default
 """(ids [...] of any int dtype, weight [V, N], row_slots, row_coeffs, segments, group) -> [..., N]: the rows of `weight`
 plus the sum over j of coeff_j scaling_j A_j[id] B_j."""
+
+batch_slots = torch.ops.fxlora.batch_slots.default
+"""(like, dims, group handle) -> int32 of the sizes of `like` along `dims`: the slots of the running batch, -1 outside
+of one. Reads memory that is no argument, at a fixed address. Raises OpInputError past its end."""
 
 
 def _fake_segment_rows(row_slots: torch.Tensor, max_adapters: int) -> torch.Tensor:
@@ -109,6 +115,10 @@ def _fake_lora_embedding(
     return weight.new_empty(*ids.shape, weight.shape[1])
 
 
+def _fake_batch_slots(like: torch.Tensor, dims: Sequence[int], group: int) -> torch.Tensor:
+    return like.new_empty([like.shape[d] for d in dims], dtype=torch.int32)
+
+
 def _without_grad(body: Callable[P, R]) -> Callable[P, R]:
     """The op skips autograd, so its body must not record the torch ops that it calls.
 
@@ -146,6 +156,7 @@ def _register() -> None:
         "lora_linear": (_fake_lora_linear, cpu.lora_linear),
         "lora_logits": (_fake_lora_logits, cpu.lora_logits),
         "lora_embedding": (_fake_lora_embedding, cpu.lora_embedding),
+        "batch_slots": (_fake_batch_slots, _batch_slots),
     }
     for name, (fake, cpu_body) in rows.items():
         triton_body = _triton_body(name)

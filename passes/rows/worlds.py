@@ -260,7 +260,9 @@ def _substitute(expression: Any, chosen: Mapping[Any, int], replacements: Mappin
     for _ in range(4):
         expression = expression.xreplace(chosen).xreplace(replacements)
     expression = expression.xreplace(chosen)
-    return sympy.Integer(int(expression)) if expression.is_number else None
+    if not expression.is_number:
+        return None
+    return sympy.Integer(int(expression)) if expression.is_integer else expression  # symbolic floats are no sizes
 
 
 def _in_range(bounds: Any, value: Any) -> bool:

@@ -1,0 +1,403 @@
+"""The runtime of one model: its adapters and their memory, shared by every graph that torch.compile makes of it.
+
+Stage: owner of an adapter's way under torch.compile. `attach` learns the sites from a trace; each compiled graph
+(`backend.py`) may add sites, never lose one that a loaded adapter uses.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from torch import fx, nn
+from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
+
+from fxlora.adapter import AdapterSource, read_adapter
+from fxlora.apply import graph_job
+from fxlora.batch import Adapters, request_sizes, slots_of
+from fxlora.binding import BoundAdapter, Entry, bind_adapter
+from fxlora.capture import capture, output_embedding
+from fxlora.dynamo_inputs import DynamoInputs
+from fxlora.errors import (
+    AlreadyAttachedError,
+    CaptureError,
+    GraphError,
+    NotAttachedError,
+    RowsNotProvenError,
+    Unbound,
+    UnboundTensorError,
+)
+from fxlora.live_batch import Batch, LiveBatch
+from fxlora.passes.pipeline import Job, analyse
+from fxlora.passes.plan import AdapterShape, Plan, Targets, check_target_names, targeted_paths
+from fxlora.passes.rows.seeds import BatchDims
+from fxlora.passes.sites import NOT_READ, Site, Skipped
+from fxlora.passes.weights import Weights, tensor_key
+from fxlora.pool import AdapterPool
+from fxlora.provisional import provisional_sites
+from fxlora.signature import example_arguments
+
+_log = logging.getLogger(__name__)
+
+# A runtime lives as long as its model, and knows it weakly; Parameters lead compiled graphs to it.
+_by_model: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_by_parameter: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_registry_lock = threading.Lock()
+
+
+def attach(
+    model: nn.Module,
+    max_adapters: int = 8,
+    max_rank: int = 64,
+    targets: Targets = None,
+    batch_dims: BatchDims = None,
+    pool_rows: int | None = None,
+    max_tokens: int = 8192,
+    group_siblings: bool = True,
+    example_inputs: Any = None,
+) -> Runtime:
+    """Give a model adapter memory that its compiled graphs read; the model itself stays as it is.
+
+    Compile with `torch.compile(model, backend=runtime.backend)`, or with `backend="fxlora"`, which finds the runtime by
+    the identity of the model's Parameters. Move the model and set its mode first.
+
+    Args:
+        model: The bare base model. It gets one runtime at a time, which lives as long as the model does.
+        max_adapters, max_rank, targets, batch_dims, pool_rows, group_siblings: as for `fxlora.apply`.
+        max_tokens: Requests (tokens, where `batch_dims` has two dims) of the largest batch.
+        example_inputs: One call's arguments, a tuple or a dict, from which the sites are learned now. By default the
+            model's own `dummy_inputs`. Where neither can be traced, the first compiled graph shows the sites; adapters
+            loaded before are checked against names and shapes of weights now and against the sites then.
+
+    Raises:
+        AlreadyAttachedError: The model, or a model that holds one of its Parameters, has a runtime.
+        CaptureError: `example_inputs` cannot be traced. PeftModelError: the model holds PEFT's wrappers.
+        TargetError: `targets` names nothing. CapacityError: `pool_rows` is too small.
+    """
+    if not isinstance(model, nn.Module):
+        raise GraphError(f"attach takes a model, a torch.nn.Module, not a {type(model).__name__}")
+    model = getattr(model, "_orig_mod", model)
+    names = dict(model.named_parameters(remove_duplicate=False))
+    Weights.refuse_peft(names)
+    if taken := next((path for path, parameter in names.items() if _owner(parameter) is not None), None):
+        raise AlreadyAttachedError(
+            f"{taken!r} of this {type(model).__name__} belongs to a runtime already (`fxlora.runtime(model)`): use it, "
+            f"or close it first with `runtime.close()`"
+        )
+    shape = AdapterShape(max_adapters, max_rank, pool_rows)
+    with torch.inference_mode(False), torch.no_grad():
+        made = Runtime(model, names, shape, targets, batch_dims, max_tokens, group_siblings)
+        made._learn(model, example_inputs)
+    with _registry_lock:
+        _by_model[model] = made
+        for parameter in names.values():
+            _by_parameter[parameter] = weakref.ref(made)
+    return made
+
+
+def runtime(model: nn.Module) -> Runtime:
+    """The runtime of an attached model, or of a compiled form of it. Raises NotAttachedError."""
+    model = getattr(model, "_orig_mod", model)
+    found = _by_model.get(model) or next(filter(None, map(_owner, model.parameters())), None)
+    if found is None or found.closed:
+        raise NotAttachedError(
+            f"this {type(model).__name__} has no runtime: call `fxlora.attach(model)`, or `fxlora.compile(model)`"
+        )
+    return found
+
+
+def _owner(parameter: torch.Tensor) -> Runtime | None:
+    reference = _by_parameter.get(parameter)
+    found = None if reference is None else reference()
+    return None if found is None or found.closed else found
+
+
+def owner_of(parameters: Mapping[str, torch.Tensor]) -> Runtime:
+    """The one runtime of all these Parameters, given by their paths in a graph. Raises NotAttachedError."""
+    owners = {path: _owner(parameter) for path, parameter in parameters.items()}
+    found = {id(owner): owner for owner in owners.values()}
+    if len(found) == 1 and (only := next(iter(found.values()))) is not None:
+        return only
+    strangers = [path for path, owner in owners.items() if owner is None]
+    if strangers and len(strangers) < len(owners):
+        raise NotAttachedError(
+            f"the graph reads {strangers[0]!r} ({len(strangers)} of {len(owners)} Parameters), which belongs to no "
+            f"runtime: it was put into the model after `fxlora.attach`, or is of another model. Copy new values into "
+            f"the attached Parameter, or close the runtime and attach again"
+        )
+    if strangers:
+        raise NotAttachedError(
+            f"the graph reads {strangers[0]!r} and {len(strangers) - 1} other Parameters, none of which belongs to a "
+            f"runtime: call `fxlora.attach(model)` before the compiled model runs"
+        )
+    raise NotAttachedError(f"the graph reads Parameters of {len(found)} attached models; compile each by itself")
+
+
+class Runtime:
+    """The adapters of one model, for all graphs compiled of it. Made by `attach`.
+
+    Attributes:
+        backend: For `torch.compile(model, backend=runtime.backend)`; takes `mode` and `options` as "fxlora" does.
+        names: Every path of every Parameter. argument_names: of the model's forward.
+        pool: The adapter memory. live: the slots of the running batch.
+        targets, batch_dims, shape, group_siblings: as given to `attach`.
+    """
+
+    backend: Callable[..., Callable[..., Any]]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Mapping[str, torch.Tensor],
+        shape: AdapterShape,
+        targets: Targets,
+        batch_dims: BatchDims,
+        max_tokens: int,
+        group_siblings: bool,
+    ) -> None:
+        from fxlora.backend import compile_graph
+
+        self.backend = partial(compile_graph)
+        self.model = weakref.ref(model)
+        self.names = names
+        self.argument_names = tuple(inspect.signature(model.forward).parameters)
+        self.output_embedding = output_embedding(model)
+        self.targets, self.batch_dims, self.shape, self.group_siblings = targets, batch_dims, shape, group_siblings
+        self.live = LiveBatch(max_tokens)
+        self.pool = AdapterPool(
+            (),
+            digest=0,
+            max_adapters=shape.max_adapters,
+            max_rank=shape.max_rank,
+            pool_rows=shape.pool_rows,
+            slots=self.live.buffers,
+        )
+        self.closed = False
+        self._request_dims = _count_request_dims(batch_dims)
+        self._lock = threading.RLock()
+        self._sites: dict[Any, Site] = {}
+        self._refused: dict[Any, str] = {}
+        self._skipped: dict[str, Skipped] = {}
+        self._learned = False
+        self._pending: dict[str, BoundAdapter] = {}
+        check_target_names(targets, names)
+        self._targeted = targeted_paths(targets, names)
+        self._paths: dict[Any, tuple[str, ...]] = {}
+        for path, parameter in names.items():
+            key = tensor_key(parameter)
+            self._paths[key] = (*self._paths.get(key, ()), path)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Weights that adapters can reach, as far as traces and compiled graphs have shown them."""
+        return tuple(site for key, site in self._sites.items() if key not in self._refused)
+
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        """The other weights, each with its reason."""
+        refused = [
+            Skipped(site.parameter, self._refused[key], site.aliases)
+            for key, site in self._sites.items()
+            if key in self._refused
+        ]
+        served = {name for site in self.sites for name in (site.parameter, *site.aliases)}
+        others = [skip for name, skip in self._skipped.items() if name not in served or skip.reason != NOT_READ]
+        return (*refused, *(skip for skip in others if skip.name not in {r.name for r in refused}))
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """Names of the loaded adapters, in slot order."""
+        return self.pool.names
+
+    def load_adapter(self, name: str, source: AdapterSource) -> None:
+        """Load a PEFT adapter from a folder, or from (config, tensors), under a name.
+
+        All or nothing, as `LoraModule.load_adapter`; no graph is compiled anew.
+        """
+        with self._lock, torch.inference_mode(False), torch.no_grad(), read_adapter(source) as adapter:
+            if self._learned:
+                self.pool.load(name, bind_adapter(adapter, self.sites, self.skipped, self.names))
+                return
+            bound = bind_adapter(adapter, provisional_sites(adapter, self.names), (), self.names)
+            self.pool.load(name, BoundAdapter(bound.origin, bound.config, {}))
+            self._pending[name] = bound
+            _log.info("adapter %r waits for the first compiled graph, which shows the sites", name)
+
+    def unload_adapter(self, name: str) -> None:
+        """Free the slot and the memory of an adapter. Raises UnknownAdapterError."""
+        with self._lock:
+            self.pool.unload(name)
+            self._pending.pop(name, None)
+
+    @contextmanager
+    def batch(self, adapters: Adapters) -> Iterator[Batch]:
+        """Every call of a compiled graph inside runs with these adapters; outside of any batch it has none.
+
+        Replays of a CUDA graph that was captured inside a batch read what the batch around the replay says.
+
+        adapters: One name or None per request; one for all; nested lists, one per token, where `batch_dims` has two
+        dims. Raises UnknownAdapterError or BatchError before anything runs: for a batch of another thread
+        BatchInUseError. A batch inside a batch takes its place until it ends.
+        """
+        self.require_open()
+        sizes = request_sizes(adapters, self._request_dims)
+        dims = tuple(range(len(sizes)))
+        slots = slots_of(adapters, self.pool, request_dims=dims, sizes=sizes, device=torch.device("cpu"))
+        with self.live.enter(slots) as batch:
+            yield batch
+
+    def close(self) -> None:
+        """Free the adapter memory. The model can be attached again; graphs compiled for this runtime raise."""
+        with self._lock:
+            self.closed = True
+            self.pool.close()
+            self._pending.clear()
+
+    def require_open(self) -> None:
+        """Raise NotAttachedError once closed."""
+        if self.closed:
+            raise NotAttachedError(
+                "this runtime was closed: attach the model again, call `torch._dynamo.reset()` and compile it again"
+            )
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Runtime owns adapter memory of this process: it cannot be copied or pickled")
+
+    def _learn(self, model: nn.Module, example_inputs: Any) -> None:
+        """Find the sites in a trace of the model, if it can be traced."""
+        given = example_arguments(example_inputs)
+        call = given or _dummy_call(model)
+        if call is None:
+            _log.info("no example inputs: the first compiled graph shows the sites")
+            return
+        try:
+            gm = capture(model, *call[0], **call[1])
+            job, _ = graph_job(
+                gm, self.shape, targets=self.targets, batch_dims=self.batch_dims, model=model, group_siblings=False
+            )
+            plan = analyse(job)
+        except CaptureError as error:
+            if given is not None:
+                raise
+            _log.info("the model's dummy inputs cannot be traced, so the first compiled graph shows the sites: %s", error)
+            return
+        self.admit(job, plan)
+        self._learned = True
+
+    def paths_of(self, parameter: torch.Tensor) -> tuple[str, ...]:
+        """Every path of a Parameter in the model."""
+        return self._paths.get(tensor_key(parameter), ())
+
+    def is_target(self, parameter: torch.Tensor) -> bool:
+        """Whether `targets` names a Parameter, as far as its paths tell."""
+        return not self._targeted.isdisjoint(self.paths_of(parameter))
+
+    def job(self, gm: fx.GraphModule, inputs: DynamoInputs) -> Job:
+        """What the passes take, for one of dynamo's graphs, which they then edit in place."""
+        model = self.model()
+        return Job(
+            gm=gm,
+            inputs=inputs.arguments(self.argument_names),
+            bound=inputs.bound,
+            models=[] if model is None else [model],
+            batch_dims=self.batch_dims,
+            targets=self.targets,
+            shape=self.shape,
+            output_embedding=None if self.output_embedding is None else self.names[self.output_embedding],
+            group_siblings=self.group_siblings,
+            whole=False,
+        )
+
+    def admit(self, job: Job, plan: Plan, *, whole: bool = True) -> dict[Site, Site]:
+        """Take in what a graph shows: its sites get memory, adapters that waited for them are placed.
+
+        Returns the runtime's own site for each of the plan's. whole: whether the graph is the model's own forward.
+        Raises RowsNotProvenError or UnboundTensorError where a loaded adapter cannot be served by this graph.
+        """
+        with self._lock:
+            self.require_open()
+            own = {site: self._sites.get(_key(site), site) for site in plan.sites}
+            for site, mine in own.items():
+                if (site.dtype, site.device) != (mine.dtype, mine.device):
+                    raise GraphError(
+                        f"site {site.name} runs in {site.dtype} on {site.device} in this graph; its adapter memory is "
+                        f"{mine.dtype} on {mine.device}. Move the model, and choose its autocast, before attach"
+                    )
+            refused = self._refusals(job, plan)
+            self._require_served(refused)
+            self.pool.add_sites(list(own.values()))
+            self._sites |= {_key(site): site for site in own.values()}
+            self._refused |= refused
+            for skip in plan.skipped:
+                if skip.reason != NOT_READ or skip.name not in self._skipped:
+                    self._skipped[skip.name] = skip
+            if whole:
+                self._place_pending()
+                self._learned = True
+            return own
+
+    def _refusals(self, job: Job, plan: Plan) -> dict[Any, str]:
+        """Weights that a graph reads and no adapter can reach there, though one could in another graph."""
+        planned = {_key(site) for site in plan.sites}
+        reasons = {name: skip.reason for skip in plan.skipped for name in (skip.name, *skip.aliases)}
+        found = {_key(site): reasons.get(site.parameter, "") for site in job.sites if _key(site) not in planned}
+        read = {key for key, _ in found} | {key for key, _ in planned}
+        for name, tensor in self.names.items():
+            if tensor_key(tensor) not in read and reasons.get(name, NOT_READ) != NOT_READ:
+                found |= dict.fromkeys([(tensor_key(tensor), kind) for kind in ("linear", "embedding")], reasons[name])
+        return found
+
+    def _require_served(self, refused: Mapping[Any, str]) -> None:
+        for name in self.pool.names:
+            for site in self.pool.sites_of(name):
+                if reason := refused.get(_key(site)):
+                    raise RowsNotProvenError(
+                        f"adapter {name!r} is loaded and adds to {site.name}, but in this graph {reason}"
+                    )
+
+    def _place_pending(self) -> None:
+        for name, bound in list(self._pending.items()):
+            entries: dict[Site, Entry] = {}
+            lost = []
+            for guess, entry in bound.entries.items():
+                site = self._sites.get(_key(guess))
+                if site is None or _key(guess) in self._refused:
+                    reason = self._refused.get(_key(guess)) or self._reason(guess)
+                    lost += [Unbound(key, reason) for key in entry.keys]
+                elif site in entries:
+                    raise GraphError(f"{entry.keys} and {entries[site].keys} both name site {site.name}")
+                else:
+                    entries[site] = entry
+            if lost:
+                raise UnboundTensorError(tuple(lost), bound=2 * len(entries))
+            self.pool.fill(name, BoundAdapter(bound.origin, bound.config, entries, bound.base_copies))
+            del self._pending[name]
+
+    def _reason(self, guess: Site) -> str:
+        skips = [self._skipped[name].reason for name in (guess.parameter, *guess.aliases) if name in self._skipped]
+        return skips[0] if skips else f"{guess.parameter} is not read as {guess.kind} by the compiled graph"
+
+
+def _key(site: Site) -> tuple[Any, str]:
+    return tensor_key(site.weight), site.kind
+
+
+def _dummy_call(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The model's own idea of a call (transformers models have one), on the model's device."""
+    inputs = getattr(model, "dummy_inputs", None)
+    first = next(model.parameters(), None)
+    if not isinstance(inputs, Mapping) or first is None:
+        return None
+    return (), {k: v.to(first.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+
+
+def _count_request_dims(batch_dims: BatchDims) -> int:
+    given: Sequence[Any] = list(batch_dims.values()) if isinstance(batch_dims, Mapping) else [batch_dims]
+    return max((len(dims) if isinstance(dims, tuple) else 1 for dims in given), default=1)
