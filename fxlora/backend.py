@@ -70,7 +70,7 @@ def compile_graph(
     """As `fxlora_backend`. prefix: path, with a dot, of the module whose forward this is, where it is a submodule."""
     try:
         with torch.inference_mode(False), torch.no_grad():
-            return _compile(gm, example_inputs, _inner_compiler(mode, options), prefix)
+            return _compile(gm, example_inputs, inner_compiler(mode, options), prefix)
     except FxloraError as error:
         raise _as_backend_failure(error) from error
 
@@ -193,7 +193,7 @@ class CompiledGraph:
             return self._compiled(*args)
 
 
-def _inner_compiler(mode: str | None, options: Mapping[str, Any] | None) -> Compiler:
+def inner_compiler(mode: str | None, options: Mapping[str, Any] | None) -> Compiler:
     """The compiler that takes the rewritten graph. Raises CompileOptionError."""
     options = dict(options or {})
     unknown = [name for name in options if name not in _OPTIONS]

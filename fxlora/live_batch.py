@@ -93,11 +93,16 @@ class LiveBatch:
                 "model (torch.compile gives up a function that it had to compile too often, and runs it uncompiled)"
             )
 
+    @property
+    def running(self) -> Batch | None:
+        """The running batch of this thread."""
+        return self._stack[-1] if self._stack and self._owner == threading.get_ident() else None
+
     def expand(self, times: int) -> None:
         """Let every request of the running batch stand for `times` adjacent rows (beams, returned sequences)."""
-        if not self._stack or times == 1 or not self._stack[-1].slots.dim():
+        batch = self.running
+        if batch is None or times == 1 or not batch.slots.dim():
             return
-        batch = self._stack[-1]
         batch.slots = batch.slots.repeat_interleave(times, dim=0)
         self._write(batch)
 
@@ -106,8 +111,8 @@ class LiveBatch:
 
         sizes: of the call's request dims. Raises BatchSizeError or BatchInUseError.
         """
-        batch = self._stack[-1] if self._stack else None
-        if batch is None or self._owner != threading.get_ident():
+        batch = self.running
+        if batch is None:
             self._begin_outside()
             self._check_room(torch.Size(sizes).numel())
             return True

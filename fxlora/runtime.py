@@ -94,7 +94,7 @@ def attach(
     shape = AdapterShape(max_adapters, max_rank, pool_rows)
     with torch.inference_mode(False), torch.no_grad():
         made = Runtime(model, names, shape, targets, batch_dims, max_tokens, group_siblings)
-        made._learn(model, example_inputs)
+        made.learn(model, example_inputs)
     with _registry_lock:
         _by_model[model] = made
         for parameter in names.values():
@@ -147,6 +147,7 @@ class Runtime:
         backend: For `torch.compile(model, backend=runtime.backend)`; takes `mode` and `options` as "fxlora" does.
         names: Every path of every Parameter. argument_names: of the model's forward.
         pool: The adapter memory. live: the slots of the running batch.
+        learned: Whether the sites of the model's whole forward are known.
         targets, batch_dims, shape, group_siblings: as given to `attach`.
     """
 
@@ -185,7 +186,7 @@ class Runtime:
         self._sites: dict[Any, Site] = {}
         self._refused: dict[Any, str] = {}
         self._skipped: dict[str, Skipped] = {}
-        self._learned = False
+        self.learned = False
         self._pending: dict[str, BoundAdapter] = {}
         check_target_names(targets, names)
         self._targeted = targeted_paths(targets, names)
@@ -222,7 +223,7 @@ class Runtime:
         All or nothing, as `LoraModule.load_adapter`; no graph is compiled anew.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad(), read_adapter(source) as adapter:
-            if self._learned:
+            if self.learned:
                 self.pool.load(name, bind_adapter(adapter, self.sites, self.skipped, self.names))
                 return
             bound = bind_adapter(adapter, provisional_sites(adapter, self.names), (), self.names)
@@ -253,6 +254,16 @@ class Runtime:
         with self.live.enter(slots) as batch:
             yield batch
 
+    @contextmanager
+    def same_batch(self) -> Iterator[None]:
+        """The running batch once more, so that what is done to it inside ends with it; nothing outside of any batch."""
+        running = self.live.running
+        if running is None:
+            yield
+            return
+        with self.live.enter(running.slots):
+            yield
+
     def close(self) -> None:
         """Free the adapter memory. The model can be attached again; graphs compiled for this runtime raise."""
         with self._lock:
@@ -270,7 +281,7 @@ class Runtime:
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Runtime owns adapter memory of this process: it cannot be copied or pickled")
 
-    def _learn(self, model: nn.Module, example_inputs: Any) -> None:
+    def learn(self, model: nn.Module, example_inputs: Any) -> None:
         """Find the sites in a trace of the model, if it can be traced."""
         given = example_arguments(example_inputs)
         call = given or _dummy_call(model)
@@ -289,7 +300,7 @@ class Runtime:
             _log.info("the model's dummy inputs cannot be traced, so the first compiled graph shows the sites: %s", error)
             return
         self.admit(job, plan)
-        self._learned = True
+        self.learned = True
 
     def paths_of(self, parameter: torch.Tensor) -> tuple[str, ...]:
         """Every path of a Parameter in the model."""
@@ -340,7 +351,7 @@ class Runtime:
                     self._skipped[skip.name] = skip
             if whole:
                 self._place_pending()
-                self._learned = True
+                self.learned = True
             return own
 
     def _refusals(self, job: Job, plan: Plan) -> dict[Any, str]:

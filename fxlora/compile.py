@@ -1,0 +1,196 @@
+"""`fxlora.compile(model)`: the model's own methods, `generate` among them, over compiled graphs that serve adapters.
+
+Stage: what users of transformers call. A shallow copy of the model whose forward is compiled; the model itself stays
+as it is and shares its weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.fx.experimental import _config as shape_config
+
+from fxlora.adapter import AdapterSource
+from fxlora.backend import compile_graph, inner_compiler
+from fxlora.batch import Adapters
+from fxlora.errors import NeedsExampleInputsError
+from fxlora.passes.plan import Targets
+from fxlora.passes.rows.seeds import BatchDims
+from fxlora.passes.sites import Site, Skipped
+from fxlora.runtime import Runtime, attach
+
+M = TypeVar("M", bound=nn.Module)
+
+# One forward is compiled for several kinds of call: prefill and decode, batches of one, each kind of cache.
+_GRAPHS_MAX = 64
+_OUTER: Any = object()
+
+
+def compile(  # noqa: A001  the field's word
+    model: M,
+    max_adapters: int = 8,
+    max_rank: int = 64,
+    backend: str | Callable[..., Any] = "inductor",
+    mode: str | None = None,
+    *,
+    targets: Targets = None,
+    batch_dims: BatchDims = None,
+    pool_rows: int | None = None,
+    max_tokens: int = 8192,
+    group_siblings: bool = True,
+    example_inputs: Any = None,
+) -> M:
+    """Compile a model so that it serves many LoRA adapters in one batch.
+
+    Args:
+        model: The bare base model, on its device and in its mode. It is left as it is and shares its weights.
+        backend: The compiler of the rewritten graphs: "inductor", "eager", "aot_eager", any other that torch.compile
+            knows, or a callable.
+        mode: As for torch.compile, "reduce-overhead" (CUDA graphs) or "max-autotune"; for "inductor".
+        max_adapters, max_rank, targets, batch_dims, pool_rows, max_tokens, group_siblings, example_inputs: as for
+            `fxlora.attach`.
+
+    Returns:
+        An object of the model's class and with its methods. Calls and, where the model has it, `generate` take
+        `adapters=`: one name or None per request, or one for all; without it a call has the adapters of the batch
+        around it (`runtime.batch`), else none. `load_adapter(name, source)`, `unload_adapter(name)`, `adapter_names`,
+        `sites`, `skipped` and `runtime` are those of the runtime. Outputs carry no gradient.
+
+    Raises:
+        Everything that `fxlora.attach` raises. CompileOptionError: `backend` or `mode` is unknown.
+    """
+    inner_compiler(mode, {"backend": backend})
+    runtime = attach(
+        model,
+        max_adapters,
+        max_rank,
+        targets=targets,
+        batch_dims=batch_dims,
+        pool_rows=pool_rows,
+        max_tokens=max_tokens,
+        group_siblings=group_siblings,
+        example_inputs=example_inputs,
+    )
+    made = copy.copy(model)
+    parents = (_Generates, _Compiled) if callable(getattr(model, "generate", None)) else (_Compiled,)
+    kind = type(model)
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    made.__class__ = type(kind.__name__, (*parents, kind), names)
+    made.__dict__["runtime"] = runtime
+    made.__dict__["_fxlora_options"] = {"mode": mode, "options": {"backend": backend}}
+    made.__dict__["_fxlora_base"] = model
+    made.__dict__["_fxlora_encoders"] = {}
+    made.__dict__["forward"] = _compiled_forward(model, mode, functools.partial(compile_graph, **made._fxlora_options))
+    return made
+
+
+class _Compiled(nn.Module):
+    """What a compiled model has beside the methods of its class."""
+
+    runtime: Runtime
+    _fxlora_options: dict[str, Any]
+    _fxlora_base: nn.Module
+    _fxlora_encoders: dict[int, nn.Module]
+
+    def __call__(self, *args: Any, adapters: Adapters = _OUTER, **kwargs: Any) -> Any:
+        with self._batch(adapters):
+            return super().__call__(*args, **kwargs)
+
+    def load_adapter(self, name: str, source: AdapterSource) -> None:
+        """Load a PEFT adapter from a folder, or from (config, tensors), under a name, all or nothing."""
+        self.runtime.load_adapter(name, source)
+
+    def unload_adapter(self, name: str) -> None:
+        """Free the slot and the memory of an adapter. Raises UnknownAdapterError."""
+        self.runtime.unload_adapter(name)
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """Names of the loaded adapters, in slot order."""
+        return self.runtime.adapter_names
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Weights that adapters can reach."""
+        return self.runtime.sites
+
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        """The other weights, each with its reason."""
+        return self.runtime.skipped
+
+    @contextmanager
+    def _batch(self, adapters: Adapters) -> Iterator[None]:
+        with self.runtime.same_batch() if adapters is _OUTER else self.runtime.batch(adapters):
+            yield
+
+
+class _Generates(_Compiled):
+    """What it needs further where the class can generate: the batch follows what generation does to the inputs."""
+
+    def generate(self, *args: Any, adapters: Adapters = _OUTER, **kwargs: Any) -> Any:
+        """The model's own `generate`; adapters: one name or None per request of the inputs, or one for all.
+
+        Beams and returned sequences keep the adapter of their request.
+        """
+        kwargs["disable_compile"] = True  # transformers would compile the compiled forward again
+        with self._batch(adapters):
+            return super().generate(*args, **kwargs)
+
+    def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
+        """The encoder, compiled by itself: `generate` runs it once, outside of the model's forward."""
+        encoder = super().get_encoder(*args, **kwargs)
+        path = next((name for name, module in self._fxlora_base.named_modules() if module is encoder), "")
+        if not path or not getattr(self.config, "is_encoder_decoder", False):
+            return encoder
+        if not self.runtime.learned:
+            raise NeedsExampleInputsError(
+                f"the encoder {path!r} is a graph of its own, and no trace of the whole model has shown its sites: give "
+                f"`example_inputs` to `fxlora.compile`, or call the compiled model once"
+            )
+        if id(encoder) not in self._fxlora_encoders:
+            made = copy.copy(encoder)
+            backend = functools.partial(compile_graph, prefix=f"{path}.", **self._fxlora_options)
+            made.__dict__["forward"] = _compiled_forward(encoder, self._fxlora_options["mode"], backend)
+            self._fxlora_encoders[id(encoder)] = made
+        return self._fxlora_encoders[id(encoder)]
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
+        self.runtime.live.expand(expand_size)
+        return super()._expand_inputs_for_generation(expand_size, *args, **kwargs)
+
+    def _supports_mm_encoder_outputs(self) -> bool:
+        return False  # encoders of images and sound then run inside the compiled forward, not beside it
+
+
+def _compiled_forward(model: nn.Module, mode: str | None, backend: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a module as whole graphs of dynamic batch and length."""
+    original = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    # Dynamo counts graphs by code object, and `forward` of all compiled models would be one.
+    code = forward.__code__.replace(co_name=f"{type(model).__name__}_forward")
+    own = types.FunctionType(code, forward.__globals__, closure=forward.__closure__)
+    limit = {"recompile_limit": _GRAPHS_MAX} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+    compiled = torch.compile(own, backend=backend, fullgraph=True, dynamic=True, **limit)
+    replayed = mode in ("reduce-overhead", "max-autotune")
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if replayed:
+            torch.compiler.cudagraph_mark_step_begin()
+        # A batch as large as its requests are long must not become one size with the length.
+        with shape_config.patch(use_duck_shape=False):
+            return compiled(*args, **kwargs)
+
+    return call
