@@ -12,7 +12,7 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
@@ -27,9 +27,7 @@ from fxlora.errors import CompileOptionError, FxloraError, GraphBreakError, Grap
 from fxlora.passes.diff import graph_text
 from fxlora.passes.pipeline import Job, analyse, rewrite
 from fxlora.passes.plan import Plan, is_target
-
-if TYPE_CHECKING:
-    from fxlora.runtime import Runtime
+from fxlora.runtime import Runtime, owner_of
 
 _log = logging.getLogger(__name__)
 
@@ -76,13 +74,14 @@ def compile_graph(
 
 
 def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], inner: Compiler, prefix: str) -> Callable[..., Any]:
-    from fxlora.runtime import owner_of
-
     inputs = read_inputs(gm, example_inputs)
     if not inputs.parameters:
         return inner(gm, list(example_inputs))
-    runtime = owner_of({path: example_inputs[i] for i, path in inputs.parameters.items()})
-    runtime.require_open()
+    runtime = owner_of([(path, example_inputs[i]) for i, path in inputs.parameters.items()])
+    if torch._dynamo.config.suppress_errors:
+        raise CompileOptionError(
+            "torch._dynamo.config.suppress_errors is on: what cannot be served would run without adapters, in silence"
+        )
     watched = {i: path for i, path in inputs.parameters.items() if example_inputs[i].dim() > 1}
     _guard_identity(gm, watched)
     primary, dims = None, ()
@@ -229,9 +228,10 @@ def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], *, patches: Map
 def _as_backend_failure(error: FxloraError) -> FxloraError:
     """The same error, also of the kind that torch.compile lets through as it is; others it would wrap in one."""
     kind = type(type(error).__name__, (type(error), BackendCompilerFailed), {"__module__": type(error).__module__})
-    raised = kind.__new__(kind, *error.args)
+    raised = kind.__new__(kind)
+    BackendCompilerFailed.__init__(raised, fxlora_backend, error, None)
+    raised.args = error.args
     raised.__dict__.update(error.__dict__)
-    raised.inner_exception, raised.first_useful_frame = error, None
     return raised.with_traceback(error.__traceback__)
 
 

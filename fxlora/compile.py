@@ -19,7 +19,6 @@ from torch import nn
 from torch.fx.experimental import _config as shape_config
 
 from fxlora.adapter import AdapterSource
-from fxlora.backend import compile_graph, inner_compiler
 from fxlora.batch import Adapters
 from fxlora.errors import NeedsExampleInputsError
 from fxlora.passes.plan import Targets
@@ -67,6 +66,8 @@ def compile(  # noqa: A001  the field's word
     Raises:
         Everything that `fxlora.attach` raises. CompileOptionError: `backend` or `mode` is unknown.
     """
+    from fxlora.backend import compile_graph, inner_compiler  # and with it dynamo, which `import fxlora` does not need
+
     inner_compiler(mode, {"backend": backend})
     runtime = attach(
         model,
@@ -85,10 +86,10 @@ def compile(  # noqa: A001  the field's word
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     made.__class__ = type(kind.__name__, (*parents, kind), names)
     made.__dict__["runtime"] = runtime
-    made.__dict__["_fxlora_options"] = {"mode": mode, "options": {"backend": backend}}
+    made.__dict__["_fxlora_backend"] = functools.partial(compile_graph, mode=mode, options={"backend": backend})
     made.__dict__["_fxlora_base"] = model
     made.__dict__["_fxlora_encoders"] = {}
-    made.__dict__["forward"] = _compiled_forward(model, mode, functools.partial(compile_graph, **made._fxlora_options))
+    made.__dict__["forward"] = _compiled_forward(model, made._fxlora_backend)
     return made
 
 
@@ -96,7 +97,7 @@ class _Compiled(nn.Module):
     """What a compiled model has beside the methods of its class."""
 
     runtime: Runtime
-    _fxlora_options: dict[str, Any]
+    _fxlora_backend: functools.partial[Callable[..., Any]]
     _fxlora_base: nn.Module
     _fxlora_encoders: dict[int, nn.Module]
 
@@ -158,8 +159,8 @@ class _Generates(_Compiled):
             )
         if id(encoder) not in self._fxlora_encoders:
             made = copy.copy(encoder)
-            backend = functools.partial(compile_graph, prefix=f"{path}.", **self._fxlora_options)
-            made.__dict__["forward"] = _compiled_forward(encoder, self._fxlora_options["mode"], backend)
+            backend = functools.partial(self._fxlora_backend, prefix=f"{path}.")
+            made.__dict__["forward"] = _compiled_forward(encoder, backend)
             self._fxlora_encoders[id(encoder)] = made
         return self._fxlora_encoders[id(encoder)]
 
@@ -171,7 +172,7 @@ class _Generates(_Compiled):
         return False  # encoders of images and sound then run inside the compiled forward, not beside it
 
 
-def _compiled_forward(model: nn.Module, mode: str | None, backend: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled_forward(model: nn.Module, backend: functools.partial[Callable[..., Any]]) -> Callable[..., Any]:
     """The forward of a module as whole graphs of dynamic batch and length."""
     original = model.forward
 
@@ -183,7 +184,7 @@ def _compiled_forward(model: nn.Module, mode: str | None, backend: Callable[...,
     own = types.FunctionType(code, forward.__globals__, closure=forward.__closure__)
     limit = {"recompile_limit": _GRAPHS_MAX} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
     compiled = torch.compile(own, backend=backend, fullgraph=True, dynamic=True, **limit)
-    replayed = mode in ("reduce-overhead", "max-autotune")
+    replayed = backend.keywords["mode"] in ("reduce-overhead", "max-autotune")
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -119,13 +119,13 @@ def _owner(parameter: torch.Tensor) -> Runtime | None:
     return None if found is None or found.closed else found
 
 
-def owner_of(parameters: Mapping[str, torch.Tensor]) -> Runtime:
-    """The one runtime of all these Parameters, given by their paths in a graph. Raises NotAttachedError."""
-    owners = {path: _owner(parameter) for path, parameter in parameters.items()}
-    found = {id(owner): owner for owner in owners.values()}
+def owner_of(parameters: Sequence[tuple[str, torch.Tensor]]) -> Runtime:
+    """The one runtime of all these Parameters, each with its path in a graph. Raises NotAttachedError."""
+    owners = [(path, _owner(parameter)) for path, parameter in parameters]
+    found = {id(owner): owner for _, owner in owners}
     if len(found) == 1 and (only := next(iter(found.values()))) is not None:
         return only
-    strangers = [path for path, owner in owners.items() if owner is None]
+    strangers = [path for path, owner in owners if owner is None]
     if strangers and len(strangers) < len(owners):
         raise NotAttachedError(
             f"the graph reads {strangers[0]!r} ({len(strangers)} of {len(owners)} Parameters), which belongs to no "
@@ -163,7 +163,7 @@ class Runtime:
         max_tokens: int,
         group_siblings: bool,
     ) -> None:
-        from fxlora.backend import compile_graph
+        from fxlora.backend import compile_graph  # and with it dynamo, which `import fxlora` does not need
 
         self.backend = partial(compile_graph)
         self.model = weakref.ref(model)
@@ -188,7 +188,7 @@ class Runtime:
         self._skipped: dict[str, Skipped] = {}
         self.learned = False
         self._pending: dict[str, BoundAdapter] = {}
-        check_target_names(targets, names)
+        check_target_names(targets, [path for path, parameter in names.items() if parameter.dim() > 1])
         self._targeted = targeted_paths(targets, names)
         self._paths: dict[Any, tuple[str, ...]] = {}
         for path, parameter in names.items():
