@@ -12,6 +12,7 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -165,7 +166,9 @@ class CompiledGraph:
         `dims` are the requests; None for a graph that serves no adapters."""
         self._runtime = weakref.ref(runtime)  # dynamo keeps compiled code for longer than a model may live
         self._compiled = compiled
-        self._positions, self._identities = tuple(identities), tuple(identities.values())
+        first = next(iter(identities), 0)  # once more, as an itemgetter of one position gives no tuple
+        self._watched = itemgetter(first, first, *identities)
+        self._identities = tuple(identities.values())
         self._primary, self._dims = primary, dims
 
     def __call__(self, *args: Any) -> Any:
@@ -173,7 +176,7 @@ class CompiledGraph:
         if runtime is None:
             raise NotAttachedError("the model of this compiled code is gone; call `torch._dynamo.reset()`")
         runtime.require_open()
-        if tuple([id(args[i]) for i in self._positions]) != self._identities:
+        if tuple(map(id, self._watched(args)))[2:] != self._identities:
             raise NotAttachedError(
                 "compiled code was called with other Parameters than it was compiled for: dynamo's guards were switched "
                 "off, or a Parameter was replaced; attach the model that holds them and compile it"
@@ -188,6 +191,8 @@ class CompiledGraph:
             runtime.live.end_call(outside)
 
     def _run(self, args: tuple[Any, ...]) -> Any:
+        if not torch.is_grad_enabled():
+            return self._compiled(*args)
         with torch.no_grad():
             return self._compiled(*args)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from torch.fx.experimental import _config as shape_config
 
 from fxlora.adapter import AdapterSource
 from fxlora.batch import Adapters
-from fxlora.errors import NeedsExampleInputsError
+from fxlora.errors import CallError, NeedsExampleInputsError
 from fxlora.passes.plan import Targets
 from fxlora.passes.rows.seeds import BatchDims
 from fxlora.passes.sites import Site, Skipped
@@ -142,6 +143,11 @@ class _Generates(_Compiled):
 
         Beams and returned sequences keep the adapter of their request.
         """
+        if kwargs.get("cache_implementation") == "paged":
+            raise CallError(
+                "cache_implementation='paged' is continuous batching, which runs in a thread of its own over packed "
+                "requests: `adapters=` of one call cannot reach it"
+            )
         kwargs["disable_compile"] = True  # transformers would compile the compiled forward again
         with self._batch(adapters):
             return super().generate(*args, **kwargs)
@@ -190,8 +196,35 @@ def _compiled_forward(model: nn.Module, backend: functools.partial[Callable[...,
     def call(*args: Any, **kwargs: Any) -> Any:
         if replayed:
             torch.compiler.cudagraph_mark_step_begin()
-        # A batch as large as its requests are long must not become one size with the length.
-        with shape_config.patch(use_duck_shape=False):
+        with _distinct_sizes:
             return compiled(*args, **kwargs)
 
     return call
+
+
+class _DistinctSizes:
+    """Inside, equal sizes of a compiled call stay two sizes: a batch as large as its requests are long, or as the
+    model has heads, would else be one with them, and the next batch compile a further graph.
+
+    `torch.fx.experimental._config.patch` does the same in 42 us; a call enters here in 4 (one CPU core).
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before, shape_config.use_duck_shape = shape_config.use_duck_shape, False
+            self._inside += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                shape_config.use_duck_shape = self._before
+
+
+_distinct_sizes = _DistinctSizes()

@@ -111,17 +111,16 @@ class LiveBatch:
 
         sizes: of the call's request dims. Raises BatchSizeError or BatchInUseError.
         """
+        self._check_room(torch.Size(sizes).numel())
         batch = self.running
         if batch is None:
             self._begin_outside()
-            self._check_room(torch.Size(sizes).numel())
             return True
         expected = tuple(batch.slots.shape)
-        if expected and expected != sizes:
-            if expected != (*sizes[:1], 1):
-                raise BatchSizeError(f"the batch names adapters for {_words(expected)}, the call has {_words(sizes)}")
+        if len(sizes) == 2 and expected == (sizes[0], 1):
             self._write(Batch(batch.slots.expand(sizes)))
-        self._check_room(torch.Size(sizes).numel())
+        elif expected and expected != sizes:
+            raise BatchSizeError(f"the batch names adapters for {_words(expected)}, the call has {_words(sizes)}")
         batch.served = True
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             self._captured = True  # replays of the caller's own CUDA graph cannot be seen from here
