@@ -285,18 +285,22 @@ class AdapterPool:
         if homeless:
             raise UnboundTensorError(tuple(homeless), bound=len(bound.entries) - len(homeless))
         for site, entry in bound.entries.items():
-            rank, shapes = len(entry.a_RK), (tuple(entry.a_RK.shape), tuple(entry.b_RN.shape))
-            if shapes != ((rank, site.in_features), (rank, site.out_features)):
-                raise AdapterShapeError(
-                    f"A {shapes[0]} and B {shapes[1]} at site {site.name}; "
-                    f"expected [R, {site.in_features}] and [R, {site.out_features}]"
-                )
-            if not 0 < rank <= self.max_rank:
-                raise RankError(
-                    f"rank {rank} at site {site.name} ({entry.keys[:1]}); this pool takes 1 to {self.max_rank}"
-                )
-            if not abs(entry.scaling) <= torch.finfo(torch.float32).max:
-                raise NonFiniteError(f"scaling {entry.scaling} at site {site.name} does not fit fp32")
+            self.check_entry(site, entry)
+
+    def check_entry(self, site: Site, entry: Entry) -> None:
+        """Raises AdapterShapeError, RankError or NonFiniteError for an entry that no site of this kind takes."""
+        rank, shapes = len(entry.a_RK), (tuple(entry.a_RK.shape), tuple(entry.b_RN.shape))
+        if shapes != ((rank, site.in_features), (rank, site.out_features)):
+            raise AdapterShapeError(
+                f"A {shapes[0]} and B {shapes[1]} at site {site.name}; "
+                f"expected [R, {site.in_features}] and [R, {site.out_features}]"
+            )
+        if not 0 < rank <= self.max_rank:
+            raise RankError(
+                f"rank {rank} at site {site.name} ({entry.keys[:1]}); this pool takes 1 to {self.max_rank}"
+            )
+        if not abs(entry.scaling) <= torch.finfo(torch.float32).max:
+            raise NonFiniteError(f"scaling {entry.scaling} at site {site.name} does not fit fp32")
 
     def _free_slot(self) -> int:
         taken = set(self.slots.values())

@@ -190,10 +190,13 @@ class Runtime:
         self._pending: dict[str, BoundAdapter] = {}
         check_target_names(targets, [path for path, parameter in names.items() if parameter.dim() > 1])
         self._targeted = targeted_paths(targets, names)
-        self._paths: dict[Any, tuple[str, ...]] = {}
+        # By object: a model that moves keeps its Parameters. Two of them over one memory are one weight.
+        firsts: dict[Any, int] = {}
+        self._weights = {id(p): firsts.setdefault(tensor_key(p), id(p)) for p in names.values()}
+        self._paths: dict[int, tuple[str, ...]] = {}
         for path, parameter in names.items():
-            key = tensor_key(parameter)
-            self._paths[key] = (*self._paths.get(key, ()), path)
+            weight = self._weights[id(parameter)]
+            self._paths[weight] = (*self._paths.get(weight, ()), path)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -227,6 +230,8 @@ class Runtime:
                 self.pool.load(name, bind_adapter(adapter, self.sites, self.skipped, self.names))
                 return
             bound = bind_adapter(adapter, provisional_sites(adapter, self.names), (), self.names)
+            for guess, entry in bound.entries.items():
+                self.pool.check_entry(guess, entry)
             self.pool.load(name, BoundAdapter(bound.origin, bound.config, {}))
             self._pending[name] = bound
             _log.info("adapter %r waits for the first compiled graph, which shows the sites", name)
@@ -304,11 +309,21 @@ class Runtime:
 
     def paths_of(self, parameter: torch.Tensor) -> tuple[str, ...]:
         """Every path of a Parameter in the model."""
-        return self._paths.get(tensor_key(parameter), ())
+        return self._paths.get(self._weight(parameter), ())
 
     def is_target(self, parameter: torch.Tensor) -> bool:
         """Whether `targets` names a Parameter, as far as its paths tell."""
         return not self._targeted.isdisjoint(self.paths_of(parameter))
+
+    def _weight(self, tensor: torch.Tensor) -> int:
+        """One number per weight of the model."""
+        if id(tensor) in self._weights:
+            return self._weights[id(tensor)]
+        key = tensor_key(tensor)
+        return next((self._weights[id(p)] for p in self.names.values() if tensor_key(p) == key), id(tensor))
+
+    def _key(self, site: Site) -> tuple[int, str]:
+        return self._weight(site.weight), site.kind
 
     def job(self, gm: fx.GraphModule, inputs: DynamoInputs) -> Job:
         """What the passes take, for one of dynamo's graphs, which they then edit in place."""
@@ -334,7 +349,7 @@ class Runtime:
         """
         with self._lock:
             self.require_open()
-            own = {site: self._sites.get(_key(site), site) for site in plan.sites}
+            own = {site: self._sites.get(self._key(site), site) for site in plan.sites}
             for site, mine in own.items():
                 if (site.dtype, site.device) != (mine.dtype, mine.device):
                     raise GraphError(
@@ -344,7 +359,7 @@ class Runtime:
             refused = self._refusals(job, plan)
             self._require_served(refused)
             self.pool.add_sites(list(own.values()))
-            self._sites |= {_key(site): site for site in own.values()}
+            self._sites |= {self._key(site): site for site in own.values()}
             self._refused |= refused
             for skip in plan.skipped:
                 if skip.reason != NOT_READ or skip.name not in self._skipped:
@@ -356,19 +371,20 @@ class Runtime:
 
     def _refusals(self, job: Job, plan: Plan) -> dict[Any, str]:
         """Weights that a graph reads and no adapter can reach there, though one could in another graph."""
-        planned = {_key(site) for site in plan.sites}
+        planned = {self._key(site) for site in plan.sites}
         reasons = {name: skip.reason for skip in plan.skipped for name in (skip.name, *skip.aliases)}
-        found = {_key(site): reasons.get(site.parameter, "") for site in job.sites if _key(site) not in planned}
+        found = {self._key(site): reasons.get(site.parameter, "") for site in job.sites if self._key(site) not in planned}
         read = {key for key, _ in found} | {key for key, _ in planned}
         for name, tensor in self.names.items():
-            if tensor_key(tensor) not in read and reasons.get(name, NOT_READ) != NOT_READ:
-                found |= dict.fromkeys([(tensor_key(tensor), kind) for kind in ("linear", "embedding")], reasons[name])
+            weight = self._weight(tensor)
+            if weight not in read and reasons.get(name, NOT_READ) != NOT_READ:
+                found |= dict.fromkeys([(weight, kind) for kind in ("linear", "embedding")], reasons[name])
         return found
 
     def _require_served(self, refused: Mapping[Any, str]) -> None:
         for name in self.pool.names:
             for site in self.pool.sites_of(name):
-                if reason := refused.get(_key(site)):
+                if reason := refused.get(self._key(site)):
                     raise RowsNotProvenError(
                         f"adapter {name!r} is loaded and adds to {site.name}, but in this graph {reason}"
                     )
@@ -378,9 +394,9 @@ class Runtime:
             entries: dict[Site, Entry] = {}
             lost = []
             for guess, entry in bound.entries.items():
-                site = self._sites.get(_key(guess))
-                if site is None or _key(guess) in self._refused:
-                    reason = self._refused.get(_key(guess)) or self._reason(guess)
+                site = self._sites.get(self._key(guess))
+                if site is None or self._key(guess) in self._refused:
+                    reason = self._refused.get(self._key(guess)) or self._reason(guess)
                     lost += [Unbound(key, reason) for key in entry.keys]
                 elif site in entries:
                     raise GraphError(f"{entry.keys} and {entries[site].keys} both name site {site.name}")
@@ -394,10 +410,6 @@ class Runtime:
     def _reason(self, guess: Site) -> str:
         skips = [self._skipped[name].reason for name in (guess.parameter, *guess.aliases) if name in self._skipped]
         return skips[0] if skips else f"{guess.parameter} is not read as {guess.kind} by the compiled graph"
-
-
-def _key(site: Site) -> tuple[Any, str]:
-    return tensor_key(site.weight), site.kind
 
 
 def _dummy_call(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
