@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.backends.registry import list_backends, lookup_backend
-from torch._dynamo.exc import BackendCompilerFailed, InvalidBackend
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._guards import TracingContext
 from torch._logging import trace_structured
@@ -208,13 +208,14 @@ def inner_compiler(mode: str | None, options: Mapping[str, Any] | None) -> Compi
         return partial(_inductor, patches=_mode_options(mode))
     if mode not in (None, "default"):
         raise CompileOptionError(f"mode={mode!r} is for the inner compiler 'inductor', not {chosen!r}")
+    if chosen in ("fxlora", fxlora_backend):
+        raise CompileOptionError("the backend cannot be its own inner compiler; give 'inductor' or another one")
     if callable(chosen):
         return chosen
-    try:
-        return lookup_backend(chosen)
-    except (InvalidBackend, AssertionError) as error:
-        known = list_backends(exclude_tags=())
-        raise CompileOptionError(f"the inner compiler {chosen!r} is unknown; torch.compile knows {known}") from error
+    known = list_backends(exclude_tags=())
+    if chosen not in known:
+        raise CompileOptionError(f"the inner compiler {chosen!r} is unknown; torch.compile knows {known}")
+    return lookup_backend(chosen)
 
 
 def _mode_options(mode: str | None) -> dict[str, Any]:

@@ -84,8 +84,7 @@ def check(compiled: Any, runtime: Runtime, model: nn.Module, x: torch.Tensor, so
     assert (got - want).abs().max() < TOLERANCE * want.abs().max()
     for i, name in enumerate(names):
         assert name is None or (want - base)[i].abs().max() > CHANGED
-    with torch.no_grad():
-        assert torch.equal(compiled(x), model(x)), "outside of a batch there is no adapter"
+    assert torch.equal(compiled(x), base), "outside of a batch there is no adapter"
 
 
 def attached(model: nn.Module, sources: Mapping[str, Source] | None = None, **options: Any) -> Runtime:
