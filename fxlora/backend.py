@@ -132,7 +132,9 @@ def _advice(partial: str, reads: str) -> str:
 def _off_path(runtime: Runtime, watched: Mapping[int, str], example_inputs: Sequence[Any], prefix: str) -> str:
     """A weight that was not reached from the attached model (from its module at `prefix`), in words; else empty."""
     for i, path in watched.items():
-        aliases = [alias.removeprefix(prefix) for alias in runtime.paths_of(example_inputs[i]) if alias.startswith(prefix)]
+        aliases = [
+            alias.removeprefix(prefix) for alias in runtime.paths_of(example_inputs[i]) if alias.startswith(prefix)
+        ]
         if not any(path == alias or path.endswith(f".{alias}") for alias in aliases):
             return f"it calls {runtime.paths_of(example_inputs[i])[0]!r} {path!r}"
     return ""

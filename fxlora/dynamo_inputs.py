@@ -111,4 +111,3 @@ def _argument_path(text: str, argument_names: Sequence[str]) -> str:
     elif len(tokens) > 1 and tokens[0] == "args" and tokens[1].isdigit() and int(tokens[1]) < len(argument_names):
         tokens = [argument_names[int(tokens[1])], *tokens[2:]]
     return ".".join(tokens)
-

@@ -164,7 +164,9 @@ class AdapterPool:
             sizes = {site: _sizes_of(site, self.pool_rows, self.max_adapters, self.max_rank) for site in new}
             more = sum(SitePool.bytes_needed(**size) for size in sizes.values())
             _log.info("adapter pools: %d sites of %d rank rows, %d bytes", len(sizes), self.pool_rows, more)
-            rooms = {site: _Room(SitePool.allocate(**size), ExtentAllocator(self.pool_rows)) for site, size in sizes.items()}
+            rooms = {
+                site: _Room(SitePool.allocate(**size), ExtentAllocator(self.pool_rows)) for site, size in sizes.items()
+            }
             self._rooms |= rooms
             self._bytes += more
 
@@ -296,9 +298,7 @@ class AdapterPool:
                 f"expected [R, {site.in_features}] and [R, {site.out_features}]"
             )
         if not 0 < rank <= self.max_rank:
-            raise RankError(
-                f"rank {rank} at site {site.name} ({entry.keys[:1]}); this pool takes 1 to {self.max_rank}"
-            )
+            raise RankError(f"rank {rank} at site {site.name} ({entry.keys[:1]}); this pool takes 1 to {self.max_rank}")
         if not abs(entry.scaling) <= torch.finfo(torch.float32).max:
             raise NonFiniteError(f"scaling {entry.scaling} at site {site.name} does not fit fp32")
 

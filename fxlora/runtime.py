@@ -302,7 +302,9 @@ class Runtime:
         except CaptureError as error:
             if given is not None:
                 raise
-            _log.info("the model's dummy inputs cannot be traced, so the first compiled graph shows the sites: %s", error)
+            _log.info(
+                "the model's dummy inputs cannot be traced, so the first compiled graph shows the sites: %s", error
+            )
             return
         self.admit(job, plan)
         self.learned = True
@@ -373,7 +375,9 @@ class Runtime:
         """Weights that a graph reads and no adapter can reach there, though one could in another graph."""
         planned = {self._key(site) for site in plan.sites}
         reasons = {name: skip.reason for skip in plan.skipped for name in (skip.name, *skip.aliases)}
-        found = {self._key(site): reasons.get(site.parameter, "") for site in job.sites if self._key(site) not in planned}
+        found = {
+            self._key(site): reasons.get(site.parameter, "") for site in job.sites if self._key(site) not in planned
+        }
         read = {key for key, _ in found} | {key for key, _ in planned}
         for name, tensor in self.names.items():
             weight = self._weight(tensor)

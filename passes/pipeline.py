@@ -148,9 +148,7 @@ def analyse(job: Job) -> Plan:
     return job.plan
 
 
-def rewrite(
-    job: Job, handles: Mapping[tuple[Site, ...], int], *, slots_from_memory: bool = False
-) -> fx.GraphModule:
+def rewrite(job: Job, handles: Mapping[tuple[Site, ...], int], *, slots_from_memory: bool = False) -> fx.GraphModule:
     """Rewrite the analysed graph; it takes ``adapter_slots`` (int32, the request dims) as its last input.
 
     handles: one for each of the plan's ``site_groups``. slots_from_memory: the signature stays as it is and the graph

@@ -13,10 +13,15 @@ from torch import nn
 
 import fxlora
 from tests.models import ZOO, Entry, Inputs, request
-from tests.oracle import make_adapters
+from tests.oracle import CHANGED, TOLERANCE, make_adapters, relative_error
 
 NAMES: Sequence[str | None] = ("docs", None, "code")
-TOKENS = 5
+WHOLE: Mapping[str, Any] = {
+    "do_sample": False,
+    "max_new_tokens": 5,
+    "return_dict_in_generate": True,
+    "output_logits": True,
+}
 
 
 def entry_of(name: str, **overrides: Any) -> Entry:
@@ -62,25 +67,32 @@ class Served:
             self.compiled.load_adapter(name, folder)
         self._references: dict[str | None, nn.Module] = {}
 
-    def alone(self, name: str | None, inputs: Inputs, **options: Any) -> torch.Tensor:
-        """PEFT's tokens (the bare model's for None)."""
+    def alone(self, name: str | None, inputs: Inputs, **options: Any) -> Any:
+        """PEFT's generation (the bare model's for None): `sequences`, and `logits` by step."""
         if name not in self._references:
             base = build(self.entry)
             folder = None if name is None else str(self.adapters[name])
             self._references[name] = base if folder is None else peft.PeftModel.from_pretrained(base, folder).eval()
-        options = {"do_sample": False, "max_new_tokens": TOKENS, **options}
-        return self._references[name].generate(**inputs, disable_compile=True, **options)
+        return self._references[name].generate(**inputs, disable_compile=True, **{**WHOLE, **options})
+
+    def together(self, inputs: Inputs, adapters: Any, **options: Any) -> Any:
+        """The compiled model's generation of a batch."""
+        return self.compiled.generate(**inputs, adapters=adapters, **{**WHOLE, **options})
 
     def check(self, inputs: Inputs, names: Sequence[str | None] = NAMES, **options: Any) -> None:
-        """Each request of a batch has the tokens that it has alone, and every adapter changes them."""
-        options = {"do_sample": False, "max_new_tokens": TOKENS, **options}
-        got = self.compiled.generate(**inputs, adapters=list(names), **options)
-        rows = options.get("num_return_sequences", 1)
+        """Each request of a batch has the tokens and logits that it has alone, and every adapter changes its logits."""
+        got = self.together(inputs, list(names), **options)
+        returned, beams = options.get("num_return_sequences", 1), options.get("num_beams", 1)
+        rows = max(returned, beams)
         for i, name in enumerate(names):
             mine = request(inputs, i)
-            want = self.alone(name, mine, **options)
-            assert torch.equal(got[rows * i : rows * (i + 1)], want), f"request {i} ({name}): {got} is not {want}"
-            assert name is None or not torch.equal(want, self.alone(None, mine, **options)), f"{name} changes nothing"
+            want, base = self.alone(name, mine, **options), self.alone(None, mine, **options)
+            mixed = got.sequences[returned * i : returned * (i + 1)]
+            assert torch.equal(mixed, want.sequences), f"request {i} ({name}): {mixed} is not {want.sequences}"
+            for step, logits in enumerate(want.logits):
+                error = relative_error(got.logits[step][rows * i : rows * (i + 1)], logits)
+                assert error < TOLERANCE, f"logits of request {i} ({name}) at step {step} are off by {error:.1e}"
+            assert name is None or relative_error(want.logits[0], base.logits[0]) > CHANGED, f"{name} changes nothing"
 
 
 def served(name: str, folder: Path, overrides: Mapping[str, Any] | None = None, **options: Any) -> Served:

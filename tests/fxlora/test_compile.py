@@ -21,7 +21,7 @@ from fxlora.errors import (
     NeedsExampleInputsError,
     UnknownAdapterError,
 )
-from tests.fxlora.generation import NAMES, Served, build, entry_of, prompts, served
+from tests.fxlora.generation import NAMES, WHOLE, Served, build, entry_of, prompts, served
 from tests.fxlora.runtime_toys import Toy, adapter, expected
 from tests.models import request
 
@@ -64,24 +64,23 @@ def test_a_batch_as_large_as_its_requests_are_long(llama: Served) -> None:
 
 def test_one_name_stands_for_all_requests(llama: Served) -> None:
     inputs = prompts(llama.entry)
-    got = llama.compiled.generate(**inputs, do_sample=False, max_new_tokens=4, adapters="docs")
-    assert torch.equal(got, llama.alone("docs", inputs, max_new_tokens=4))
+    got = llama.together(inputs, "docs").sequences
+    assert torch.equal(got, llama.alone("docs", inputs).sequences)
+    assert not torch.equal(got, llama.alone(None, inputs).sequences)
 
 
 def test_sampling_draws_what_peft_draws(llama: Served) -> None:
     inputs = prompts(llama.entry)
+    options: dict[str, Any] = {"do_sample": True, "num_return_sequences": 2}
     tokens = []
-    for run in (llama.compiled, llama):
-        torch.manual_seed(5)
-        options: dict[str, Any] = {"do_sample": True, "max_new_tokens": 6, "num_return_sequences": 2}
-        tokens.append(
-            run.generate(**inputs, adapters="docs", **options)
-            if run is llama.compiled
-            else llama.alone("docs", inputs, **options)
-        )
-    assert torch.equal(*tokens)
-    torch.manual_seed(5)
-    assert not torch.equal(tokens[0], llama.alone(None, inputs, do_sample=True, max_new_tokens=6, num_return_sequences=2))
+    for generate in (llama.together, lambda i, n, **o: llama.alone(n, i, **o)):
+        for name in ("docs", None):
+            llama.alone(name, inputs)  # builds PEFT's model, which draws random numbers
+            torch.manual_seed(5)
+            tokens.append(generate(inputs, name, **options).sequences)
+    assert torch.equal(tokens[0], tokens[2])
+    assert torch.equal(tokens[1], tokens[3])
+    assert not torch.equal(tokens[0], tokens[1])
 
 
 @pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 2}, {"assistant_model": True}], ids=str)
@@ -95,13 +94,13 @@ def test_a_batch_around_generate_lends_its_adapters(llama: Served) -> None:
     inputs = prompts(llama.entry)
     with llama.compiled.runtime.batch(list(NAMES)):
         for options in ({"num_beams": 2}, {}):
-            got = llama.compiled.generate(**inputs, do_sample=False, max_new_tokens=4, **options)
+            got = llama.compiled.generate(**inputs, **WHOLE, **options).sequences
             for i, name in enumerate(NAMES):
-                want = llama.alone(name, request(inputs, i), max_new_tokens=4, **options)
-                assert torch.equal(got[i : i + 1], want)
-        bare = llama.compiled.generate(**inputs, do_sample=False, max_new_tokens=4, adapters=None)
-    assert torch.equal(bare, llama.alone(None, inputs, max_new_tokens=4))
-    assert torch.equal(llama.compiled.generate(**inputs, do_sample=False, max_new_tokens=4), bare)
+                assert torch.equal(got[i : i + 1], llama.alone(name, request(inputs, i), **options).sequences)
+        bare = llama.together(inputs, None).sequences
+    assert torch.equal(bare, llama.alone(None, inputs).sequences)
+    assert torch.equal(llama.compiled.generate(**inputs, **WHOLE).sequences, bare)
+    assert not torch.equal(llama.together(inputs, list(NAMES)).sequences, bare)
 
 
 def test_in_inference_mode(llama: Served) -> None:

@@ -208,7 +208,9 @@ def test_adapters_per_token() -> None:
     runtime = attached(model, {"a": source}, batch_dims=(0, 1))
     compiled = compiled_by(runtime.backend, model)
     x = torch.randn(2, 3, 6)
-    delta = x @ source[1]["base_model.model.0.lora_A.weight"].t() @ source[1]["base_model.model.0.lora_B.weight"].t() * 2
+    delta = (
+        x @ source[1]["base_model.model.0.lora_A.weight"].t() @ source[1]["base_model.model.0.lora_B.weight"].t() * 2
+    )
     with torch.no_grad(), runtime.batch([["a", None, "a"], [None, "a", None]]):
         got = compiled(x)
     mask = torch.tensor([[1, 0, 1], [0, 1, 0]])[..., None]
