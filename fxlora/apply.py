@@ -98,7 +98,7 @@ def graph_job(
     model: nn.Module | None = None,
     group_siblings: bool = True,
 ) -> tuple[Job, Signature]:
-    """A copy of a graph as `analyse` takes it, and how the graph is called. Arguments and errors are those of `apply`."""
+    """A copy of a graph as `analyse` takes it, and how the graph is called. Arguments and errors as for `apply`."""
     if not isinstance(gm, fx.GraphModule):
         raise GraphError(
             f"apply takes a torch.fx.GraphModule, not a {type(gm).__name__}; `fxlora.capture(model, ...)` makes one"

@@ -23,12 +23,13 @@ from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._guards import TracingContext
 from torch._logging import trace_structured
 
+from fxlora.attach import owner_of
 from fxlora.dynamo_inputs import read_inputs
 from fxlora.errors import CompileOptionError, FxloraError, GraphBreakError, GraphError, NotAttachedError
 from fxlora.passes.diff import graph_text
 from fxlora.passes.pipeline import Job, analyse, rewrite
 from fxlora.passes.plan import Plan, is_target
-from fxlora.runtime import Runtime, owner_of
+from fxlora.runtime import Runtime
 
 _log = logging.getLogger(__name__)
 
@@ -180,8 +181,8 @@ class CompiledGraph:
         runtime.require_open()
         if tuple(map(id, self._watched(args)))[2:] != self._identities:
             raise NotAttachedError(
-                "compiled code was called with other Parameters than it was compiled for: dynamo's guards were switched "
-                "off, or a Parameter was replaced; attach the model that holds them and compile it"
+                "compiled code was called with other Parameters than it was compiled for (dynamo's guards were "
+                "switched off, or a Parameter was replaced): attach the model that holds them and compile it"
             )
         if self._primary is None:
             return self._run(args)
@@ -230,13 +231,14 @@ def _mode_options(mode: str | None) -> dict[str, Any]:
 def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], *, patches: Mapping[str, Any]) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, list(example_inputs), config_patches=dict(patches))
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=dict(patches))
+    return compiled
 
 
 def _as_backend_failure(error: FxloraError) -> FxloraError:
     """The same error, also of the kind that torch.compile lets through as it is; others it would wrap in one."""
     kind = type(type(error).__name__, (type(error), BackendCompilerFailed), {"__module__": type(error).__module__})
-    raised = kind.__new__(kind)
+    raised: Any = kind.__new__(kind)  # pyrefly: ignore[no-matching-overload]
     BackendCompilerFailed.__init__(raised, fxlora_backend, error, None)
     raised.args = error.args
     raised.__dict__.update(error.__dict__)

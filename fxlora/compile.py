@@ -13,19 +13,20 @@ import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 from torch.fx.experimental import _config as shape_config
 
 from fxlora.adapter import AdapterSource
+from fxlora.attach import attach
 from fxlora.batch import Adapters
 from fxlora.errors import CallError, NeedsExampleInputsError
 from fxlora.passes.plan import Targets
 from fxlora.passes.rows.seeds import BatchDims
 from fxlora.passes.sites import Site, Skipped
-from fxlora.runtime import Runtime, attach
+from fxlora.runtime import Runtime
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -34,7 +35,7 @@ _GRAPHS_MAX = 64
 _OUTER: Any = object()
 
 
-def compile(  # noqa: A001  the field's word
+def compile(
     model: M,
     max_adapters: int = 8,
     max_rank: int = 64,
@@ -87,10 +88,11 @@ def compile(  # noqa: A001  the field's word
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     made.__class__ = type(kind.__name__, (*parents, kind), names)
     made.__dict__["runtime"] = runtime
-    made.__dict__["_fxlora_backend"] = functools.partial(compile_graph, mode=mode, options={"backend": backend})
+    own_backend = functools.partial(compile_graph, mode=mode, options={"backend": backend})
+    made.__dict__["_fxlora_backend"] = own_backend
     made.__dict__["_fxlora_base"] = model
     made.__dict__["_fxlora_encoders"] = {}
-    made.__dict__["forward"] = _compiled_forward(model, made._fxlora_backend)
+    made.__dict__["forward"] = _compiled_forward(model, own_backend)
     return made
 
 
@@ -150,18 +152,18 @@ class _Generates(_Compiled):
             )
         kwargs["disable_compile"] = True  # transformers would compile the compiled forward again
         with self._batch(adapters):
-            return super().generate(*args, **kwargs)
+            return cast("Any", super()).generate(*args, **kwargs)
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
         """The encoder, compiled by itself: `generate` runs it once, outside of the model's forward."""
-        encoder = super().get_encoder(*args, **kwargs)
+        encoder = cast("Any", super()).get_encoder(*args, **kwargs)
         path = next((name for name, module in self._fxlora_base.named_modules() if module is encoder), "")
         if not path or not getattr(self.config, "is_encoder_decoder", False):
             return encoder
         if not self.runtime.learned:
             raise NeedsExampleInputsError(
-                f"the encoder {path!r} is a graph of its own, and no trace of the whole model has shown its sites: give "
-                f"`example_inputs` to `fxlora.compile`, or call the compiled model once"
+                f"the encoder {path!r} is a graph of its own, and no trace of the whole model has shown its sites: "
+                f"give `example_inputs` to `fxlora.compile`, or call the compiled model once"
             )
         if id(encoder) not in self._fxlora_encoders:
             made = copy.copy(encoder)
@@ -172,7 +174,7 @@ class _Generates(_Compiled):
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
         self.runtime.live.expand(expand_size)
-        return super()._expand_inputs_for_generation(expand_size, *args, **kwargs)
+        return cast("Any", super())._expand_inputs_for_generation(expand_size, *args, **kwargs)
 
     def _supports_mm_encoder_outputs(self) -> bool:
         return False  # encoders of images and sound then run inside the compiled forward, not beside it
@@ -188,7 +190,9 @@ def _compiled_forward(model: nn.Module, backend: functools.partial[Callable[...,
     # Dynamo counts graphs by code object, and `forward` of all compiled models would be one.
     code = forward.__code__.replace(co_name=f"{type(model).__name__}_forward")
     own = types.FunctionType(code, forward.__globals__, closure=forward.__closure__)
-    limit = {"recompile_limit": _GRAPHS_MAX} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+    limit: dict[str, Any] = (
+        {"recompile_limit": _GRAPHS_MAX} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+    )
     compiled = torch.compile(own, backend=backend, fullgraph=True, dynamic=True, **limit)
     replayed = backend.keywords["mode"] in ("reduce-overhead", "max-autotune")
 

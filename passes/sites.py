@@ -16,7 +16,6 @@ from fxlora.passes.reads import Read, Reader, Refusal
 from fxlora.passes.rows.worlds import World
 from fxlora.passes.weights import Weights, tensor_key
 
-
 NOT_READ = "not read by this graph"
 
 

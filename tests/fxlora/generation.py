@@ -30,8 +30,8 @@ def entry_of(name: str, **overrides: Any) -> Entry:
     return replace(entry, overrides={**entry.overrides, **overrides})
 
 
-def build(entry: Entry) -> Any:
-    model: Any = entry.build()
+def build(entry: Entry, device: str = "cpu") -> Any:
+    model: Any = entry.build().to(device)
     model.config.use_cache = True
     own = model.generation_config
     own.eos_token_id = own.forced_eos_token_id = None
@@ -39,13 +39,13 @@ def build(entry: Entry) -> Any:
     return model
 
 
-def prompts(entry: Entry, batch: int = 3, length: int = 7, padded: bool = True) -> Inputs:
+def prompts(entry: Entry, batch: int = 3, length: int = 7, padded: bool = True, device: str = "cpu") -> Inputs:
     """What `generate` takes; left-padded where the model has a mask of its own tokens."""
     inputs = {name: value for name, value in entry.inputs(batch, length).items() if not name.startswith("decoder")}
     if padded and "attention_mask" in inputs:
         first = torch.tensor([2, 0, 3, 1])[torch.arange(batch) % 4]
         inputs["attention_mask"] = (torch.arange(length) >= first[:, None]).long()
-    return inputs
+    return {name: value.to(device) for name, value in inputs.items()}
 
 
 @dataclass
@@ -56,10 +56,11 @@ class Served:
     folder: Path
     backend: Any = "eager"
     options: Mapping[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         self.adapters = make_adapters(self.entry, self.folder)
-        self.model = build(self.entry)
+        self.model = build(self.entry, self.device)
         self.compiled: Any = fxlora.compile(
             self.model, max_adapters=4, max_rank=16, backend=self.backend, **self.options
         )
@@ -70,7 +71,7 @@ class Served:
     def alone(self, name: str | None, inputs: Inputs, **options: Any) -> Any:
         """PEFT's generation (the bare model's for None): `sequences`, and `logits` by step."""
         if name not in self._references:
-            base = build(self.entry)
+            base = build(self.entry, self.device)
             folder = None if name is None else str(self.adapters[name])
             self._references[name] = base if folder is None else peft.PeftModel.from_pretrained(base, folder).eval()
         return self._references[name].generate(**inputs, disable_compile=True, **{**WHOLE, **options})
@@ -97,4 +98,5 @@ class Served:
 
 def served(name: str, folder: Path, overrides: Mapping[str, Any] | None = None, **options: Any) -> Served:
     """A zoo entry, compiled for the backend "eager" unless told otherwise."""
-    return Served(entry_of(name, **(overrides or {})), folder, options.pop("backend", "eager"), options)
+    backend, device = options.pop("backend", "eager"), options.pop("device", "cpu")
+    return Served(entry_of(name, **(overrides or {})), folder, backend, options, device)

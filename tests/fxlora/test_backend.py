@@ -215,9 +215,9 @@ def test_a_batch_of_another_size_than_the_call_is_refused() -> None:
     model = Toy()
     runtime = attached(model, A)
     compiled = compiled_by(runtime.backend, model)
-    with pytest.raises(BatchSizeError, match="names adapters for 3 requests, the call has 4 requests"):
-        with runtime.batch(["a"] * 3):
-            compiled(X)
+    words = "names adapters for 3 requests, the call has 4 requests"
+    with pytest.raises(BatchSizeError, match=words), runtime.batch(["a"] * 3):
+        compiled(X)
     check(compiled, runtime, model, X, A)
 
 
