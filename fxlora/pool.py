@@ -163,7 +163,8 @@ class AdapterPool:
             new = [site for site in sites if site.role is not Role.EXPERTS and site not in self._rooms]
             sizes = {site: _sizes_of(site, self.pool_rows, self.max_adapters, self.max_rank) for site in new}
             more = sum(SitePool.bytes_needed(**size) for size in sizes.values())
-            _log.info("adapter pools: %d sites of %d rank rows, %d bytes", len(sizes), self.pool_rows, more)
+            if new:
+                _log.info("adapter pools: %d sites of %d rank rows, %d bytes", len(new), self.pool_rows, more)
             rooms = {
                 site: _Room(SitePool.allocate(**size), ExtentAllocator(self.pool_rows)) for site, size in sizes.items()
             }
