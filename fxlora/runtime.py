@@ -198,8 +198,10 @@ class Runtime:
         if call is None:
             _log.info("no example inputs: the first compiled graph shows the sites")
             return
+        # A cache made inside the forward is no site's matter, and not every version of torch can trace its making.
+        cacheless = {"use_cache": False} if "use_cache" in self.argument_names[len(call[0]) :] else {}
         try:
-            gm = capture(model, *call[0], **call[1])
+            gm = capture(model, *call[0], **{**cacheless, **call[1]})
             job, _ = graph_job(
                 gm, self.shape, targets=self.targets, batch_dims=self.batch_dims, model=model, group_siblings=False
             )
