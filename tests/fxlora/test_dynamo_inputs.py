@@ -23,7 +23,9 @@ class Model(Toy):
         self.register_buffer("shift", torch.randn(5))
         self.plain, self.number = torch.randn(5), 0.5
 
-    def forward(self, x: torch.Tensor, cache: Any, mask: torch.Tensor, **extra: torch.Tensor) -> torch.Tensor:
+    def forward(  # pyrefly: ignore[bad-override]
+        self, x: torch.Tensor, cache: Any, mask: torch.Tensor, **extra: torch.Tensor
+    ) -> torch.Tensor:
         y = super().forward(x) + self.shift + self.plain * self.number
         return y * mask + cache["layers"][0] + extra["bias"]
 
@@ -73,7 +75,7 @@ def test_tensors_of_an_argument_that_is_a_module_are_the_callers() -> None:
             self.register_buffer("keys", torch.randn(4, 5))
 
     class Reader(Toy):
-        def forward(self, x: torch.Tensor, cache: nn.Module) -> torch.Tensor:
+        def forward(self, x: torch.Tensor, cache: nn.Module) -> torch.Tensor:  # pyrefly: ignore[bad-override]
             return super().forward(x) + cache.keys
 
     cache = Cache()
