@@ -22,7 +22,7 @@ from torch.fx.experimental import _config as shape_config
 from fxlora.adapter import AdapterSource
 from fxlora.attach import attach
 from fxlora.batch import Adapters
-from fxlora.errors import CallError, NeedsExampleInputsError
+from fxlora.errors import CallError, GraphBreakError, NeedsExampleInputsError
 from fxlora.passes.plan import Targets
 from fxlora.passes.rows.seeds import BatchDims
 from fxlora.passes.sites import Site, Skipped
@@ -192,6 +192,8 @@ class _Generates(_Compiled):
 
 def _compiled_forward(model: nn.Module, backend: functools.partial[Callable[..., Any]]) -> Callable[..., Any]:
     """The forward of a module as whole graphs of dynamic batch and length."""
+    from torch._dynamo.exc import Unsupported
+
     original = model.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -208,7 +210,13 @@ def _compiled_forward(model: nn.Module, backend: functools.partial[Callable[...,
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
         with _distinct_sizes:
-            return compiled(*args, **kwargs)
+            try:
+                return compiled(*args, **kwargs)
+            except Unsupported as error:
+                raise GraphBreakError(
+                    f"the forward of this {type(model).__name__} is no single graph, and nothing can be proven "
+                    f"across a graph break: {error}"
+                ) from error
 
     return call
 

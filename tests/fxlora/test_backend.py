@@ -26,6 +26,7 @@ from fxlora.errors import (
     CompileOptionError,
     FxloraError,
     GraphBreakError,
+    GraphError,
     NotAttachedError,
     UnboundTensorError,
 )
@@ -195,6 +196,24 @@ def test_a_submodule_compiled_by_itself_is_refused() -> None:
     attached(model, {"a": adapter("0.fc")})
     with pytest.raises(GraphBreakError, match=r"calls '0\.fc\.weight' 'fc\.weight'"):
         compiled_by("fxlora", model[0])(X)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast_is_refused(inside: bool) -> None:
+    class Casting(Toy):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                return super().forward(x)
+
+    model = Casting()
+    runtime = attached(model, A)
+    compiled = compiled_by(runtime.backend, model)
+    if not inside:  # autocast that is off changes nothing
+        check(compiled, runtime, model, X, A)
+    model = Casting() if inside else Toy()
+    attached(model, A)
+    with pytest.raises(GraphError, match="autocast is on"), torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+        compiled_by("fxlora", model)(X)
 
 
 def test_suppressed_errors_do_not_run_without_adapters() -> None:

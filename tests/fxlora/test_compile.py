@@ -18,11 +18,12 @@ from fxlora.errors import (
     BatchSizeError,
     CallError,
     CompileOptionError,
+    GraphBreakError,
     NeedsExampleInputsError,
     UnknownAdapterError,
 )
 from tests.fxlora.generation import NAMES, WHOLE, Served, build, entry_of, prompts, served
-from tests.fxlora.runtime_toys import Toy, adapter, expected
+from tests.fxlora.runtime_toys import Broken, Toy, adapter, expected
 from tests.models import request
 
 ONE_LAYER = {"num_hidden_layers": 1}
@@ -220,6 +221,13 @@ def test_a_plain_module() -> None:
     with pytest.raises(CompileOptionError):
         fxlora.compile(bad, backend="nope")
     assert isinstance(fxlora.compile(bad, backend="eager"), nn.Module)
+
+
+def test_a_model_with_a_graph_break_is_refused() -> None:
+    torch._dynamo.reset()
+    compiled: Any = fxlora.compile(Broken(), backend="eager")
+    with pytest.raises(GraphBreakError, match="the forward of this Broken is no single graph"):
+        compiled(torch.randn(3, 6))
 
 
 def test_compiled_models_of_one_class(tmp_path: Path) -> None:
