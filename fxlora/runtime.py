@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -258,7 +259,8 @@ class Runtime:
         """
         with self._lock:
             self.require_open()
-            own = {site: self._sites.get(self._key(site), site) for site in plan.sites}
+            # Without their uses: those would keep every node of the graph.
+            own = {site: self._sites.get(self._key(site)) or replace(site, uses=()) for site in plan.sites}
             for site, mine in own.items():
                 if (site.dtype, site.device) != (mine.dtype, mine.device):
                     raise GraphError(
