@@ -69,7 +69,7 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """As `fxlora_backend`. prefix: path, with a dot, of the module whose forward this is, where it is a submodule."""
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             return _compile(gm, example_inputs, inner_compiler(mode, options), prefix)
     except FxloraError as error:
         raise _as_backend_failure(error) from error

@@ -131,7 +131,7 @@ class Runtime:
 
         All or nothing, as `LoraModule.load_adapter`; no graph is compiled anew.
         """
-        with self._lock, torch.inference_mode(False), torch.no_grad(), read_adapter(source) as adapter:
+        with self._lock, read_adapter(source) as adapter:
             if self.learned:
                 self.pool.load(name, bind_adapter(adapter, self.sites, self.skipped, self.names))
                 return
@@ -285,7 +285,9 @@ class Runtime:
         planned = {self._key(site) for site in plan.sites}
         reasons = {name: skip.reason for skip in plan.skipped for name in (skip.name, *skip.aliases)}
         found = {
-            self._key(site): reasons.get(site.parameter, "") for site in job.sites if self._key(site) not in planned
+            self._key(site): reasons.get(site.parameter, "it is left out")
+            for site in job.sites
+            if self._key(site) not in planned
         }
         read = {key for key, _ in found} | {key for key, _ in planned}
         for name, tensor in self.names.items():
