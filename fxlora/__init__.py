@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from fxlora.apply import apply
+from fxlora.attach import attach, runtime
 from fxlora.capture import capture
+from fxlora.compile import compile
 from fxlora.errors import FxloraError
 from fxlora.module import LoraModule
+from fxlora.runtime import Runtime
 
 __version__ = "0.1.0"
-__all__ = ["FxloraError", "LoraModule", "apply", "capture"]
+__all__ = ["FxloraError", "LoraModule", "Runtime", "apply", "attach", "capture", "compile", "runtime"]

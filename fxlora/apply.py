@@ -14,7 +14,7 @@ from fxlora.errors import GraphError
 from fxlora.module import LoraModule
 from fxlora.passes.normalize import copy_graph, refuse_applied
 from fxlora.passes.pipeline import Job, analyse, rewrite
-from fxlora.passes.plan import AdapterShape
+from fxlora.passes.plan import AdapterShape, Targets
 from fxlora.passes.rows.seeds import BatchDims
 from fxlora.passes.weights import tensor_key
 from fxlora.pool import AdapterPool
@@ -65,6 +65,38 @@ def apply(
     """
     if isinstance(gm, torch.export.ExportedProgram):
         gm = gm.module()  # type: ignore[assignment]
+    job, signature = graph_job(
+        gm,
+        AdapterShape(max_adapters, max_rank, pool_rows, expert_pool_rows),
+        targets=targets,
+        batch_dims=batch_dims,
+        example_inputs=example_inputs,
+        model=model,
+        group_siblings=group_siblings,
+    )
+    plan = analyse(job)
+    pool = AdapterPool(plan.sites, digest=plan.digest, groups=plan.site_groups, **asdict(plan.shape))
+    try:
+        rewritten = rewrite(job, pool.handles)
+    except BaseException:
+        pool.close()
+        raise
+    lora = LoraModule(gm, rewritten, signature, job, pool)
+    _log_outcome(lora)
+    return lora
+
+
+def graph_job(
+    gm: Any,
+    shape: AdapterShape,
+    *,
+    targets: Targets = None,
+    batch_dims: BatchDims = None,
+    example_inputs: Any = None,
+    model: nn.Module | None = None,
+    group_siblings: bool = True,
+) -> tuple[Job, Signature]:
+    """A copy of a graph as `analyse` takes it, and how the graph is called. Arguments and errors as for `apply`."""
     if not isinstance(gm, fx.GraphModule):
         raise GraphError(
             f"apply takes a torch.fx.GraphModule, not a {type(gm).__name__}; `fxlora.capture(model, ...)` makes one"
@@ -87,23 +119,14 @@ def apply(
         models=[m for m in (model, kept.get("model"), gm) if m is not None],
         batch_dims=batch_dims,
         targets=targets,
-        shape=AdapterShape(max_adapters, max_rank, pool_rows, expert_pool_rows),
+        shape=shape,
         group_siblings=group_siblings,
     )
     head = kept.get("output_embedding")
     job.output_embedding = (
         None if head is None else dict(job.models[0].named_parameters(remove_duplicate=False)).get(head)
     )
-    plan = analyse(job)
-    pool = AdapterPool(plan.sites, digest=plan.digest, groups=plan.site_groups, **asdict(plan.shape))
-    try:
-        rewritten = rewrite(job, pool.handles)
-    except BaseException:
-        pool.close()
-        raise
-    lora = LoraModule(gm, rewritten, signature, job, pool)
-    _log_outcome(lora)
-    return lora
+    return job, signature
 
 
 def _log_outcome(lora: LoraModule) -> None:

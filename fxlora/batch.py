@@ -45,6 +45,22 @@ def slots_of(
     return flat.reshape(sizes).to(device or "cpu")
 
 
+def request_sizes(adapters: Adapters, dims: int) -> tuple[int, ...]:
+    """The sizes for `slots_of` that `adapters` itself shows: () where one entry stands for all.
+
+    dims: 1, or 2 where adapters may be chosen per token; requests that each have one for all their tokens then give
+    (requests, 1).
+    """
+    if isinstance(adapters, torch.Tensor):
+        return tuple(adapters.shape)
+    if not isinstance(adapters, list | tuple):
+        return ()
+    if dims < 2:
+        return (len(adapters),)
+    lengths = {len(entry) for entry in adapters if isinstance(entry, list | tuple)}
+    return (len(adapters), max(lengths, default=1))
+
+
 def _flat(
     entry: object, slots: Mapping[str, int], sizes: tuple[int, ...], request_dims: tuple[int, ...], where: str
 ) -> list[int]:

@@ -120,19 +120,7 @@ def _remember(gm: fx.GraphModule, model: nn.Module, args: tuple[Any, ...], kwarg
     """Keep beside the graph what it does not show itself: aliases of weights, the output embedding, fixed arguments."""
     names = list(inspect.signature(model.forward).parameters)
     bound = {**dict(zip(names, args, strict=False)), **kwargs}
-    head = None
-    getter = getattr(model, "get_output_embeddings", None)
-    if callable(getter):
-        try:
-            found = getter()
-        except (AttributeError, NotImplementedError):
-            found = None
-        weight = getattr(found, "weight", None)
-        if isinstance(weight, torch.Tensor):
-            head = next(
-                (n for n, p in model.named_parameters(remove_duplicate=False) if tensor_key(p) == tensor_key(weight)),
-                None,
-            )
+    head = output_embedding(model)
     kept = (
         None if hasattr(gm.graph._codegen, "dynamo_bytecode_flatten") else model
     )  # export drops names; dynamo keeps all
@@ -144,3 +132,18 @@ def _remember(gm: fx.GraphModule, model: nn.Module, args: tuple[Any, ...], kwarg
         "order": names if named else (),
         "renames": renames_of([model]),
     }
+
+
+def output_embedding(model: nn.Module) -> str | None:
+    """The path of the weight that makes logits, where the model says which it is (as transformers models do)."""
+    getter = getattr(model, "get_output_embeddings", None)
+    if not callable(getter):
+        return None
+    try:
+        weight = getattr(getter(), "weight", None)
+    except (AttributeError, NotImplementedError):
+        return None
+    if not isinstance(weight, torch.Tensor):
+        return None
+    named = model.named_parameters(remove_duplicate=False)
+    return next((name for name, parameter in named if tensor_key(parameter) == tensor_key(weight)), None)

@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from fxlora.kernels.errors import FxloraError, OpInputError, PlanMismatchError, PoolWriteError, RuntimeGoneError
 from fxlora.passes.errors import (
     AlreadyAppliedError,
+    AlreadyAttachedError,
     AmbiguousRequestsError,
     BatchDimsError,
     CallError,
     CaptureError,
+    CompileOptionError,
+    GraphBreakError,
     GraphError,
     NeedsExampleInputsError,
+    NotAttachedError,
     PeftModelError,
     RowsNotProvenError,
     TargetError,
@@ -31,23 +35,29 @@ __all__ = [
     "AdapterFormatError",
     "AdapterShapeError",
     "AlreadyAppliedError",
+    "AlreadyAttachedError",
     "AmbiguousRequestsError",
     "BaseWeightMismatchError",
     "BatchDimsError",
     "BatchError",
     "BatchGranularityError",
+    "BatchInUseError",
+    "BatchNotServedError",
     "BatchSizeError",
     "BatchTypeError",
     "CallError",
     "CapacityError",
     "CaptureError",
+    "CompileOptionError",
     "ConflictingEntriesError",
     "DuplicateAdapterError",
     "FxloraError",
+    "GraphBreakError",
     "GraphError",
     "IncompletePairError",
     "NeedsExampleInputsError",
     "NonFiniteError",
+    "NotAttachedError",
     "OpInputError",
     "PeftModelError",
     "PickledAdapterError",
@@ -177,6 +187,14 @@ class BatchSizeError(BatchError, ValueError):
 
 class BatchGranularityError(BatchError, TypeError):
     """`adapters=` is nested deeper than the module was built for."""
+
+
+class BatchInUseError(BatchError, RuntimeError):
+    """Another thread runs a batch of this runtime, or the batch of this thread cannot be set now."""
+
+
+class BatchNotServedError(BatchError, RuntimeError):
+    """A batch named adapters, and no compiled graph of its runtime ran inside it."""
 
 
 class UnknownAdapterError(AdapterError, BatchError):

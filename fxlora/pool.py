@@ -32,7 +32,7 @@ from fxlora.errors import (
     UnboundTensorError,
     UnknownAdapterError,
 )
-from fxlora.kernels.registry import register_runtime, unregister_runtime
+from fxlora.kernels.registry import SlotBuffers, register_runtime, unregister_runtime
 from fxlora.passes.plan import AdapterShape
 from fxlora.passes.sites import Site
 from fxlora.rooms import (
@@ -41,6 +41,7 @@ from fxlora.rooms import (
     ExtentAllocator,
     Place,
     Room,
+    expected_shapes,
     round_up_rows,
     rows_for,
 )
@@ -85,37 +86,68 @@ class AdapterPool:
         pool_rows: int | None = None,
         expert_pool_rows: int | None = None,
         groups: Sequence[tuple[Site, ...]] | None = None,
+        slots: SlotBuffers | None = None,
     ) -> None:
         """Allocates one pool per site and registers them, one handle per group.
 
         digest: 32 bits that name the plan. pool_rows: rank rows per site, rounded up to 16; by default every slot can
         hold max_rank. expert_pool_rows: rank rows per expert of a site that has several; by default every slot can hold
         rank 16 there, or max_rank if that is lower, and one adapter of max_rank always fits. groups: distinct lists of
-        the sites that one op serves, by default each site alone; a site may be in several. Raises CapacityError when
-        one adapter of max_rank would not fit, ValueError for sizes below 1.
+        the sites that one op serves, by default each site alone; a site may be in several. slots: what the op
+        `batch_slots` reads. Raises CapacityError when one adapter of max_rank would not fit, ValueError for sizes
+        below 1.
         """
         if max_adapters < 1 or max_rank < 1:
             raise ValueError(f"max_adapters is {max_adapters} and max_rank is {max_rank}; both are at least 1")
         self.max_adapters, self.max_rank = max_adapters, max_rank
-        shape = AdapterShape(max_adapters, max_rank, pool_rows, expert_pool_rows)
-        self.pool_rows = rows_for(shape)
-        self.sites = tuple(sites)
-        rooms: dict[Site, type[Room] | type[ExpertRoom]] = {
-            site: ExpertRoom if site.num_experts else Room for site in self.sites
-        }
-        sizes = {site: room.bytes_needed(site, shape) for site, room in rooms.items()}
-        self._bytes = sum(sizes.values())
-        _log.info("adapter pools: %d sites of %d rank rows, %d bytes", len(sizes), self.pool_rows, self._bytes)
-        if experts := [size for site, size in sizes.items() if site.num_experts]:
-            _log.info("of these, %d expert sites with %d bytes", len(experts), sum(experts))
-        self._rooms = {site: room(site, shape) for site, room in rooms.items()}
-        members = [(site,) for site in self.sites] if groups is None else list(groups)
-        pools: list[Any] = [tuple(self._rooms[site].pool for site in group) for group in members]
-        handles = register_runtime(digest, pools)
-        self.handles: Mapping[tuple[Site, ...], int] = MappingProxyType(dict(zip(members, handles, strict=True)))
+        self._shape = AdapterShape(max_adapters, max_rank, pool_rows, expert_pool_rows)
+        self.pool_rows = rows_for(self._shape)
+        self._slots = slots
+        self._bytes = 0
+        self._rooms: dict[Site, Room | ExpertRoom] = {}
         self._loaded: Mapping[str, _Loaded] = {}
-        self._lock = threading.Lock()
-        self._unregister = weakref.finalize(self, unregister_runtime, handles)
+        self._lock = threading.RLock()
+        self._registered: dict[tuple[int, tuple[tuple[Site, ...], ...]], Mapping[tuple[Site, ...], int]] = {}
+        self._held: list[int] = []
+        self._unregister = weakref.finalize(self, unregister_runtime, self._held)
+        self.add_sites(sites)
+        self.handles = self.register(digest, [(site,) for site in self.sites] if groups is None else groups)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites that own a pool."""
+        return tuple(self._rooms)
+
+    def add_sites(self, sites: Sequence[Site]) -> None:
+        """Allocates the pools of further sites, empty for the adapters that are loaded. Raises PoolClosedError."""
+        with self._lock:
+            self._require_open()
+            rooms: dict[Site, type[Room] | type[ExpertRoom]] = {
+                site: ExpertRoom if site.num_experts else Room for site in sites if site not in self._rooms
+            }
+            sizes = {site: room.bytes_needed(site, self._shape) for site, room in rooms.items()}
+            more = sum(sizes.values())
+            if rooms:
+                _log.info("adapter pools: %d sites of %d rank rows, %d bytes", len(rooms), self.pool_rows, more)
+            if experts := [size for site, size in sizes.items() if site.num_experts]:
+                _log.info("of these, %d expert sites with %d bytes", len(experts), sum(experts))
+            with torch.inference_mode(False):  # else they could only be written in inference mode
+                self._rooms |= {site: room(site, self._shape) for site, room in rooms.items()}
+            self._bytes += more
+
+    def register(self, digest: int, groups: Sequence[tuple[Site, ...]]) -> Mapping[tuple[Site, ...], int]:
+        """One handle for each of these groups. Graphs of one plan share theirs. Raises PoolClosedError."""
+        with self._lock:
+            self._require_open()
+            key = (digest, tuple(groups))
+            if not groups:
+                return {}
+            if key not in self._registered:
+                pools: list[Any] = [tuple(self._rooms[site].pool for site in group) for group in groups]
+                handles = register_runtime(digest, pools, self._slots)
+                self._held += handles
+                self._registered[key] = MappingProxyType(dict(zip(groups, handles, strict=True)))
+            return self._registered[key]
 
     @property
     def slots(self) -> Mapping[str, int]:
@@ -155,17 +187,35 @@ class AdapterPool:
                 raise DuplicateAdapterError(
                     f"adapter {name!r} is loaded, in slot {self.slot_of(name)}; unload it first"
                 )
-            self._check_entries(bound)
             slot = self._free_slot()
-            loaded = list(self.names)
-            places = {site: self._rooms[site].find(entry, loaded) for site, entry in bound.entries.items()}
-            staged = [self._stage(name, site, entry) for site, entry in bound.entries.items()]
-            self._write(slot, places, staged)
-            for item in staged:
-                self._rooms[item.site].take(places[item.site], item.entry)
-            self._loaded = {**self._loaded, name: _Loaded(slot, places)}
-        _log.info("loaded adapter %r into slot %d: %d sites", name, slot, len(places))
+            self._place(name, slot, bound)
         return slot
+
+    def fill(self, name: str, bound: BoundAdapter) -> None:
+        """Places an adapter that holds a slot and nothing else, as `load` does."""
+        with self._lock:
+            self._require_open()
+            slot = self.slot_of(name)
+            if self._loaded[name].places:
+                raise DuplicateAdapterError(f"adapter {name!r} is placed already, in slot {slot}")
+            self._place(name, slot, bound)
+
+    def _place(self, name: str, slot: int, bound: BoundAdapter) -> None:
+        self._check_entries(bound)
+        loaded = [other for other in self.names if other != name]
+        places = {site: self._rooms[site].find(entry, loaded) for site, entry in bound.entries.items()}
+        staged = [self._stage(name, site, entry) for site, entry in bound.entries.items()]
+        self._write(slot, places, staged)
+        for item in staged:
+            self._rooms[item.site].take(places[item.site], item.entry)
+        self._loaded = {**self._loaded, name: _Loaded(slot, places)}
+        _log.info("loaded adapter %r into slot %d: %d sites", name, slot, len(places))
+
+    def sites_of(self, name: str) -> tuple[Site, ...]:
+        """The sites to which a loaded adapter adds. Raises UnknownAdapterError."""
+        with self._lock:
+            self.slot_of(name)
+            return tuple(self._loaded[name].places)
 
     def unload(self, name: str) -> None:
         """Frees an adapter's slot and extents. Raises UnknownAdapterError or PoolClosedError."""
@@ -203,19 +253,21 @@ class AdapterPool:
         if homeless:
             raise UnboundTensorError(tuple(homeless), bound=len(bound.entries) - len(homeless))
         for site, entry in bound.entries.items():
-            shapes = tuple(entry.a_RK.shape), tuple(entry.b_RN.shape)
-            rank = min(entry.rank, *(len(half) for half in (entry.a_RK, entry.b_RN)))
-            if not 0 < rank <= self.max_rank:
-                raise RankError(
-                    f"rank {rank} at site {site.name} ({entry.keys[:1]}); this pool takes 1 to {self.max_rank}"
-                )
-            if shapes != (expected := self._rooms[site].expected(entry)):
-                raise AdapterShapeError(
-                    f"A {shapes[0]} and B {shapes[1]} of rank {entry.rank} at site {site.name}; expected {expected[0]} "
-                    f"and {expected[1]}"
-                )
-            if not abs(entry.scaling) <= torch.finfo(torch.float32).max:
-                raise NonFiniteError(f"scaling {entry.scaling} at site {site.name} does not fit fp32")
+            self.check_entry(site, entry)
+
+    def check_entry(self, site: Site, entry: Entry) -> None:
+        """Raises AdapterShapeError, RankError or NonFiniteError for an entry that no site of this kind takes."""
+        shapes = tuple(entry.a_RK.shape), tuple(entry.b_RN.shape)
+        rank = min(entry.rank, *(len(half) for half in (entry.a_RK, entry.b_RN)))
+        if not 0 < rank <= self.max_rank:
+            raise RankError(f"rank {rank} at site {site.name} ({entry.keys[:1]}); this pool takes 1 to {self.max_rank}")
+        if shapes != (expected := expected_shapes(site, entry)):
+            raise AdapterShapeError(
+                f"A {shapes[0]} and B {shapes[1]} of rank {entry.rank} at site {site.name}; expected {expected[0]} and "
+                f"{expected[1]}"
+            )
+        if not abs(entry.scaling) <= torch.finfo(torch.float32).max:
+            raise NonFiniteError(f"scaling {entry.scaling} at site {site.name} does not fit fp32")
 
     def _free_slot(self) -> int:
         taken = set(self.slots.values())

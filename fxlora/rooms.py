@@ -91,10 +91,6 @@ class Room:
         """Bytes that the memory of a site takes."""
         return SitePool.bytes_needed(**_sizes(site, shape))
 
-    def expected(self, entry: Entry) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Shapes of A and B that an entry of its rank must have."""
-        return (entry.rank, self.site.in_features), (entry.rank, self.site.out_features)
-
     def find(self, entry: Entry, loaded: list[str]) -> Place:
         """A free place for an entry; takes nothing. Raises CapacityError."""
         start = _find(self.extents, self.site, "", len(entry.a_RK), entry.rank, loaded)
@@ -126,11 +122,6 @@ class ExpertRoom:
         """Bytes that the memory of a site takes."""
         return ExpertPool.bytes_needed(**_expert_sizes(site, shape))
 
-    def expected(self, entry: Entry) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Shapes of A and B that an entry of its rank must have."""
-        a_rows, b_rows = (entry.rank * (1 if shared else self.site.num_experts) for shared in entry.shared)
-        return (a_rows, self.site.in_features), (b_rows, self.site.out_features)
-
     def find(self, entry: Entry, loaded: list[str]) -> Place:
         """A free place for an entry; takes nothing. Raises CapacityError."""
         a_start = _find(self.a_extents, self.site, "A of ", len(entry.a_RK), entry.rank, loaded)
@@ -160,6 +151,14 @@ class ExpertRoom:
             b_rows=b,
             scaling=entry.scaling,
         )
+
+
+def expected_shapes(site: Site, entry: Entry) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Shapes of A and B that an entry of its rank must have at a site."""
+    a_rows, b_rows = entry.rank, entry.rank
+    if site.num_experts:
+        a_rows, b_rows = (entry.rank * (1 if shared else site.num_experts) for shared in entry.shared)
+    return (a_rows, site.in_features), (b_rows, site.out_features)
 
 
 def rows_for(shape: AdapterShape) -> int:

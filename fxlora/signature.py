@@ -237,7 +237,8 @@ def bound_weights(gm: fx.GraphModule, flat: Sequence[Any] | None) -> dict[fx.Nod
     return bound
 
 
-def _source_text(node: fx.Node) -> str:
+def source_text(node: fx.Node) -> str:
+    """Where dynamo says that an input comes from, `L['kwargs']['input_ids']`; empty for other graphs."""
     source = getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", "")
     return str(name() if callable(name) else name)
@@ -245,13 +246,13 @@ def _source_text(node: fx.Node) -> str:
 
 def _source_path(node: fx.Node) -> str:
     """`L['self']._modules['head']._parameters['weight']` -> `head.weight`; empty for other inputs."""
-    parts = re.findall(r"\['([^']+)'\]|\.(\w+)", _source_text(node))[1:]
+    parts = re.findall(r"\['([^']+)'\]|\.(\w+)", source_text(node))[1:]
     names = [a or b for a, b in parts]
     return ".".join(n for n in names if n not in ("_modules", "_parameters", "_buffers"))
 
 
 def _display(node: fx.Node) -> str:
-    text = _source_text(node)
+    text = source_text(node)
     if text:
         parts = [a or b or c for a, b, c in re.findall(r"\['([^']+)'\]|\.(\w+)|\[(\d+)\]", text)]
         return ".".join(p for p in parts if p not in ("kwargs", "args")) or str(node.target)
@@ -278,7 +279,7 @@ def graph_inputs(
                 f"tensors it is called with; it takes {signature.names}"
             )
         name = names[i] if names is not None and i < len(names) else _display(node)
-        inputs.append(_graph_input(node, name, value, example))
+        inputs.append(graph_input(node, name, value, example))
     return inputs
 
 
@@ -305,7 +306,8 @@ def _leaf_names(signature: Signature, gm: fx.GraphModule) -> list[str] | None:
     return names
 
 
-def _graph_input(node: fx.Node, name: str, value: Any, example: Any) -> GraphInput:
+def graph_input(node: fx.Node, name: str, value: Any, example: Any) -> GraphInput:
+    """One input of a graph: its sizes and symbols off `value`, what tracing recorded."""
     if not isinstance(value, torch.Tensor):
         return GraphInput(node, name, (), (), None, example if example is not None else value)
     sizes, symbols = [], []

@@ -22,6 +22,7 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from fxlora.kernels import cpu, cpu_experts
+from fxlora.kernels.batch_slots import batch_slots as _batch_slots
 from fxlora.kernels.expert_segments import expert_segments_size, segment_experts_torch
 from fxlora.kernels.segments import segment_rows_torch, segments_size
 
@@ -57,6 +58,7 @@ _library.define(
     "int group) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_library.define("batch_slots(Tensor like, int[] dims, int group) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 segment_rows = torch.ops.fxlora.segment_rows.default
 """(row_slots int32 [T, J], max_adapters S) -> int32 of `segments_size`, the layout of segments.py.
@@ -95,6 +97,10 @@ scaling_j (x A_je^T) B_je. Rows without an expert are zero.
 
 weight may have any stride (one stored [E, K, N] comes transposed). As for `lora_linear`: -1 and slots with rank 0 add
 nothing, h is accumulated and scaled in fp32, the same errors are raised."""
+
+batch_slots = torch.ops.fxlora.batch_slots.default
+"""(like, dims, group handle) -> int32 of the sizes of `like` along `dims`: the slots of the running batch, -1 outside
+of one. Reads memory that is no argument, at a fixed address. Raises OpInputError past its end."""
 
 
 def _fake_segment_rows(row_slots: torch.Tensor, max_adapters: int) -> torch.Tensor:
@@ -159,6 +165,10 @@ def _fake_lora_experts(
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
+def _fake_batch_slots(like: torch.Tensor, dims: Sequence[int], group: int) -> torch.Tensor:
+    return like.new_empty([like.shape[d] for d in dims], dtype=torch.int32)
+
+
 def _without_grad(body: Callable[P, R]) -> Callable[P, R]:
     """The op skips autograd, so its body must not record the torch ops that it calls.
 
@@ -198,6 +208,7 @@ def _register() -> None:
         "lora_embedding": (_fake_lora_embedding, cpu.lora_embedding),
         "segment_experts": (_fake_segment_experts, segment_experts_torch),
         "lora_experts": (_fake_lora_experts, cpu_experts.lora_experts),
+        "batch_slots": (_fake_batch_slots, _batch_slots),
     }
     for name, (fake, cpu_body) in rows.items():
         triton_body = _triton_body(name)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, cast
 
@@ -157,20 +157,26 @@ class SitePool:
 
 Group = tuple[SitePool | None, ...]
 ExpertGroup = tuple[ExpertPool | None]
+SlotBuffers = Mapping[torch.device, torch.Tensor]
+"""By device: int32 [max_tokens], the slot of each request (or token) of the running batch, -1 past its end."""
 
 _lock = threading.Lock()
 _made: Counter[int] = Counter()
 _groups: dict[int, Group | ExpertGroup] = {}
 _derived: dict[int, object] = {}
+_slot_buffers: dict[int, SlotBuffers] = {}  # by handle without its group bits
 
 
-def register_runtime(digest: int, groups: Sequence[Group | ExpertGroup]) -> tuple[int, ...]:
+def register_runtime(
+    digest: int, groups: Sequence[Group | ExpertGroup], slots: SlotBuffers | None = None
+) -> tuple[int, ...]:
     """Makes the pools of one runtime reachable by handle: one int64 for each group, in order.
 
     digest: 32 bits that name the plan. A member without a pool is None (base only); an expert weight is a group of
-    its own. Handle bits, from the top: digest (32), ordinal of the runtime among those of that digest made in this
-    process (16), index of the group (15). The first runtime of a plan gets the same handles in every process; no handle
-    is used twice in one. The registry keeps the pools alive until `unregister_runtime`.
+    its own. slots: what `batch_slots` reads through any of the handles, if the graph has no input for them.
+    Handle bits, from the top: digest (32), ordinal of the runtime among those of that digest made in this process (16),
+    index of the group (15). The first runtime of a plan gets the same handles in every process; no handle is used twice
+    in one. The registry keeps the pools alive until `unregister_runtime`.
     """
     if not 0 <= digest < 1 << _DIGEST_BITS:
         raise ValueError(f"digest {digest:#x} does not fit {_DIGEST_BITS} bits")
@@ -184,6 +190,8 @@ def register_runtime(digest: int, groups: Sequence[Group | ExpertGroup]) -> tupl
         first = ((digest << _ORDINAL_BITS) | ordinal) << _GROUP_BITS
         handles = tuple(range(first, first + len(groups)))
         _groups.update(zip(handles, (tuple(group) for group in groups), strict=True))
+        if slots is not None:
+            _slot_buffers[first >> _GROUP_BITS] = slots
     return handles
 
 
@@ -193,6 +201,16 @@ def unregister_runtime(handles: Iterable[int]) -> None:
         for handle in handles:
             _groups.pop(handle, None)
             _derived.pop(handle, None)
+            _slot_buffers.pop(handle >> _GROUP_BITS, None)
+
+
+def slots_behind(handle: int) -> SlotBuffers:
+    """The slot buffers of a handle's runtime. Raises as `pools_of`, and PlanMismatchError for a runtime without any."""
+    buffers = _slot_buffers.get(handle >> _GROUP_BITS)
+    if buffers is None:
+        pools_of(handle)
+        raise PlanMismatchError(handle, "its graph takes the slots of a batch as an input")
+    return buffers
 
 
 def pools_of(handle: int) -> Group:

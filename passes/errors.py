@@ -6,12 +6,16 @@ from fxlora.kernels.errors import FxloraError
 
 __all__ = [
     "AlreadyAppliedError",
+    "AlreadyAttachedError",
     "AmbiguousRequestsError",
     "BatchDimsError",
     "CallError",
     "CaptureError",
+    "CompileOptionError",
+    "GraphBreakError",
     "GraphError",
     "NeedsExampleInputsError",
+    "NotAttachedError",
     "PeftModelError",
     "RowsNotProvenError",
     "TargetError",
@@ -25,6 +29,22 @@ class GraphError(FxloraError):
 
 class AlreadyAppliedError(GraphError):
     """The graph already holds fxlora ops."""
+
+
+class AlreadyAttachedError(GraphError):
+    """The model has a runtime, and a model has one at a time."""
+
+
+class NotAttachedError(GraphError):
+    """A model or a Parameter that belongs to no runtime: never attached, replaced since, or of a closed runtime."""
+
+
+class CompileOptionError(GraphError, ValueError):
+    """An option of the compile backend that does not exist, or a value that it does not take."""
+
+
+class GraphBreakError(GraphError):
+    """A part of a model's forward reads weights that adapters may target: nothing can be proven across a break."""
 
 
 class NeedsExampleInputsError(GraphError):

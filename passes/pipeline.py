@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxlora.kernels.ops import batch_slots
 from fxlora.passes.decompose import decompose_calls, opaque_calls
 from fxlora.passes.diff import graph_diff, graph_text
 from fxlora.passes.errors import VerifyError
 from fxlora.passes.graph import output_leaves
 from fxlora.passes.logits import mark_logits
 from fxlora.passes.normalize import count_weight_nodes, inline_modules, refuse_applied, unify_weights
-from fxlora.passes.plan import AdapterShape, Plan, Targets, plan_graph
+from fxlora.passes.plan import AdapterShape, Plan, Targets, check_targets, plan_graph
 from fxlora.passes.reads import Reader
 from fxlora.passes.rewrite import rewrite_sites
 from fxlora.passes.rows.integers import settle_worlds
@@ -58,6 +59,7 @@ class Job:
         models: Modules whose parameter paths are names of weights beside the graph's own.
         output_embedding: The weight that makes logits, where the model says so.
         group_siblings: Whether linears that read one input become one op.
+        whole: Whether the graph is all there is, so that a target it does not hold is an error.
         results: After the rewrite, what stands in the place of each planned call.
     """
 
@@ -70,6 +72,7 @@ class Job:
     shape: AdapterShape
     output_embedding: torch.Tensor | None = None
     group_siblings: bool = True
+    whole: bool = True
     weights: Weights = field(init=False)
     seeds: dict[fx.Node, tuple[int, ...]] = field(init=False)
     primary: fx.Node = field(init=False)
@@ -131,6 +134,8 @@ def make_plan(job: Job) -> None:
     """Decide for every site whether it is rewritten, and with which row map."""
     outputs = output_leaves(job.gm.graph)
     job.plan = plan_graph(job.prover, job.sites, job.skipped, job.reader, job.targets, job.shape, outputs)
+    if job.whole:
+        check_targets(job.targets, job.sites, job.skipped)
 
 
 def find_siblings(job: Job) -> None:
@@ -146,23 +151,30 @@ def analyse(job: Job) -> Plan:
     return job.plan
 
 
-def rewrite(job: Job, handles: Mapping[tuple[Site, ...], int]) -> fx.GraphModule:
+def rewrite(job: Job, handles: Mapping[tuple[Site, ...], int], *, slots_from_memory: bool = False) -> fx.GraphModule:
     """Rewrite the analysed graph; it takes ``adapter_slots`` (int32, the request dims) as its last input.
 
-    handles: one for each of the plan's ``site_groups``.
+    handles: one for each of the plan's ``site_groups``. slots_from_memory: the signature stays as it is and the graph
+    reads the slots by an op of its own (torch.compile gives a graph no further inputs).
     """
     placeholders = [n for n in job.gm.graph.nodes if n.op == "placeholder"]
     names = [str(n.target) for n in placeholders]
+    if not slots_from_memory:
+        names.append(SLOTS_NAME)
 
     def edit(job: Job) -> None:
         graph = job.gm.graph
         last = [n for n in graph.nodes if n.op == "placeholder"][-1]
         with graph.inserting_after(last):
-            slots = graph.placeholder(SLOTS_NAME)
+            if slots_from_memory:
+                args = (job.primary, list(job.seeds[job.primary]), handles[job.plan.site_groups[0]])
+                slots = graph.call_function(batch_slots, args)
+            else:
+                slots = graph.placeholder(SLOTS_NAME)
         job.results = rewrite_sites(job.gm, job.plan, job.reader, job.prover.seed, slots, handles)
 
     def check(job: Job) -> None:
-        verify_rewrite(job.gm, job.plan, job.results, job.weights, handles, [*names, SLOTS_NAME])
+        verify_rewrite(job.gm, job.plan, job.results, job.weights, handles, names)
 
     _run(job, "rewrite_sites", edit)
     _run(job, "verify_rewrite", check)

@@ -107,7 +107,7 @@ def plan_graph(
     """Decide for every site whether it is rewritten.
 
     Raises:
-        TargetError: ``targets`` names nothing, or a weight that is no site.
+        TargetError: ``targets`` is empty or no regular expression. That it names sites is for :func:`check_targets`.
         RowsNotProvenError: ``targets`` names a site whose rows are not proven.
     """
     chosen: list[Site] = []
@@ -128,7 +128,6 @@ def plan_graph(
             continue
         chosen.append(site)
         uses += planned
-    wanted.check(sites, skipped)
     order = {node: i for i, node in enumerate(prover.graph.nodes)}
     uses = [replace(use, rows=prover.table.canonical(use.rows)) for use in uses]
     uses.sort(key=lambda use: order[use.node])
@@ -137,6 +136,33 @@ def plan_graph(
     groups = tuple(Group((use,), "linears are not grouped") for use in uses)
     digest = digest_of(chosen, shape, groups)
     return Plan(tuple(chosen), tuple(uses), groups, tuple(left), shape, digest, assumed, mixed)
+
+
+def check_targets(targets: Targets, sites: Sequence[Site], skipped: Sequence[Skipped]) -> None:
+    """Raise TargetError when ``targets`` names nothing, or a weight that is no site."""
+    wanted = _Targets(targets)
+    for site in sites:
+        wanted.takes(site)
+    wanted.check([site.name for site in sites], skipped)
+
+
+def is_target(targets: Targets, site: Site) -> bool:
+    """Whether ``targets`` names a site."""
+    return _Targets(targets).takes(site)
+
+
+def targeted_paths(targets: Targets, paths: Iterable[str]) -> set[str]:
+    """The parameter paths that ``targets`` names."""
+    wanted = _Targets(targets)
+    return {path for path in paths if wanted.match((path,))}
+
+
+def check_target_names(targets: Targets, paths: Iterable[str]) -> None:
+    """Raise TargetError when ``targets`` names no weight at all, before any graph has shown which are sites."""
+    wanted, known = _Targets(targets), list(paths)
+    for path in known:
+        wanted.match((path,))
+    wanted.check([path.removesuffix(".weight") for path in known], ())
 
 
 def _misplaced(prover: Prover, path: str, node: fx.Node) -> str:
@@ -236,7 +262,7 @@ class _Targets:
                     found = True
         return found
 
-    def check(self, sites: Sequence[Site], skipped: Sequence[Skipped]) -> None:
+    def check(self, names: Sequence[str], skipped: Sequence[Skipped]) -> None:
         for name in [self.pattern] if self.pattern is not None else self.names:
             if name in self._matched:
                 continue
@@ -245,7 +271,7 @@ class _Targets:
                     raise TargetError(
                         f"targets names {name!r}, which means {item.name!r}, but that is no site: {item.reason}"
                     )
-            known = sorted({site.name for site in sites})
+            known = sorted(set(names))
             near = get_close_matches(str(name), known + [k.rpartition(".")[2] for k in known], n=3)
             raise TargetError(
                 f"targets names {name!r}, which matches no weight of the graph; nearest: {near or known[:5]}"

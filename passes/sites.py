@@ -18,6 +18,8 @@ from fxlora.passes.reads import Read, Reader, Refusal
 from fxlora.passes.rows.worlds import World
 from fxlora.passes.weights import Weights, tensor_key
 
+NOT_READ = "not read by this graph"
+
 
 class Role(str, Enum):
     """What a weight is read as."""
@@ -173,7 +175,7 @@ def _skipped(
         if key in served or key in seen or tensor.dim() < 2:
             continue
         seen.add(key)
-        reason = refused.get(key, "not read by this graph")
+        reason = refused.get(key, NOT_READ)
         paths = weights.paths_of(tensor)
         skipped.append(Skipped(path, reason, tuple(p for p in paths if p != path)))
     return skipped + _missing_modules(modules)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxlora.passes.graph import attribute, describe, op_name, operand
+from fxlora.passes.graph import attribute, describe, fake_value, op_name, operand
 from fxlora.passes.rows.families import VIEWS
 from fxlora.passes.rows.integers import Integers
 from fxlora.passes.rows.labels import Label, MapTable, Mixed, RowMap, Rows
@@ -154,9 +154,14 @@ class Prover:
         return self.worlds[world].number(value)
 
     def size(self, emit: Callable[..., fx.Node], node: fx.Node, dim: int) -> Any:
-        """A size for an emitted map: the number where it is the same in every world, else a node that reads it."""
+        """A size for an emitted map: the number where it is the same in every world, else a node that reads it.
+
+        A size that tracing left open is read even where the graph's guards let no world choose another number for it.
+        """
         sizes = {self.shape(node, w)[dim] for w in range(self.count)}
-        return sizes.pop() if len(sizes) == 1 else emit(torch.ops.aten.sym_size.int, node, dim)
+        traced = getattr(fake_value(node), "shape", None)
+        is_open = traced is not None and len(traced) > dim and isinstance(traced[dim], torch.SymInt)
+        return sizes.pop() if len(sizes) == 1 and not is_open else emit(torch.ops.aten.sym_size.int, node, dim)
 
     def assume(self, node: fx.Node, words: str) -> None:
         self.assumed.setdefault(node, words)

@@ -181,7 +181,7 @@ def along_dim(p: Prover, node: fx.Node) -> Rows:
     default = ALONG_DIM[name]
     if name in ("flip",):
         dims: list[int] | None = [d % p.ndim(operand(node)) for d in varargs(node, 1, "dims")]
-    elif name in ("roll", "diff", "rot90", "normalize"):
+    elif name in ("roll", "rot90", "normalize"):
         dims = dims_of(p, node, 2)
     else:
         dims = dims_of(p, node, 1)

@@ -105,7 +105,7 @@ def _same_dim(inp: GraphInput, primary: GraphInput, d: int, by_symbol: bool) -> 
     mine, theirs = inp.symbols[d], primary.symbols[d]
     if mine is not None and theirs is not None and mine == theirs:
         return True
-    if by_symbol:
+    if by_symbol or (theirs is not None and theirs in inp.symbols):
         return False
     if (mine is None) != (theirs is None) or inp.sizes[d] != primary.sizes[d]:
         return False

@@ -116,6 +116,18 @@ def cat(p: Prover, node: fx.Node) -> Rows:
     return moves.cat(p, node, parts, dim % p.ndim(node))
 
 
+@rule("diff")
+def diff(p: Prover, node: fx.Node) -> Rows:
+    """Differences of neighbours along one dim, of a tensor and what is put before and after it."""
+    ndim = p.ndim(node)
+    dim = argument(node, 2, "dim", default=-1) % ndim
+    parts = (operand(node), argument(node, 3, "prepend"), argument(node, 4, "append"))
+    rows = join([p.rows(x) for x in parts], ndim, p.count, "diff")
+    if isinstance(rows, Label) and dim in rows.dims:
+        return Mixed("diff along the request dim mixes requests")
+    return rows
+
+
 @rule("chunk", "split", "unbind", "tensor_split")
 def pieces(p: Prover, node: fx.Node) -> Any:
     """Splits into parts."""

@@ -246,7 +246,7 @@ def _symbol_sizes(
         for inp in inputs
         if len(dims := batch.get(inp.node, ())) > 1 and inp.symbols[dims[1]] is not None
     ]
-    for attempt in range(3):
+    for attempt in range(4):
         chosen: dict[Any, Any] = dict.fromkeys(batch_symbols, batch_size)
         if packed:
             chosen |= dict.fromkeys(batch_symbols, 3 + world) | dict.fromkeys(row_symbols, batch_size)
@@ -255,8 +255,9 @@ def _symbol_sizes(
         numbers = {s: hints[s] for s in free if not s.is_integer and s in hints}  # symbolic floats are no sizes
         for i, symbol in enumerate(s for s in free if s not in chosen and s not in numbers):
             hint = int(hints[symbol]) if symbol in hints else 2
-            size = next(others) if attempt == 0 else hint + (i + 1) * (world + 1) if attempt == 1 else hint
-            chosen[symbol] = size
+            # Apart from each other if the guards allow; else as far from each other as traced; else as traced.
+            apart = (next(others), hint + (i + 1) * (world + 1), hint + 3 * (world + 1), hint)
+            chosen[symbol] = apart[attempt]
         chosen = {s: sympy.Integer(size) for s, size in chosen.items()}
         solved = {**chosen, **{s: sympy.sympify(value) for s, value in numbers.items()}}
         for symbol, expression in replacements.items():
@@ -272,7 +273,9 @@ def _substitute(expression: Any, chosen: Mapping[Any, int], replacements: Mappin
     for _ in range(4):
         expression = expression.xreplace(chosen).xreplace(replacements)
     expression = expression.xreplace(chosen)
-    return sympy.Integer(int(expression)) if expression.is_number else None
+    if not expression.is_number:
+        return None
+    return sympy.Integer(int(expression)) if expression.is_integer else expression  # symbolic floats are no sizes
 
 
 def _in_range(bounds: Any, value: Any) -> bool:

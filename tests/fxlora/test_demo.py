@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -120,8 +121,21 @@ def test_smollm2_says_what_to_install_when_it_is_missing(monkeypatch: pytest.Mon
         smollm2.load_smollm2()
 
 
-def test_the_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_examples_of_the_readme_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """In order, as one session."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert blocks
-    exec(compile(blocks[0], "README.md", "exec"), {})
+    session: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), session)
     assert capsys.readouterr().out
+    ids, names = session["ids"], ["code", None, "docs", "licence"]
+    assert len({bytes(row) for row in session["tokens"].tolist()}) > 1
+    served, bare = session["logits"], session["lora"](input_ids=ids).logits
+    assert torch.allclose(served[1:3], bare[1:3], atol=1e-4)
+    assert torch.allclose(served[::3], session["lora"](input_ids=ids, adapters="code").logits[::3], atol=1e-4)
+    assert not torch.allclose(served[0], bare[0], atol=1e-2)
+    assert torch.allclose(
+        session["compiled"](input_ids=ids, adapters=names).logits,
+        session["lora"](input_ids=ids, adapters=names).logits,
+        atol=1e-4,
+    )

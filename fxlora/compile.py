@@ -1,0 +1,251 @@
+"""`fxlora.compile(model)`: the model's own methods, `generate` among them, over compiled graphs that serve adapters.
+
+Stage: what users of transformers call. A shallow copy of the model whose forward is compiled; the model itself stays
+as it is and shares its weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import threading
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+from torch.fx.experimental import _config as shape_config
+
+from fxlora.adapter import AdapterSource
+from fxlora.attach import attach
+from fxlora.batch import Adapters
+from fxlora.errors import CallError, GraphBreakError, NeedsExampleInputsError
+from fxlora.passes.plan import Targets
+from fxlora.passes.rows.seeds import BatchDims
+from fxlora.passes.sites import Site, Skipped
+from fxlora.runtime import Runtime
+
+M = TypeVar("M", bound=nn.Module)
+
+# One forward is compiled for several kinds of call: prefill and decode, batches of one, each kind of cache.
+_GRAPHS_MAX = 64
+_OUTER: Any = object()
+_REPLAYED = ("reduce-overhead", "max-autotune")  # the modes that use CUDA graphs
+_CACHE_CHOICES = ("cache_implementation", "past_key_values", "assistant_model", "prompt_lookup_num_tokens")
+
+
+def compile(
+    model: M,
+    max_adapters: int = 8,
+    max_rank: int = 64,
+    backend: str | Callable[..., Any] = "inductor",
+    mode: str | None = None,
+    *,
+    targets: Targets = None,
+    batch_dims: BatchDims = None,
+    pool_rows: int | None = None,
+    max_tokens: int = 8192,
+    group_siblings: bool = True,
+    example_inputs: Any = None,
+    expert_pool_rows: int | None = None,
+) -> M:
+    """Compile a model so that it serves many LoRA adapters in one batch.
+
+    Args:
+        model: The bare base model, on its device and in its mode. It is left as it is and shares its weights.
+        backend: The compiler of the rewritten graphs: "inductor", "eager", "aot_eager", any other that torch.compile
+            knows, or a callable.
+        mode: As for torch.compile, "reduce-overhead" (CUDA graphs) or "max-autotune"; for "inductor".
+        max_adapters, max_rank, targets, batch_dims, pool_rows, expert_pool_rows, max_tokens, group_siblings,
+            example_inputs: as for `fxlora.attach`.
+
+    Returns:
+        An object of the model's class and with its methods. Calls and, where the model has it, `generate` take
+        `adapters=`: one name or None per request, or one for all; without it a call has the adapters of the batch
+        around it (`runtime.batch`), else none. `load_adapter(name, source)`, `unload_adapter(name)`, `adapter_names`,
+        `sites`, `skipped` and `runtime` are those of the runtime. Outputs carry no gradient.
+
+    Raises:
+        Everything that `fxlora.attach` raises. CompileOptionError: `backend` or `mode` is unknown.
+    """
+    from fxlora.backend import compile_graph, inner_compiler  # and with it dynamo, which `import fxlora` does not need
+
+    inner_compiler(mode, {"backend": backend})
+    runtime = attach(
+        model,
+        max_adapters,
+        max_rank,
+        targets=targets,
+        batch_dims=batch_dims,
+        pool_rows=pool_rows,
+        max_tokens=max_tokens,
+        group_siblings=group_siblings,
+        example_inputs=example_inputs,
+        expert_pool_rows=expert_pool_rows,
+    )
+    made = copy.copy(model)
+    parents = (_Generates, _Compiled) if callable(getattr(model, "generate", None)) else (_Compiled,)
+    kind = type(model)
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    made.__class__ = type(kind.__name__, (*parents, kind), names)
+    made.__dict__["runtime"] = runtime
+    own_backend = functools.partial(compile_graph, mode=mode, options={"backend": backend})
+    made.__dict__["_fxlora_backend"] = own_backend
+    made.__dict__["_fxlora_base"] = model
+    made.__dict__["_fxlora_encoders"] = {}
+    made.__dict__["forward"] = _compiled_forward(model, own_backend)
+    return made
+
+
+class _Compiled(nn.Module):
+    """What a compiled model has beside the methods of its class."""
+
+    runtime: Runtime
+    _fxlora_backend: functools.partial[Callable[..., Any]]
+    _fxlora_base: nn.Module
+    _fxlora_encoders: dict[int, nn.Module]
+
+    def __call__(self, *args: Any, adapters: Adapters = _OUTER, **kwargs: Any) -> Any:
+        with self._batch(adapters):
+            return super().__call__(*args, **kwargs)
+
+    def load_adapter(self, name: str, source: AdapterSource) -> None:
+        """Load a PEFT adapter from a folder, or from (config, tensors), under a name, all or nothing."""
+        self.runtime.load_adapter(name, source)
+
+    def unload_adapter(self, name: str) -> None:
+        """Free the slot and the memory of an adapter. Raises UnknownAdapterError."""
+        self.runtime.unload_adapter(name)
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """Names of the loaded adapters, in slot order."""
+        return self.runtime.adapter_names
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Weights that adapters can reach."""
+        return self.runtime.sites
+
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        """The other weights, each with its reason."""
+        return self.runtime.skipped
+
+    @contextmanager
+    def _batch(self, adapters: Adapters) -> Iterator[None]:
+        with self.runtime.same_batch() if adapters is _OUTER else self.runtime.batch(adapters):
+            yield
+
+
+class _Generates(_Compiled):
+    """What it needs further where the class can generate: the batch follows what generation does to the inputs."""
+
+    def generate(self, *args: Any, adapters: Adapters = _OUTER, **kwargs: Any) -> Any:
+        """The model's own `generate`; adapters: one name or None per request of the inputs, or one for all.
+
+        Beams and returned sequences keep the adapter of their request. Under CUDA graphs the cache is a static one
+        unless the call or the model chooses: a replay overwrites what the last one returned, as a growing cache is.
+        """
+        if kwargs.get("cache_implementation") == "paged":
+            raise CallError(
+                "cache_implementation='paged' is continuous batching, which runs in a thread of its own over packed "
+                "requests: `adapters=` of one call cannot reach it"
+            )
+        if self._fxlora_backend.keywords["mode"] in _REPLAYED and not self._chooses_cache(kwargs):
+            kwargs["cache_implementation"] = "static"
+        kwargs["disable_compile"] = True  # transformers would compile the compiled forward again
+        with self._batch(adapters):
+            return cast("Any", super()).generate(*args, **kwargs)
+
+    def _chooses_cache(self, kwargs: Mapping[str, Any]) -> bool:
+        config: Any = kwargs.get("generation_config") or self.generation_config
+        given = {key for key in _CACHE_CHOICES if kwargs.get(key, getattr(config, key, None)) is not None}
+        return bool(given) or kwargs.get("use_cache", config.use_cache) is False
+
+    def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
+        """The encoder, compiled by itself: `generate` runs it once, outside of the model's forward."""
+        encoder = cast("Any", super()).get_encoder(*args, **kwargs)
+        path = next((name for name, module in self._fxlora_base.named_modules() if module is encoder), "")
+        if not path or not getattr(self.config, "is_encoder_decoder", False):
+            return encoder
+        if not self.runtime.learned:
+            raise NeedsExampleInputsError(
+                f"the encoder {path!r} is a graph of its own, and no trace of the whole model has shown its sites: "
+                f"give `example_inputs` to `fxlora.compile`, or call the compiled model once"
+            )
+        if id(encoder) not in self._fxlora_encoders:
+            made = copy.copy(encoder)
+            backend = functools.partial(self._fxlora_backend, prefix=f"{path}.")
+            made.__dict__["forward"] = _compiled_forward(encoder, backend)
+            self._fxlora_encoders[id(encoder)] = made
+        return self._fxlora_encoders[id(encoder)]
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
+        self.runtime.live.expand(expand_size)
+        return cast("Any", super())._expand_inputs_for_generation(expand_size, *args, **kwargs)
+
+    def _supports_mm_encoder_outputs(self) -> bool:
+        return False  # encoders of images and sound then run inside the compiled forward, not beside it
+
+
+def _compiled_forward(model: nn.Module, backend: functools.partial[Callable[..., Any]]) -> Callable[..., Any]:
+    """The forward of a module as whole graphs of dynamic batch and length."""
+    from torch._dynamo.exc import Unsupported
+
+    original = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    # Dynamo counts graphs by code object, and `forward` of all compiled models would be one.
+    code = forward.__code__.replace(co_name=f"{type(model).__name__}_forward")
+    own = types.FunctionType(code, forward.__globals__, closure=forward.__closure__)
+    limit: dict[str, Any] = (
+        {"recompile_limit": _GRAPHS_MAX} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+    )
+    compiled = torch.compile(own, backend=backend, fullgraph=True, dynamic=True, **limit)
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _distinct_sizes:
+            try:
+                return compiled(*args, **kwargs)
+            except Unsupported as error:
+                raise GraphBreakError(
+                    f"the forward of this {type(model).__name__} is no single graph, and nothing can be proven "
+                    f"across a graph break: {error}"
+                ) from error
+
+    return call
+
+
+class _DistinctSizes:
+    """Inside, equal sizes of a compiled call stay two sizes: a batch as large as its requests are long, or as the
+    model has heads, would else be one with them, and the next batch compile a further graph.
+
+    `torch.fx.experimental._config.patch` does the same in 42 us; a call enters here in 4 (one CPU core).
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before, shape_config.use_duck_shape = shape_config.use_duck_shape, False
+            self._inside += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                shape_config.use_duck_shape = self._before
+
+
+_distinct_sizes = _DistinctSizes()
