@@ -12,6 +12,7 @@ from torch import fx, nn
 from fxlora.adapter import AdapterSource, read_adapter
 from fxlora.batch import Adapters, slots_of
 from fxlora.binding import bind_adapter
+from fxlora.dumps.record import Record, title_of
 from fxlora.errors import CallError
 from fxlora.passes.pipeline import Job, PassReport
 from fxlora.passes.plan import Group
@@ -41,7 +42,7 @@ class LoraModule(nn.Module):
         graph_module: The rewritten graph: flat inputs, then `adapter_slots` (int32).
         sites: Weights that adapters can reach. skipped: the others, each with its reason.
         groups: The ops of the graph, in order: the sites that each serves, and why these.
-        pool: The adapter memory. reports: what each pass did.
+        pool: The adapter memory. reports: what each pass did. record: what dumps are drawn from.
         fixed_sizes: Sizes that tracing fixed, by input name and dim: calls with others are refused.
         assumed: Where isolation of requests is taken on trust. mixed_outputs: outputs that combine requests.
     """
@@ -63,6 +64,7 @@ class LoraModule(nn.Module):
         self.reports: tuple[PassReport, ...] = tuple(job.reports)
         self.assumed, self.mixed_outputs = job.plan.assumed, job.plan.mixed_outputs
         self.frozen: bool = job.sizing.frozen
+        self.record = Record.of_job(job, pool, title=title_of(base))
         self._weights = dict(job.weights.names)
         placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
         position = {node: i for i, node in enumerate(placeholders)}

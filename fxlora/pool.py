@@ -102,6 +102,18 @@ class _Loaded:
 
 
 @dataclass(frozen=True, eq=False)
+class Placement:
+    """Where one adapter lies at one site: its first pool row, the rows of its extent, and views of its tensors."""
+
+    start: int
+    rows: int
+    rank: int
+    scaling: float
+    a_RK: torch.Tensor
+    b_RN: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class _Staged:
     """One entry, checked, in the dtype and on the device of its pool."""
 
@@ -174,6 +186,18 @@ class AdapterPool:
         if name not in slots:
             raise UnknownAdapterError(f"no adapter {name!r} is loaded; loaded: {list(slots)}")
         return slots[name]
+
+    def placements(self, name: str) -> dict[Site, Placement]:
+        """Where a loaded adapter lies, site by site; the tensors are views. Raises UnknownAdapterError."""
+        with self._lock:
+            slot, found = self.slot_of(name), {}
+            for site, start in self._loaded[name].starts.items():
+                pool = self._rooms[site].pool
+                rank = int(pool.rank[slot])
+                rows = slice(start, start + rank)
+                tensors = (pool.a_PK[rows], pool.b[rows])
+                found[site] = Placement(start, round_up_rows(rank), rank, float(pool.scaling[slot]), *tensors)
+            return found
 
     def load(self, name: str, bound: BoundAdapter) -> int:
         """Places an adapter and returns its slot. All or nothing: everything is checked before the first byte moves.

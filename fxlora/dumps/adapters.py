@@ -1,0 +1,145 @@
+"""What a dump says of an adapter: where it landed, how large its deltas are, and what found no place.
+
+Norms come from Gram matrices: ||B^T A||_F^2 = sum over r, s of <a_r, a_s> <b_r, b_s>, so no delta is ever made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fxlora.adapter import AdapterSource, read_adapter
+from fxlora.binding import bind_adapter
+from fxlora.errors import AdapterError, Unbound, UnboundTensorError, UnknownAdapterError
+from fxlora.passes.sites import Site, Skipped
+from fxlora.passes.weights import tensor_key
+from fxlora.pool import AdapterPool
+
+
+@dataclass(frozen=True)
+class Place:
+    """One adapter at one site. start, rows: its extent in the site's pool; None for an adapter that is not loaded.
+
+    delta_norm: ||scaling B A||_F. weight_norm: ||W||_F of the base weight; None where it holds no values.
+    """
+
+    rank: int
+    scaling: float
+    delta_norm: float | None = None
+    weight_norm: float | None = None
+    start: int | None = None
+    rows: int | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """||dW|| / ||W||."""
+        return self.delta_norm / self.weight_norm if self.delta_norm is not None and self.weight_norm else None
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterView:
+    """One adapter, loaded (it has a slot) or only tried: then `unbound` has what found no site, `error` any other."""
+
+    name: str
+    slot: int | None = None
+    origin: str = ""
+    places: Mapping[Site, Place] = field(default_factory=dict)
+    unbound: Sequence[Unbound] = ()
+    error: str = ""
+
+    @property
+    def binds(self) -> bool:
+        return not self.unbound and not self.error
+
+
+def loaded_views(pool: AdapterPool | None, norm: Norms, names: Sequence[str] | None = None) -> list[AdapterView]:
+    """The loaded adapters, or those named. Raises UnknownAdapterError."""
+    if pool is None:
+        return []
+    views = []
+    for name in pool.names if names is None else names:
+        places = {
+            site: Place(p.rank, p.scaling, delta_norm(p.a_RK, p.b_RN, p.scaling), norm(site.weight), p.start, p.rows)
+            for site, p in pool.placements(name).items()
+        }
+        views.append(AdapterView(name, pool.slot_of(name), "", places))
+    return views
+
+
+def tried_view(
+    source: AdapterSource,
+    sites: Sequence[Site],
+    skipped: Sequence[Skipped],
+    weights: Mapping[str, torch.Tensor],
+    norm: Norms,
+) -> AdapterView:
+    """An adapter that is bound for its view alone: nothing is loaded, and what does not bind is part of the view."""
+    origin = Path(source).name if isinstance(source, str | Path) else "(config, tensors)"
+    try:
+        with read_adapter(source) as adapter:
+            bound = bind_adapter(adapter, sites, skipped, weights)
+            places = {
+                site: Place(e.rank, e.scaling, delta_norm(e.a_RK, e.b_RN, e.scaling), norm(site.weight))
+                for site, e in bound.entries.items()
+            }
+    except UnboundTensorError as error:
+        return AdapterView(origin, None, origin, unbound=error.unbound)
+    except AdapterError as error:
+        return AdapterView(origin, None, origin, error=f"{type(error).__name__}: {error}")
+    return AdapterView(origin, None, origin, places)
+
+
+def choose_views(
+    chosen: Any,
+    pool: AdapterPool | None,
+    sites: Sequence[Site],
+    skipped: Sequence[Skipped],
+    weights: Mapping[str, torch.Tensor],
+) -> list[AdapterView]:
+    """The views that `adapter=` asks for: None every loaded one, a loaded name that one, else a source to try.
+
+    Raises UnknownAdapterError for a string that is neither a loaded name nor a folder.
+    """
+    norm = Norms()
+    if chosen is None:
+        return loaded_views(pool, norm)
+    views = []
+    for item in chosen if isinstance(chosen, list) else [chosen]:
+        if isinstance(item, AdapterView):
+            views.append(item)
+        elif pool is not None and isinstance(item, str) and item in pool.names:
+            views += loaded_views(pool, norm, [item])
+        elif isinstance(item, str) and not Path(item).exists():
+            known = list(pool.names) if pool is not None else []
+            raise UnknownAdapterError(f"adapter={item!r} is neither loaded nor a folder; loaded: {known}")
+        else:
+            views.append(tried_view(item, sites, skipped, weights, norm))
+    return views
+
+
+def delta_norm(a_RK: torch.Tensor, b_RN: torch.Tensor, scaling: float) -> float:
+    """||scaling B A||_F in fp32 from the two [R, R] Gram matrices."""
+    a, b = a_RK.detach().float(), b_RN.detach().float()
+    squared = ((a @ a.t()).double() * (b @ b.t()).double()).sum()
+    return abs(scaling) * float(squared.clamp(min=0).sqrt())
+
+
+class Norms:
+    """||W||_F of base weights, each computed once; None where a weight holds no values (meta, fake)."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, float | None] = {}
+
+    def __call__(self, weight: torch.Tensor) -> float | None:
+        key = tensor_key(weight)
+        if key not in self._known:
+            empty = weight.device.type == "meta" or not weight.numel() or isinstance(weight, FakeTensor)
+            self._known[key] = (
+                None if empty else float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float32))
+            )
+        return self._known[key]
