@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from fxlora.apply import apply
 from fxlora.capture import capture
+from fxlora.dumps import dump, load_graph, to_networkx
 from fxlora.errors import FxloraError
 from fxlora.module import LoraModule
 
 __version__ = "0.1.0"
-__all__ = ["FxloraError", "LoraModule", "apply", "capture"]
+__all__ = ["FxloraError", "LoraModule", "apply", "capture", "dump", "load_graph", "to_networkx"]

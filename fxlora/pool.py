@@ -103,14 +103,16 @@ class _Loaded:
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Where one adapter lies at one site: its first pool row, the rows of its extent, and views of its tensors."""
+    """Where one adapter lies at one site: its first pool row and the rows of its extent.
+
+    factors: views of its (A [R, K], B [R, N]), whose product is what it adds, before scaling.
+    """
 
     start: int
     rows: int
     rank: int
     scaling: float
-    a_RK: torch.Tensor
-    b_RN: torch.Tensor
+    factors: tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,8 +197,8 @@ class AdapterPool:
                 pool = self._rooms[site].pool
                 rank = int(pool.rank[slot])
                 rows = slice(start, start + rank)
-                tensors = (pool.a_PK[rows], pool.b[rows])
-                found[site] = Placement(start, round_up_rows(rank), rank, float(pool.scaling[slot]), *tensors)
+                factors = ((pool.a_PK[rows], pool.b[rows]),)
+                found[site] = Placement(start, round_up_rows(rank), rank, float(pool.scaling[slot]), factors)
             return found
 
     def load(self, name: str, bound: BoundAdapter) -> int:

@@ -5,7 +5,8 @@ Norms come from Gram matrices: ||B^T A||_F^2 = sum over r, s of <a_r, a_s> <b_r,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def loaded_views(pool: AdapterPool | None, norm: Norms, names: Sequence[str] | N
     views = []
     for name in pool.names if names is None else names:
         places = {
-            site: Place(p.rank, p.scaling, delta_norm(p.a_RK, p.b_RN, p.scaling), norm(site.weight), p.start, p.rows)
+            site: Place(p.rank, p.scaling, delta_norm(p.factors, p.scaling), norm(site.weight), p.start, p.rows)
             for site, p in pool.placements(name).items()
         }
         views.append(AdapterView(name, pool.slot_of(name), "", places))
@@ -84,7 +85,7 @@ def tried_view(
         with read_adapter(source) as adapter:
             bound = bind_adapter(adapter, sites, skipped, weights)
             places = {
-                site: Place(e.rank, e.scaling, delta_norm(e.a_RK, e.b_RN, e.scaling), norm(site.weight))
+                site: Place(e.rank, e.scaling, delta_norm([(e.a_RK, e.b_RN)], e.scaling), norm(site.weight))
                 for site, e in bound.entries.items()
             }
     except UnboundTensorError as error:
@@ -122,11 +123,13 @@ def choose_views(
     return views
 
 
-def delta_norm(a_RK: torch.Tensor, b_RN: torch.Tensor, scaling: float) -> float:
-    """||scaling B A||_F in fp32 from the two [R, R] Gram matrices."""
-    a, b = a_RK.detach().float(), b_RN.detach().float()
-    squared = ((a @ a.t()).double() * (b @ b.t()).double()).sum()
-    return abs(scaling) * float(squared.clamp(min=0).sqrt())
+def delta_norm(factors: Iterable[tuple[torch.Tensor, torch.Tensor]], scaling: float) -> float:
+    """||scaling B A||_F in fp64, from the [R, R] Gram matrices of each A [R, K] and B [R, N]."""
+    squared = 0.0
+    for a_RK, b_RN in factors:
+        a, b = a_RK.detach().double(), b_RN.detach().double()
+        squared += float(((a @ a.t()) * (b @ b.t())).sum())
+    return abs(scaling) * math.sqrt(max(squared, 0.0))
 
 
 class Norms:
@@ -140,6 +143,6 @@ class Norms:
         if key not in self._known:
             empty = weight.device.type == "meta" or not weight.numel() or isinstance(weight, FakeTensor)
             self._known[key] = (
-                None if empty else float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float32))
+                None if empty else float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
             )
         return self._known[key]

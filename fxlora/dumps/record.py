@@ -7,7 +7,7 @@ module; nothing here runs the model or touches a graph.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,11 +31,11 @@ class Record:
     """One graph on its way through fxlora.
 
     Attributes:
-        title: The model's class, as far as it is known.
+        title: The model's class, as far as it is known. gm: The graph module as it is now.
         before: The graph as it was read: one node per weight, nothing rewritten yet.
         after: The rewritten graph; None where nothing was rewritten.
         tensors: The weight or buffer behind each node that stands for one. paths: all names of a tensor, by its key.
-        sites, skipped, groups, uses: The plan; empty for a plain graph module.
+        sites, skipped, groups, uses: The plan; empty for a plain graph module. found: all sites, targeted or not.
         reports: What each pass did. labels: rows of every node of `before` (see `passes.rows.labels`).
         results: For each rewritten call, what stands in its place.
         pool: The adapter memory, if there is any.
@@ -43,12 +43,14 @@ class Record:
     """
 
     title: str
+    gm: fx.GraphModule
     before: Snapshot
     after: Snapshot | None
     tensors: Mapping[fx.Node, torch.Tensor]
     paths: Mapping[Any, Sequence[str]]
     input_names: Mapping[fx.Node, str] = field(default_factory=dict)
     sites: Sequence[Site] = ()
+    found: Sequence[Site] = ()
     skipped: Sequence[Skipped] = ()
     groups: Sequence[Group] = ()
     uses: Sequence[PlannedUse] = ()
@@ -73,12 +75,14 @@ class Record:
         names = weights.names if weights else {}
         return cls(
             title=title or next((title_of(m) for m in job.models), ""),
+            gm=job.gm,
             before=before,
             after=after,
             tensors=tensors,
-            paths=_paths(names.items(), _buffers([job.gm])),
+            paths=_paths(names.items(), _buffers([*job.models, job.gm])),
             input_names={inp.node: inp.name for inp in job.inputs},
             sites=plan.sites if plan else tuple(getattr(job, "sites", ())),
+            found=tuple(getattr(job, "sites", ())),
             skipped=plan.skipped if plan else tuple(getattr(job, "skipped", ())),
             groups=plan.groups if plan else (),
             uses=plan.uses if plan else (),
@@ -100,12 +104,16 @@ class Record:
         kept = gm.meta.get(META_KEY, {}).get("model")
         models = [gm] if kept is None else [kept, gm]
         named = (item for model in models for item in model.named_parameters(remove_duplicate=False))
-        return cls(title_of(kept or gm), Snapshot.of(gm), None, bound, _paths(named, _buffers(models)))
+        return cls(title_of(kept or gm), gm, Snapshot.of(gm), None, bound, _paths(named, _buffers(models)))
 
     @property
     def graph(self) -> Snapshot:
         """The graph as it is now."""
         return self.after or self.before
+
+    def side_before(self) -> Record:
+        """The same record without what the rewrite made."""
+        return replace(self, after=None, results={})
 
     def paths_of(self, node: fx.Node) -> tuple[str, ...]:
         """All names of the tensor behind a node, the canonical one first; its target where it has none."""
