@@ -34,7 +34,7 @@ def dot_text(graph: nx.MultiDiGraph, *, depth: int | None = None, focus: str | N
         tree = next(visit for visit in _all(tree) if visit.path == focus)
     if depth is None:
         depth = 1
-        while depth < 12 and _Quotient(graph, tree, depth).count < _Quotient(graph, tree, depth + 1).count <= _BOXES_MAX:
+        while _boxes(tree, depth) < _boxes(tree, depth + 1) <= _BOXES_MAX:
             depth += 1
     quotient = _Quotient(graph, tree, depth)
     dot = pydot.Dot("fxlora", graph_type="digraph", rankdir="TB", fontname="Helvetica", compound="true")
@@ -65,6 +65,19 @@ def _all(visit: Visit) -> list[Visit]:
     return [visit, *(inner for item in visit.visits for inner in _all(item))]
 
 
+def _boxes(visit: Visit, depth: int) -> int:
+    """How many boxes a tree opened to a depth has; repeats count once each time they follow each other."""
+    count, last = 0, None
+    for item in visit.items:
+        if not isinstance(item, Visit) or (item.like is None and depth <= 0):
+            count, last = count + 1, None
+        elif item.like is None:
+            count, last = count + _boxes(item, depth - 1), None
+        elif item.like is not last:
+            count, last = count + 1, item.like
+    return count
+
+
 class _Quotient:
     """Boxes of a tree opened to a depth, and which box each node of the graph lies in."""
 
@@ -74,22 +87,14 @@ class _Quotient:
         self.labels: dict[str, tuple[str, str]] = {}
         self.clusters: list[Any] = []
         self.content = self._open(tree, 0)
+        inside = set(self.box_of)
         for node, kind in graph.nodes(data="kind"):
             if node in self.box_of or kind in ("weight", "site", "adapter"):
                 continue
             if kind == "row_map":
                 self._box(node, "row maps", "row maps", "row_map")
-            elif self._is_near(node):
+            elif inside.intersection([*graph.successors(node), *graph.predecessors(node)]):
                 self._box(node, f"n:{node}", self._outside(node), kind if kind in _FILL else "input")
-
-    @property
-    def count(self) -> int:
-        return len(self.labels)
-
-    def _is_near(self, node: str) -> bool:
-        """Is it an input, or beside what is drawn?"""
-        beside = [*self.graph.successors(node), *self.graph.predecessors(node)]
-        return any(other in self.box_of and not self.box_of[other].startswith(("n:", "row")) for other in beside)
 
     def _outside(self, node: str) -> str:
         facts = self.graph.nodes[node]
@@ -114,8 +119,9 @@ class _Quotient:
                 first = item.like or item
                 alike = repeats.get(first, []) if item.like is not None else [item]
                 box = f"v:{first.path}:{item.like is not None}:{'' if item.like is not None else i}"
+                label, kind = self.labels.get(box) or (self._visit_label(alike, item.like), self._kind(item))
                 for call in item.calls():
-                    self._box(call, box, self._visit_label(alike, item.like), self._kind(item))
+                    self._box(call, box, label, kind)
                 if box not in content:
                     content.append(box)
             else:
@@ -168,10 +174,15 @@ class _Quotient:
             for a, b, kind in self.graph.edges(data="kind")
             if kind == "data" and a in self.box_of and b in self.box_of and self.box_of[a] != self.box_of[b]
         )
+        tensors = {
+            (self.box_of.get(a), self.box_of.get(b)) for a, b in self.graph.edges() if "dtype" in self.graph.nodes[a]
+        }
         for (a, b), count in edges.items():
             if a in drawn or b in drawn:
-                label = {"label": quoted(str(count))} if count > 1 else {}
-                dot.add_edge(pydot.Edge(numbers[a], numbers[b], **label))
+                style = {"label": quoted(str(count))} if count > 1 else {}
+                if (a, b) not in tensors:
+                    style |= {"style": "dashed", "color": quoted("#bbbbbb")}
+                dot.add_edge(pydot.Edge(numbers[a], numbers[b], **style))
 
     def _is_inside(self, box: str) -> bool:
         def holds(content: list[Any]) -> bool:

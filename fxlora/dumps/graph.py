@@ -133,11 +133,11 @@ def _add_call(graph: nx.MultiDiGraph, state: NodeState, ids: Mapping[fx.Node, st
 
 def template(state: NodeState, ids: Mapping[fx.Node, str]) -> str:
     """The text of a call with `%id` for each node in it."""
-    marked = {node: f"\0{name}\0" for node, name in ids.items()}
-    if state.op == "output":
-        text = f"return {show(state.args[0], marked.__getitem__)}"
-    else:
-        text = call_text(state, marked.__getitem__)
+
+    def marked(node: fx.Node) -> str:
+        return f"\0{ids[node]}\0"
+
+    text = f"return {show(state.args[0], marked)}" if state.op == "output" else call_text(state, marked)
     parts = text.split("\0")
     return "".join(plain(part).replace("%", "%%") if i % 2 == 0 else f"%{part}" for i, part in enumerate(parts))
 
