@@ -100,7 +100,8 @@ def rows_text(rows: Any) -> str:
     if isinstance(rows, Mixed):
         return f"mixed: {rows.reason}"
     if isinstance(rows, Label):
-        return f"dims {', '.join(map(str, rows.dims))}: {' -> '.join(rows.map.chain())}"
+        dims = f"dim{'s' if len(rows.dims) > 1 else ''} {', '.join(map(str, rows.dims))}"
+        return f"{dims} by {' -> '.join(rows.map.chain())}"
     return ""
 
 

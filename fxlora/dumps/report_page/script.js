@@ -245,13 +245,13 @@ function siteLines() {
 function siteColumns() {
   const mean = (line, i) => { const r = line.map((s) => placeOf[i].get(s)).filter(Boolean).map((p) => p.ratio || 0); return r.length ? r.reduce((a, b) => a + b, 0) / r.length : -1; };
   return [
-    { name: "site", width: "minmax(290px,2.2fr)", key: (l) => D.sites[l[0]].name, cell: (l) => [el("span", { class: "mono" }, foldNames(l.map((s) => D.sites[s].name))), l.length > 1 ? el("span", { class: "times" }, `×${l.length}`) : "", D.sites[l[0]].aliases.length ? el("span", { class: "dim" }, `  also ${D.sites[l[0]].aliases.join(", ")}`) : ""] },
+    { name: "site", width: "minmax(330px,2.2fr)", key: (l) => D.sites[l[0]].name, cell: (l) => [el("span", { class: "mono" }, foldNames(l.map((s) => D.sites[s].name))), l.length > 1 ? el("span", { class: "times" }, `×${l.length}`) : "", D.sites[l[0]].aliases.length ? el("span", { class: "dim" }, `  also ${D.sites[l[0]].aliases.join(", ")}`) : ""] },
     { name: "role", width: "108px", key: (l) => D.sites[l[0]].role, cell: (l) => el("span", { class: `role ${D.sites[l[0]].role}` }, D.sites[l[0]].role) },
     { name: "shape", width: "126px", num: true, key: (l) => D.sites[l[0]].shape.reduce((a, b) => a * b, 1), cell: (l) => D.sites[l[0]].shape.join(" × ") },
+    ...shown.map((i) => ({ name: D.adapters[i].name, width: "184px", adapter: i, key: (l) => mean(l, i), cell: (l) => adapterCell(l, i) })),
+    { name: "one op with", width: "minmax(130px,1fr)", key: (l) => siblings(l[0]).length, cell: (l) => el("span", { class: "dim" }, siblings(l[0]).map((s) => last(D.sites[s].name)).join(", ")) },
     { name: "uses", width: "62px", num: true, key: (l) => D.sites[l[0]].uses, cell: (l) => String(D.sites[l[0]].uses) },
     { name: "rows", width: "62px", num: true, key: (l) => D.sites[l[0]].maps.join(), cell: (l) => D.sites[l[0]].maps.join(", ") },
-    { name: "one op with", width: "minmax(120px,1fr)", key: (l) => siblings(l[0]).length, cell: (l) => el("span", { class: "dim" }, siblings(l[0]).map((s) => last(D.sites[s].name)).join(", ")) },
-    ...shown.map((i) => ({ name: D.adapters[i].name, width: "184px", adapter: i, key: (l) => mean(l, i), cell: (l) => adapterCell(l, i) })),
   ];
 }
 const siblings = (s) => [...new Set((groupOf.get(s) || []).flatMap((g) => g.sites))].filter((o) => o !== s);
@@ -269,7 +269,7 @@ VIEWS.sites = (main) => {
     el("input", { type: "search", id: "site-filter", placeholder: "Filter", "aria-label": "Filter sites", value: filter.text, oninput: (e) => { filter.text = e.target.value; fill(); } }),
     el("select", { "aria-label": "Role", onchange: (e) => { filter.role = e.target.value; fill(); } }, el("option", { value: "" }, "every role"), roles.map((r) => el("option", { value: r, selected: r === filter.role }, r))),
     el("label", {}, el("input", { type: "checkbox", id: "site-fold", checked: filter.fold, onchange: (e) => { filter.fold = e.target.checked; fill(); } }), "fold repeats"), count);
-  const grid = el("div", { class: "grid", role: "grid", "aria-label": "Sites", style: `--columns:${columns.map((c) => c.width).join(" ")};max-height:calc(100vh - 150px)` });
+  const grid = el("div", { class: "grid", role: "grid", "aria-label": "Sites", style: `--columns:${columns.map((c) => c.width).join(" ")};--least:${columns.reduce((n, c) => n + +c.width.match(/\d+/)[0], 0)}px;max-height:calc(100vh - 150px)` });
   const head = el("div", { class: "head", role: "row" }, columns.map((c) => el("button", { role: "columnheader", class: c.num ? "num" : "", title: c.adapter !== undefined ? `${c.name}: rank, and mean of ‖ΔW‖ / ‖W‖` : null, onclick: (e) => {
     if (filter.sort === c.key && filter.down) { filter.sort = null; filter.down = false; } else if (filter.sort === c.key) filter.down = true; else { filter.sort = c.key; filter.down = c.adapter !== undefined; }
     fill();
@@ -336,7 +336,7 @@ function moduleDrawing(stage, path) {
     const key = `${from.id ?? (from.id = ++moduleDrawing.ids)}>${box.id ?? (box.id = ++moduleDrawing.ids)}`;
     const edge = edges.get(key) || { from, to: box, count: 0, size: true };
     edge.count += 1;
-    edge.size = edge.size && !stage.type(ref);
+    edge.size = edge.size && !stage.type(ref) && !stage.sitesOf.has(ref);
     edges.set(key, edge);
   }
   boxes.unshift(...(maps ? [maps] : []), ...outside.values());
@@ -452,7 +452,9 @@ VIEWS.graph = (main) => {
   function turn(by) { const path = state.module; state.page[path] = Math.min(Math.max((state.page[path] || 0) + by, 0), Math.max(...drawings.map((d) => d.pages)) - 1); show("graph"); }
   const up = trail.length ? (trail.length > 1 ? trail[trail.length - 2].path : "") : null;
   main.append(el("div", { class: "bar" }, crumbs, el("span", { class: "tools end" }, up !== null ? el("button", { onclick: () => openModule(up) }, "Up") : "", " ", el("button", { "aria-label": "Zoom out", onclick: () => setZoom(zoom / 1.2) }, "−"), " ", el("button", { "aria-label": "Zoom in", onclick: () => setZoom(zoom * 1.2) }, "+"), " ", el("button", { onclick: () => setZoom(Math.min(...drawings.map((d) => (d.image.parentNode.clientWidth - 4) / d.size.width))) }, "Fit"))),
-    panes, el("div", { class: "legend" }, [["--accent", "serves adapters"], ["--maps", "row map"], ["--bad", "rows mix requests"], ["--a1", "the same on the other side"]].map(([c, t]) => el("span", {}, el("i", { style: `border-color:var(${c})` }), t)), el("span", {}, "click: details · double click or Shift+Enter on a module: open it")));
+    panes, el("div", { class: "legend" }, [["--accent", "holds sites"], ["--maps", "row map"], ["--bad", "rows mix requests"], ["--a1", "the same on the other side"]].map(([c, t]) => el("span", {}, el("i", { style: `border-color:var(${c})` }), t)), el("span", {}, "click: details · double click or Shift+Enter on a module: open it")));
+  const fit = Math.min(...drawings.map((d) => (d.image.parentNode.clientWidth - 4) / d.size.width));
+  if (fit < 1 && fit > 0) setZoom(Math.max(fit, 0.6));
   highlight(true);
 };
 function chosenNodes(stage) {
@@ -512,13 +514,23 @@ function chainTo(stage, start) {
     const refs = stage.refs(i);
     i = refs.find((r) => stage.mixed(r) && !seen.has(r)) ?? refs.find((r) => stage.rows(r) && !seen.has(r));
   }
-  const kept = chain.filter((n, k) => k === 0 || stage.rows(n) !== stage.rows(chain[k - 1]) || k === chain.length - 1);
-  return kept.length && stage.rows(kept[0]) ? kept : [];
+  if (!chain.length || !stage.rows(chain[0])) return [];
+  const kept = [];
+  chain.forEach((n, k) => {
+    if (k === 0 || k === chain.length - 1 || stage.rows(n) !== stage.rows(chain[k - 1])) kept.push({ node: n, passed: 0 });
+    else kept[kept.length - 1].passed += 1;
+  });
+  return kept;
 }
-function chainList(stage, start) {
+function chainList(stage, start, maps = []) {
   const chain = chainTo(stage, start);
   if (!chain.length) return null;
-  return el("ol", { class: "chain" }, chain.map((i, k) => el("li", { class: stage.mixed(i) ? "mixed" : k === chain.length - 1 ? "end" : "" }, nodeLink(stage, i, stage.kind(i) === INPUT ? `input ${stage.label(i)}` : `${stage.label(i)}`), el("span", { class: "dim" }, stage.mixed(i) ? el("span", { class: "bad" }, stage.rows(i)) : stage.rows(i)), stage.source(i) && stage.kind(i) !== INPUT ? el("span", { class: "dim mono" }, stage.source(i)) : "")));
+  const steps = chain.map(({ node: i, passed }, k) => el("li", { class: stage.mixed(i) ? "mixed" : "" },
+    nodeLink(stage, i, stage.kind(i) === INPUT ? `input ${stage.label(i)}` : `${stage.label(i)}  ${stage.nodes[i][0]}`),
+    el("span", { class: stage.mixed(i) ? "bad dim" : "dim" }, stage.rows(i)), stage.source(i) && stage.kind(i) !== INPUT && k < chain.length - 1 ? el("span", { class: "dim mono" }, stage.source(i)) : "",
+    passed ? el("span", { class: "dim" }, `… ${plural(passed, "call")} that ${passed === 1 ? "keeps" : "keep"} it`) : ""));
+  maps.forEach((m) => steps.push(el("li", { class: "end" }, el("b", {}, `rows ${m}`), el("span", { class: "dim mono" }, D.maps[m - 1].steps.join(" → ")))));
+  return el("ol", { class: "chain" }, steps);
 }
 function nodeLink(stage, i, text) { return el("button", { class: "link", onclick: () => { if (state.tab !== "graph" || now.find(state.module).path !== stage.module(i)) openModule(stage.module(i)); selectNode(stage, i, { reveal: true }); } }, text || stage.nodes[i][0]); }
 function facts(rows) { return el("dl", {}, rows.filter(([, v]) => v !== "" && v !== null && v !== undefined && !(Array.isArray(v) && !v.length)).map(([k, v]) => [el("dt", {}, k), el("dd", {}, v)])); }
@@ -544,7 +556,7 @@ function siteDetails(box, s) {
     ["one op with", others.map((o, k) => [k ? ", " : "", el("button", { class: "link", onclick: () => selectSite(o) }, last(D.sites[o].name))])], ["why", group ? group.why : ""],
     ["in the graph", (site.calls[now.name] || []).map((i, k) => [k ? ", " : "", nodeLink(now, i)])]]), ...source(site.source));
   const call = (site.calls.before || [])[0];
-  const chain = call === undefined ? null : chainList(before, call);
+  const chain = call === undefined ? null : chainList(before, call, site.maps);
   if (chain) box.append(el("h3", {}, "From the input to its rows"), chain);
   const here = D.adapters.map((a, i) => i).filter((i) => placeOf[i].has(s));
   if (D.adapters.length) box.append(el("h3", {}, "Adapters here"));
