@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxlora.dumps.folder import dump_if_asked
+from fxlora.dumps.record import title_of
 from fxlora.errors import GraphError
 from fxlora.module import LoraModule
 from fxlora.passes.normalize import copy_graph, refuse_applied
@@ -89,13 +91,22 @@ def apply(
     job.output_embedding = (
         None if head is None else dict(job.models[0].named_parameters(remove_duplicate=False)).get(head)
     )
+    try:
+        return _serve(gm, signature, job)
+    except Exception as error:
+        dump_if_asked(job, title=title_of(gm), error=error)
+        raise
+
+
+def _serve(gm: fx.GraphModule, signature: Signature, job: Job) -> LoraModule:
+    """The job's plan, its adapter memory, and the rewrite."""
     plan = analyse(job)
     pool = AdapterPool(
         plan.sites,
         digest=plan.digest,
-        max_adapters=max_adapters,
-        max_rank=max_rank,
-        pool_rows=pool_rows,
+        max_adapters=job.shape.max_adapters,
+        max_rank=job.shape.max_rank,
+        pool_rows=job.shape.pool_rows,
         groups=plan.site_groups,
     )
     try:
@@ -105,6 +116,7 @@ def apply(
         raise
     lora = LoraModule(gm, rewritten, signature, job, pool)
     _log_outcome(lora)
+    lora.dump_folder = dump_if_asked(job, pool, title=title_of(gm))
     return lora
 
 

@@ -20,10 +20,12 @@ from fxlora.errors import AdapterError, Unbound, UnboundTensorError
 from fxlora.passes.sites import Site, Skipped
 
 
-def inspect_model(folder: Path, adapters: Sequence[Path], console: Console, *, fold: bool = True) -> bool:
+def inspect_model(
+    folder: Path, adapters: Sequence[Path], console: Console, *, fold: bool = True, report: Path | None = None
+) -> bool:
     """Print the sites of a model and what adapters bind to. Returns whether every adapter binds in full.
 
-    fold: sites that differ by the numbers in their names alone share a line.
+    fold: sites that differ by the numbers in their names alone share a line. report: an HTML report to write too.
     """
     model = load_model(folder)
     graph = fxlora.capture(model, **example_inputs(model))
@@ -33,6 +35,9 @@ def inspect_model(folder: Path, adapters: Sequence[Path], console: Console, *, f
     if lora.skipped:
         console.print(_skipped(lora.skipped, fold=fold))
     binds = [_report(console, path, lora.sites, lora.skipped, weights, fold=fold) for path in adapters]
+    if report is not None:
+        fxlora.dump(lora, report, "html", adapter=list(adapters))
+        console.print(f"report: {report}", highlight=False, soft_wrap=True)
     return all(binds)
 
 

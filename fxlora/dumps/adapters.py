@@ -142,7 +142,5 @@ class Norms:
         key = tensor_key(weight)
         if key not in self._known:
             empty = weight.device.type == "meta" or not weight.numel() or isinstance(weight, FakeTensor)
-            self._known[key] = (
-                None if empty else float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
-            )
+            self._known[key] = None if empty else float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
         return self._known[key]

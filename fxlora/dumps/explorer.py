@@ -38,9 +38,7 @@ def explorer_text(graphs: Mapping[str, nx.MultiDiGraph], became: Mapping[str, li
     return json.dumps({"label": title, "graphs": made}, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
-def _nodes(
-    graph: nx.MultiDiGraph, links: Mapping[str, list[str]], ids: Mapping[str, str]
-) -> list[dict[str, Any]]:
+def _nodes(graph: nx.MultiDiGraph, links: Mapping[str, list[str]], ids: Mapping[str, str]) -> list[dict[str, Any]]:
     made = []
     for node, facts in graph.nodes(data=True):
         if facts["kind"] in ("site", "adapter"):

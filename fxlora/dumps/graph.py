@@ -182,9 +182,9 @@ def _mark_row_maps(graph: nx.MultiDiGraph, snapshot: Snapshot, ids: Mapping[fx.N
                 graph.nodes[ids[state.node]]["kind"] = "row_map"
     for state in reversed(snapshot.nodes):  # sizes that only row maps read
         readers = [target for _, target in graph.out_edges(ids[state.node])]
-        if state.op.startswith("call") and readers and not state.meta.get("nn_module_stack"):
-            if all(graph.nodes[reader]["kind"] == "row_map" for reader in readers):
-                graph.nodes[ids[state.node]]["kind"] = "row_map"
+        ours = state.op.startswith("call") and not state.meta.get("nn_module_stack")
+        if ours and readers and all(graph.nodes[reader]["kind"] == "row_map" for reader in readers):
+            graph.nodes[ids[state.node]]["kind"] = "row_map"
 
 
 def _add_sites(graph: nx.MultiDiGraph, record: Record, snapshot: Snapshot, ids: Mapping[fx.Node, str]) -> None:

@@ -34,7 +34,7 @@ def module_stack(state: NodeState) -> list[tuple[str, str]]:
 
 def _clean(path: str) -> str:
     """`L['self'].model.layers.1` and `model.layers.1@2` -> `model.layers.1`."""
-    parts = [a or b or c for a, b, c in _PART.findall(path.split("@")[0])]
+    parts = [a or b or c for a, b, c in _PART.findall(path.split("@", maxsplit=1)[0])]
     while parts and parts[0] in _NOT_NAMES:
         parts.pop(0)
     return ".".join(part for part in parts if part != "_modules")

@@ -17,7 +17,7 @@ from fxlora.passes.diff import Snapshot
 from fxlora.passes.graph import attribute
 from fxlora.passes.pipeline import Job, PassReport
 from fxlora.passes.plan import Group, PlannedUse
-from fxlora.passes.rows.labels import RowMap
+from fxlora.passes.rows.labels import Mixed, RowMap
 from fxlora.passes.sites import Site, Skipped
 from fxlora.passes.weights import tensor_key
 from fxlora.signature import META_KEY, bound_weights
@@ -73,6 +73,8 @@ class Record:
         nodes = [state.node for snapshot in (before, after) if snapshot for state in snapshot.nodes]
         tensors = {n: t for n in nodes if weights and (t := weights.tensor_of(n)) is not None}
         names = weights.names if weights else {}
+        found = tuple(getattr(job, "sites", ()))
+        refused = {} if plan or prover is None else _refused(job, found)
         return cls(
             title=title or next((title_of(m) for m in job.models), ""),
             gm=job.gm,
@@ -81,9 +83,9 @@ class Record:
             tensors=tensors,
             paths=_paths(names.items(), _buffers([*job.models, job.gm])),
             input_names={inp.node: inp.name for inp in job.inputs},
-            sites=plan.sites if plan else tuple(getattr(job, "sites", ())),
-            found=tuple(getattr(job, "sites", ())),
-            skipped=plan.skipped if plan else tuple(getattr(job, "skipped", ())),
+            sites=plan.sites if plan else tuple(site for site in found if site not in refused),
+            found=found,
+            skipped=plan.skipped if plan else (*refused.values(), *getattr(job, "skipped", ())),
             groups=plan.groups if plan else (),
             uses=plan.uses if plan else (),
             reports=tuple(job.reports),
@@ -129,6 +131,17 @@ class Record:
 
     def uses_of(self, site: Site) -> list[PlannedUse]:
         return [use for use in self.uses if use.site is site]
+
+
+def _refused(job: Job, sites: Iterable[Site]) -> dict[Site, Skipped]:
+    """Sites whose rows mix requests, where a job stopped before its plan said so."""
+    found = {}
+    for site in sites:
+        for node in site.uses:
+            rows = job.prover.rows(job.reader.read_as(node, site.kind).x)
+            if isinstance(rows, Mixed):
+                found[site] = Skipped(site.parameter, f"its rows mix requests: {rows.reason}", site.aliases)
+    return found
 
 
 def title_of(module: torch.nn.Module) -> str:

@@ -41,10 +41,15 @@ def _headline(graph: nx.MultiDiGraph) -> str:
     kinds = Counter(kind for _, kind in graph.nodes(data="kind"))
     ops = sum(1 for node, kind in graph.nodes(data="kind") if kind == "call" and sites_of(graph, node))
     nodes = sum(count for kind, count in kinds.items() if kind not in ("site", "adapter"))
-    words = [f"{nodes} nodes"] + ([f"{kinds['site']} sites in {ops} calls"] if kinds["site"] else [])
+    words = [_count(nodes, "node")]
+    words += [f"{_count(kinds['site'], 'site')} in {_count(ops, 'call')}"] if kinds["site"] else []
     adapters = [facts["label"] for _, facts in graph.nodes(data=True) if facts["kind"] == "adapter"]
     words += [f"adapters {', '.join(adapters)}"] if adapters else []
     return f"{graph.graph['title']} ({graph.graph['stage']} the rewrite): {'; '.join(words)}"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 def _inputs(graph: nx.MultiDiGraph) -> list[str]:
@@ -87,7 +92,7 @@ def _lines(graph: nx.MultiDiGraph, visit: Visit, level: int, depth: int | None) 
         elif depth is not None and level >= depth:
             calls = list(item.calls())
             served = sum(len(sites_of(graph, call)) for call in calls)
-            lines.append(f"{pad}{item.name}: {len(calls)} calls, {served} sites")
+            lines.append(f"{pad}{item.name}: {_count(len(calls), 'call')}, {_count(served, 'site')}")
         else:
             lines += [f"{pad}{item.name}", *_lines(graph, item, level + 1, depth)]
     flush()

@@ -130,10 +130,8 @@ def _form(graph: nx.MultiDiGraph, visit: Visit) -> tuple[Any, list[str]]:
         facts = graph.nodes[node]
         module = facts.get("module", "")[len(visit.path) :]
         shape = repr(facts.get("shape", facts.get("shapes")))
-        sites = "".join(
-            f" {_below(graph.nodes[site]['label'], visit.path)} {graph.nodes[site]['role']} {graph.nodes[site]['rows']}"
-            for site in sites_of(graph, node)
-        )
+        served = [graph.nodes[site] for site in sites_of(graph, node)]
+        sites = "".join(f" {_below(s['label'], visit.path)} {s['role']} {s.get('rows')}" for s in served)
         lines.append(f"{module} {REFERENCE.sub(word, facts['call'])} {facts.get('dtype')}{shape}{sites}")
     return tuple(lines), list(outside)
 
