@@ -35,6 +35,5 @@ def run_demo(model: Model, console: Console) -> bool:
     served = serve(case, report, graph_report=cache_folder() / f"demo-{model}.html")
     console.print()
     show(console, served)
-    console.print(f"  The graph, before and after: {served.graph_report}", highlight=False, soft_wrap=True)
     console.print(f"  {time.perf_counter() - started:.0f} s in all.", style="dim", highlight=False)
     return served.holds

@@ -44,7 +44,7 @@ def read_graph(path: Path) -> nx.MultiDiGraph:
         raise DumpPathError(f"{path} cannot be read: {error}") from error
     try:
         if path.suffix == ".graphml":
-            return _decoded(nx.parse_graphml(text, force_multigraph=True))
+            return _decoded(nx.parse_graphml(text, edge_key_type=str, force_multigraph=True))
         return nx.node_link_graph(json.loads(text), edges="edges", directed=True, multigraph=True)
     except Exception as error:
         raise DumpFormatError(

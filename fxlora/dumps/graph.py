@@ -25,7 +25,7 @@ from fxlora.dumps.adapters import AdapterView
 from fxlora.dumps.modules import module_paths, source_of
 from fxlora.dumps.record import Record
 from fxlora.passes.diff import NodeState, Snapshot, argument_names, call_text, show
-from fxlora.passes.graph import op_name, operand
+from fxlora.passes.graph import fake_value, op_name, operand
 from fxlora.passes.pipeline import SLOTS_NAME
 from fxlora.passes.rows.labels import Label, Mixed
 from fxlora.passes.sites import Site
@@ -34,7 +34,7 @@ from fxlora.passes.weights import tensor_key
 
 def build_graph(record: Record, snapshot: Snapshot, adapters: Sequence[AdapterView] = ()) -> nx.MultiDiGraph:
     """The graph of one side of a record. Adds sites and adapters where the record has them."""
-    graph = nx.MultiDiGraph(title=record.title or "graph", stage="after" if snapshot is record.after else "before")
+    graph = nx.MultiDiGraph(title=record.title or "graph", stage=_stage(record, snapshot))
     ids = _add_weights(graph, record, snapshot)
     for i, state in enumerate(snapshot.nodes):
         if state.node not in ids:
@@ -49,6 +49,11 @@ def build_graph(record: Record, snapshot: Snapshot, adapters: Sequence[AdapterVi
     for view in adapters:
         _add_adapter(graph, view)
     return graph
+
+
+def _stage(record: Record, snapshot: Snapshot) -> str:
+    """`after` or `before` the rewrite; `graph` for one that no pass has seen."""
+    return "after" if snapshot is record.after else "before" if record.reports else "graph"
 
 
 def site_id(site: Site) -> str:
@@ -87,8 +92,11 @@ def _facts(record: Record, state: NodeState, order: int) -> dict[str, Any]:
     if kind == "call":
         label = op_name(state)  # type: ignore[arg-type]
     facts = {"kind": kind, "label": label, "order": order, "source": plain(source_of(state.meta))}
-    value = state.meta.get("example_value")
-    facts |= _tensor_facts(state.meta.get("val") if value is None else value)
+    if state.node in record.shapes:
+        dtype, shape = record.shapes[state.node]
+        facts |= {"shape": shape, "dtype": str(dtype).removeprefix("torch.")}
+    else:
+        facts |= _tensor_facts(fake_value(state.node))
     rows = record.labels.get(state.node)
     return facts | {"rows": plain(rows_text(rows)), "mixed": True if isinstance(rows, Mixed) else None}
 
@@ -190,7 +198,7 @@ def _mark_row_maps(graph: nx.MultiDiGraph, snapshot: Snapshot, ids: Mapping[fx.N
 def _add_sites(graph: nx.MultiDiGraph, record: Record, snapshot: Snapshot, ids: Mapping[fx.Node, str]) -> None:
     weights = {tensor_key(record.tensors[node]): name for node, name in ids.items() if node in record.tensors}
     rows = record.row_maps()
-    calls = ops_of(record, snapshot)
+    calls = calls_of_sites(record, snapshot)
     for site in record.sites:
         uses = record.uses_of(site)
         maps = list(dict.fromkeys(rows[use.rows] for use in uses))
@@ -217,23 +225,24 @@ def _add_sites(graph: nx.MultiDiGraph, record: Record, snapshot: Snapshot, ids: 
             roles = graph.nodes[weight].setdefault("roles", [])
             if site.role.value not in roles:
                 roles.append(site.role.value)
-        for i, call in enumerate(calls.get(site, ())):
-            if call in ids:
-                graph.add_edge(site_id(site), ids[call], key=f"use.{i}", kind="use")
+    for site, node in calls:
+        if node in ids:
+            count = graph.number_of_edges(site_id(site), ids[node])
+            graph.add_edge(site_id(site), ids[node], key=f"use.{count}", kind="use")
 
 
-def ops_of(record: Record, snapshot: Snapshot) -> dict[Site, list[fx.Node]]:
-    """The calls of each site: its own before the rewrite, the ops that serve it after."""
+def calls_of_sites(record: Record, snapshot: Snapshot) -> list[tuple[Site, fx.Node]]:
+    """Each site with each of its calls: its own before the rewrite, after it the ops, members in the ops' order."""
     if snapshot is not record.after:
-        return {site: list(site.uses) for site in record.sites}
+        return [(site, node) for site in record.sites for node in site.uses]
     states = {state.node: state for state in snapshot.nodes}
-    found: dict[Site, list[fx.Node]] = {}
+    found = []
     for use in record.uses:
         node: Any = record.results.get(use.node)
         while isinstance(node, fx.Node) and not is_site_op(states[node]):
             node = operand(states[node])  # type: ignore[arg-type]
         if isinstance(node, fx.Node):
-            found.setdefault(use.site, []).append(node)
+            found.append((use.site, node))
     return found
 
 

@@ -14,10 +14,11 @@ import torch
 from torch import fx
 
 from fxlora.passes.diff import Snapshot
-from fxlora.passes.graph import attribute
+from fxlora.passes.graph import attribute, fake_value
 from fxlora.passes.pipeline import Job, PassReport
 from fxlora.passes.plan import Group, PlannedUse
 from fxlora.passes.rows.labels import Mixed, RowMap
+from fxlora.passes.rows.worlds import TensorFacts
 from fxlora.passes.sites import Site, Skipped
 from fxlora.passes.weights import tensor_key
 from fxlora.signature import META_KEY, bound_weights
@@ -38,6 +39,7 @@ class Record:
         sites, skipped, groups, uses: The plan; empty for a plain graph module. found: all sites, targeted or not.
         reports: What each pass did. labels: rows of every node of `before` (see `passes.rows.labels`).
         results: For each rewritten call, what stands in its place.
+        shapes: Dtype and shape of nodes for which tracing recorded none; `*` where the size may vary.
         pool: The adapter memory, if there is any.
         refusal: Why the flow stopped, if it did.
     """
@@ -57,6 +59,7 @@ class Record:
     reports: Sequence[PassReport] = ()
     labels: Mapping[fx.Node, Any] = field(default_factory=dict)
     results: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
+    shapes: Mapping[fx.Node, tuple[torch.dtype, list[int | str]]] = field(default_factory=dict)
     notes: Sequence[str] = ()
     pool: AdapterPool | None = None
     refusal: str = ""
@@ -91,6 +94,7 @@ class Record:
             reports=tuple(job.reports),
             labels=prover.labels if prover else {},
             results=dict(job.results),
+            shapes=_shapes(job, before),
             notes=(*plan.assumed, *plan.mixed_outputs) if plan else (),
             pool=pool,
             refusal=refusal,
@@ -131,6 +135,23 @@ class Record:
 
     def uses_of(self, site: Site) -> list[PlannedUse]:
         return [use for use in self.uses if use.site is site]
+
+
+def _shapes(job: Job, before: Snapshot) -> dict[fx.Node, tuple[torch.dtype, list[int | str]]]:
+    """What the proof knows of nodes whose shapes tracing did not record, from the sizes in each of its worlds."""
+    worlds = job.sizing.worlds if hasattr(job, "sizing") else []
+    found: dict[fx.Node, tuple[torch.dtype, list[int | str]]] = {}
+    for state in before.nodes:
+        if fake_value(state.node) is not None:
+            continue
+        facts = [world.values.get(state.node) for world in worlds]
+        if facts and all(isinstance(fact, TensorFacts) for fact in facts):
+            sizes = zip(*(fact.shape for fact in facts), strict=True)
+            found[state.node] = (facts[0].dtype, [n[0] if len(set(n)) == 1 else "*" for n in sizes])
+    for call, made in job.results.items():
+        if call in found:
+            found[made] = found[call]
+    return found
 
 
 def _refused(job: Job, sites: Iterable[Site]) -> dict[Site, Skipped]:

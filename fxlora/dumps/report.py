@@ -14,7 +14,7 @@ from typing import Any
 import networkx as nx
 
 from fxlora.dumps.adapters import AdapterView
-from fxlora.dumps.graph import ops_of, plain, site_id
+from fxlora.dumps.graph import calls_of_sites, plain, site_id
 from fxlora.dumps.links import became
 from fxlora.dumps.record import Record
 from fxlora.dumps.text import kind_of
@@ -85,14 +85,22 @@ def report_data(
     before, after = indices["before"], indices.get("after", {})
     linked = [[before[a], [after[b] for b in made]] for a, made in became(record).items() if a in before]
     numbers = {site: i for i, site in enumerate(record.sites)}
-    uses = {stage: ops_of(record, snapshot) for stage, snapshot in snapshots.items() if snapshot}
+    uses: dict[str, dict[Site, list[int]]] = {}
+    for stage, snapshot in snapshots.items():
+        for site, node in calls_of_sites(record, snapshot) if snapshot else ():
+            made = uses.setdefault(stage, {}).setdefault(site, [])
+            if (i := indices[stage][node.name]) not in made:
+                made.append(i)
     return {
         "title": record.title or "graph",
         "focus": focus,
         "summary": _summary(record, graphs),
         "stages": stages,
         "became": linked,
-        "sites": [_site(record, site, graphs["before"], indices, uses) for site in record.sites],
+        "sites": [
+            _site(site, graphs["before"], {stage: found.get(site, []) for stage, found in uses.items()})
+            for site in record.sites
+        ],
         "groups": [{"sites": [numbers[s] for s in g.sites], "why": g.reason} for g in record.groups],
         "maps": [{"steps": rows.chain()} for rows in record.row_maps()],
         "adapters": [_adapter(view, numbers) for view in adapters],
@@ -149,18 +157,8 @@ def _number(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.{_DIGITS}g}")
 
 
-def _site(
-    record: Record,
-    site: Site,
-    graph: nx.MultiDiGraph,
-    indices: Mapping[str, Mapping[str, int]],
-    uses: Mapping[str, Mapping[Site, Sequence[Any]]],
-) -> dict[str, Any]:
+def _site(site: Site, graph: nx.MultiDiGraph, calls: Mapping[str, list[int]]) -> dict[str, Any]:
     facts = graph.nodes[site_id(site)]
-    calls = {
-        stage: list(dict.fromkeys(indices[stage][node.name] for node in found.get(site, ())))
-        for stage, found in uses.items()
-    }
     return {
         "name": site.name,
         "parameter": site.parameter,
@@ -173,7 +171,7 @@ def _site(
         "uses": len(site.uses),
         "maps": facts.get("row_maps", []),
         "source": facts.get("source", ""),
-        "calls": calls,
+        "calls": dict(calls),
     }
 
 

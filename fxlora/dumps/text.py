@@ -45,7 +45,8 @@ def _headline(graph: nx.MultiDiGraph) -> str:
     words += [f"{_count(kinds['site'], 'site')} in {_count(ops, 'call')}"] if kinds["site"] else []
     adapters = [facts["label"] for _, facts in graph.nodes(data=True) if facts["kind"] == "adapter"]
     words += [f"adapters {', '.join(adapters)}"] if adapters else []
-    return f"{graph.graph['title']} ({graph.graph['stage']} the rewrite): {'; '.join(words)}"
+    stage = {"after": " (after the rewrite)", "before": " (before the rewrite)"}.get(graph.graph["stage"], "")
+    return f"{graph.graph['title']}{stage}: {'; '.join(words)}"
 
 
 def _count(number: int, word: str) -> str:

@@ -51,6 +51,7 @@ class Stage {
     this.nodes = nodes;
     this.index = new Map(nodes.map((n, i) => [n[0], i]));
     this.root = this.visit(tree, null);
+    this.typed = nodes.some((n) => n[1] === CALL && n[4]);
     this.sitesOf = new Map();
     D.sites.forEach((site, s) => (site.calls[name] || []).forEach((i) => this.sitesOf.set(i, [...(this.sitesOf.get(i) || []), s])));
   }
@@ -73,6 +74,7 @@ class Stage {
     if (this.kind(i) === WEIGHT) return this.nodes[i][8].join("\nalso ");
     return this.nodes[i][8].replace(/%(\d+);|%%/g, (m, ref) => ref === undefined ? "%" : this.short(+ref));
   }
+  isSize(i) { return this.typed && !this.type(i) && !this.sitesOf.has(i); }
   short(i) { return this.kind(i) === WEIGHT ? this.label(i) : this.nodes[i][0]; }
   users(i) {
     if (!this.readers) {
@@ -169,7 +171,7 @@ VIEWS.overview = (main) => {
   D.notes.forEach((note) => main.append(el("div", { class: "note" }, note)));
   const tiles = el("div", { class: "tiles" });
   if (D.sites.length) {
-    tiles.append(tile(D.sites.length.toLocaleString("en"), `sites in ${plural(S.ops, "op")}`,
+    tiles.append(tile(D.sites.length.toLocaleString("en"), `${D.sites.length === 1 ? "site" : "sites"} in ${plural(S.ops, "op")}`,
       [el("div", { class: "split", "aria-hidden": true }, Object.entries(roles).map(([r, n]) => el("i", { style: `flex:${n};background:var(${tints[r] || "--a7"})` }))),
         el("div", { class: "dim" }, Object.entries(roles).map(([r, n]) => `${n} ${r}`).join(" · "))]));
     tiles.append(tile(S.memory.slots ? `${loaded.length} of ${S.memory.slots}` : String(D.adapters.length), S.memory.slots ? "adapter slots in use" : "adapters",
@@ -326,7 +328,7 @@ function moduleDrawing(stage, path) {
     let from = home.get(ref);
     if (from === box || stage.kind(ref) === WEIGHT) continue;
     if (!from && stage.kind(ref) === ROW_MAP) from = maps = maps || { nodes: [], kind: "map", lines: ["row maps"], order: -2 };
-    if (!from && !stage.type(ref)) continue;  // sizes from elsewhere
+    if (!from && stage.isSize(ref)) continue;  // sizes from elsewhere
     if (!from) {
       if (!outside.has(ref)) outside.set(ref, { nodes: [ref], kind: "outside", lines: [stage.short(ref), stage.module(ref) || stage.type(ref)], order: -1 });
       from = outside.get(ref);
@@ -336,7 +338,7 @@ function moduleDrawing(stage, path) {
     const key = `${from.id ?? (from.id = ++moduleDrawing.ids)}>${box.id ?? (box.id = ++moduleDrawing.ids)}`;
     const edge = edges.get(key) || { from, to: box, count: 0, size: true };
     edge.count += 1;
-    edge.size = edge.size && !stage.type(ref) && !stage.sitesOf.has(ref);
+    edge.size = edge.size && stage.isSize(ref);
     edges.set(key, edge);
   }
   boxes.unshift(...(maps ? [maps] : []), ...outside.values());
@@ -526,7 +528,7 @@ function chainList(stage, start, maps = []) {
   const chain = chainTo(stage, start);
   if (!chain.length) return null;
   const steps = chain.map(({ node: i, passed }, k) => el("li", { class: stage.mixed(i) ? "mixed" : "" },
-    nodeLink(stage, i, stage.kind(i) === INPUT ? `input ${stage.label(i)}` : `${stage.label(i)}  ${stage.nodes[i][0]}`),
+    nodeLink(stage, i, stage.kind(i) === INPUT ? `input ${stage.label(i)}` : stage.label(i) === stage.nodes[i][0] ? stage.label(i) : `${stage.label(i)}  ${stage.nodes[i][0]}`),
     el("span", { class: stage.mixed(i) ? "bad dim" : "dim" }, stage.rows(i)), stage.source(i) && stage.kind(i) !== INPUT && k < chain.length - 1 ? el("span", { class: "dim mono" }, stage.source(i)) : "",
     passed ? el("span", { class: "dim" }, `… ${plural(passed, "call")} that ${passed === 1 ? "keeps" : "keep"} it`) : ""));
   maps.forEach((m) => steps.push(el("li", { class: "end" }, el("b", {}, `rows ${m}`), el("span", { class: "dim mono" }, D.maps[m - 1].steps.join(" → ")))));
