@@ -90,7 +90,7 @@ def _facts(record: Record, state: NodeState, order: int) -> dict[str, Any]:
     if kind == "input":
         label = plain(record.input_names.get(state.node, str(state.target)))
     if kind == "call":
-        label = op_name(state)  # type: ignore[arg-type]
+        label = plain(_op(record, state))
     facts = {"kind": kind, "label": label, "order": order, "source": plain(source_of(state.meta))}
     if state.node in record.shapes:
         dtype, shape = record.shapes[state.node]
@@ -99,6 +99,13 @@ def _facts(record: Record, state: NodeState, order: int) -> dict[str, Any]:
         facts |= _tensor_facts(fake_value(state.node))
     rows = record.labels.get(state.node)
     return facts | {"rows": plain(rows_text(rows)), "mixed": True if isinstance(rows, Mixed) else None}
+
+
+def _op(record: Record, state: NodeState) -> str:
+    """The name of a call's op; for the call of a module its class."""
+    if state.op == "call_module":
+        return type(record.gm.get_submodule(str(state.target))).__name__
+    return op_name(state)  # type: ignore[arg-type]
 
 
 def rows_text(rows: Any) -> str:
@@ -132,7 +139,7 @@ def _add_call(graph: nx.MultiDiGraph, state: NodeState, ids: Mapping[fx.Node, st
     if state.op in ("placeholder", "get_attr"):
         return
     attributes = graph.nodes[ids[state.node]]
-    attributes["call"] = template(state, ids)
+    attributes["call"] = template(state, ids, attributes["label"])
     if module:
         attributes["module"] = plain(module)
     names = argument_names(state)
@@ -140,13 +147,15 @@ def _add_call(graph: nx.MultiDiGraph, state: NodeState, ids: Mapping[fx.Node, st
         graph.add_edge(ids[node], ids[state.node], key=path, kind="data", arg=path)
 
 
-def template(state: NodeState, ids: Mapping[fx.Node, str]) -> str:
+def template(state: NodeState, ids: Mapping[fx.Node, str], label: str) -> str:
     """The text of a call with `%id` for each node in it."""
 
     def marked(node: fx.Node) -> str:
         return f"\0{ids[node]}\0"
 
     text = f"return {show(state.args[0], marked)}" if state.op == "output" else call_text(state, marked)
+    if state.op == "call_module":
+        text = text.replace(f"?{state.target}", label, 1)
     parts = text.split("\0")
     return "".join(plain(part).replace("%", "%%") if i % 2 == 0 else f"%{part}" for i, part in enumerate(parts))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tests.models import ZOO
 from tests.toys.base import make_adapter
 
 H, V = 6, 13
+CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 HOSTILE = '<script>alert("x")</script>&\u2028'
 
 
@@ -79,24 +81,24 @@ def refused() -> Any:
     return model, torch.fx.symbolic_trace(model), torch.randn(3, 4)
 
 
-def chromium() -> str:
-    """The path of a Chromium. Skips the test where there is none, or no playwright to drive it."""
-    pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"):
-        if path := shutil.which(name):
-            return path
-    pytest.skip("no Chromium on PATH (Debian: apt install chromium)")
+def no_browser() -> str:
+    """Why no report can be opened here; empty where one can."""
+    if find_spec("playwright") is None:
+        return "playwright is not installed"
+    return "" if any(map(shutil.which, CHROMIUMS)) else "no Chromium on PATH (Debian: apt install chromium)"
 
 
 @contextmanager
-def page(**options: Any) -> Iterator[Any]:
+def page(*, flags: tuple[str, ...] = (), offline: bool = True, **options: Any) -> Iterator[Any]:
     """A page of a headless Chromium without network; console errors, page errors and requests gather on it."""
-    path = chromium()
+    if reason := no_browser():
+        pytest.skip(reason)
+    path = next(filter(None, map(shutil.which, CHROMIUMS)))
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        made = browser.new_context(offline=True, viewport={"width": 1400, "height": 900}, **options).new_page()
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox", *flags])
+        made = browser.new_context(offline=offline, viewport={"width": 1400, "height": 900}, **options).new_page()
         made.problems, made.requests = [], []
         made.on("console", lambda m: made.problems.append(m.text) if m.type in ("error", "warning") else None)
         made.on("pageerror", lambda error: made.problems.append(str(error)))

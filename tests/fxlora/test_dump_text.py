@@ -106,9 +106,9 @@ Sequential: 4 nodes
 inputs
   input_1 (input)
 0
-  _0 = ?0(input_1)
+  _0 = Linear(input_1)
 1
-  _1 = ?1(_0)
+  _1 = ReLU(_0)
 return _1
 """,
     )
