@@ -98,7 +98,7 @@ class _Quotient:
 
     def _outside(self, node: str) -> str:
         facts = self.graph.nodes[node]
-        return "\n".join(filter(None, [facts.get("module", ""), facts["label"], kind_of(facts)]))
+        return "\n".join(line for line in (facts.get("module", ""), facts["label"], kind_of(facts)) if line)
 
     def _box(self, node: str, box: str, label: str, kind: str) -> None:
         self.box_of[node] = box
@@ -135,7 +135,8 @@ class _Quotient:
         facts = self.graph.nodes[node]
         sites = [self.graph.nodes[site]["label"].rpartition(".")[2] for site in sites_of(self.graph, node)]
         adapters = [text for site in sites_of(self.graph, node)[:1] for text in adapter_lines(self.graph, site)]
-        return "\n".join(filter(None, [facts["label"], " + ".join(sites), kind_of(facts), *adapters]))
+        lines: list[str] = [facts["label"], " + ".join(sites), kind_of(facts), *adapters]
+        return "\n".join(line for line in lines if line)
 
     def _visit_label(self, visits: list[Visit], like: Visit | None) -> str:
         calls = list(visits[0].calls())
@@ -143,7 +144,8 @@ class _Quotient:
         name = fold_names([visit.name for visit in visits])
         each = " each" if len(visits) > 1 else ""
         lines = [name, f"as {like.name}" if like else "", f"{len(calls)} calls{each}"]
-        return "\n".join(filter(None, [*lines, f"{served} sites{each}" if served else ""]))
+        lines.append(f"{served} sites{each}" if served else "")
+        return "\n".join(line for line in lines if line)
 
     def draw(self, pydot: Any, dot: Any) -> None:
         numbers = {box: f"n{i}" for i, box in enumerate(self.labels)}

@@ -144,8 +144,9 @@ def _shapes(job: Job, before: Snapshot) -> dict[fx.Node, tuple[torch.dtype, list
     for state in before.nodes:
         if fake_value(state.node) is not None:
             continue
-        facts = [world.values.get(state.node) for world in worlds]
-        if facts and all(isinstance(fact, TensorFacts) for fact in facts):
+        known = [world.values.get(state.node) for world in worlds]
+        facts = [fact for fact in known if isinstance(fact, TensorFacts)]
+        if facts and len(facts) == len(known):
             sizes = zip(*(fact.shape for fact in facts), strict=True)
             found[state.node] = (facts[0].dtype, [n[0] if len(set(n)) == 1 else "*" for n in sizes])
     for call, made in job.results.items():

@@ -19,7 +19,8 @@ from tests.toys.base import make_adapter
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of the toy; one of its adapters does not bind and is shown all the same."""
     lora = shared()
-    stray = make_adapter(nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"upp": nn.Linear(6, 6)})])}), ["layers.0.upp"], rank=1, seed=3)  # fmt: skip  # noqa: E501
+    other = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"upp": nn.Linear(6, 6)})])})
+    stray = make_adapter(other, ["layers.0.upp"], rank=1, seed=3)
     return fxlora.dump(lora, tmp_path_factory.mktemp("report") / "g.html", adapter=["plain", HOSTILE, stray])
 
 
@@ -68,7 +69,10 @@ def test_names_are_text(opened: Any) -> None:
 
 def test_the_site_table_filters_sorts_and_folds(opened: Any) -> None:
     tab(opened, "sites")
-    lines = lambda: [line.inner_text().split()[0] for line in opened.query_selector_all(".grid .line")]  # noqa: E731
+
+    def lines() -> list[str]:
+        return [line.inner_text().split()[0] for line in opened.query_selector_all(".grid .line")]
+
     assert "6 sites" in opened.inner_text(".bar")
     folded = lines()
     opened.uncheck("#site-fold")
