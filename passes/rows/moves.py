@@ -235,7 +235,9 @@ def expand_over(p: Prover, x: fx.Node, rows: Label, dims: Sequence[int], order: 
                 parent = emit(torch.unsqueeze, parent, position)
         return emit(torch.broadcast_to, parent, tuple(p.size(emit, x, source[d]) for d in dims))
 
-    return derive(p, x, rows, ids, dims, build, f"expand{tuple(p.shape(x, 0)[source[d]] for d in dims)}")
+    sizes = [{p.shape(x, w)[source[d]] for w in range(p.count)} for d in dims]
+    shown = ", ".join(str(*found) if len(found) == 1 else "*" for found in sizes)
+    return derive(p, x, rows, ids, dims, build, f"expand({shown})")
 
 
 def pieces(p: Prover, node: fx.Node, rows: Rows, dim: int) -> Rows | tuple[Rows, ...]:

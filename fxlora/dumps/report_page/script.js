@@ -75,7 +75,12 @@ class Stage {
     return this.nodes[i][8].replace(/%(\d+);|%%/g, (m, ref) => ref === undefined ? "%" : this.short(+ref));
   }
   isSize(i) { return this.typed && !this.type(i) && !this.sitesOf.has(i); }
-  short(i) { return this.kind(i) === WEIGHT ? this.label(i) : this.nodes[i][0]; }
+  short(i) { return this.kind(i) === WEIGHT || this.kind(i) === INPUT ? this.label(i) : this.nodes[i][0]; }
+  // the module to draw a call in: its own, or the one around it where its own holds next to nothing
+  around(i) {
+    const visit = this.find(this.module(i));
+    return visit.items.length <= 3 && visit.parent ? visit.parent.path : visit.path;
+  }
   users(i) {
     if (!this.readers) {
       this.readers = this.nodes.map(() => []);
@@ -247,10 +252,10 @@ function siteLines() {
 function siteColumns() {
   const mean = (line, i) => { const r = line.map((s) => placeOf[i].get(s)).filter(Boolean).map((p) => p.ratio || 0); return r.length ? r.reduce((a, b) => a + b, 0) / r.length : -1; };
   return [
-    { name: "site", width: "minmax(330px,2.2fr)", key: (l) => D.sites[l[0]].name, cell: (l) => [el("span", { class: "mono" }, foldNames(l.map((s) => D.sites[s].name))), l.length > 1 ? el("span", { class: "times" }, `×${l.length}`) : "", D.sites[l[0]].aliases.length ? el("span", { class: "dim" }, `  also ${D.sites[l[0]].aliases.join(", ")}`) : ""] },
+    { name: "site", width: "minmax(310px,2.2fr)", key: (l) => D.sites[l[0]].name, cell: (l) => [el("span", { class: "mono" }, foldNames(l.map((s) => D.sites[s].name))), l.length > 1 ? el("span", { class: "times" }, `×${l.length}`) : "", D.sites[l[0]].aliases.length ? el("span", { class: "dim" }, `  also ${D.sites[l[0]].aliases.join(", ")}`) : ""] },
     { name: "role", width: "108px", key: (l) => D.sites[l[0]].role, cell: (l) => el("span", { class: `role ${D.sites[l[0]].role}` }, D.sites[l[0]].role) },
     { name: "shape", width: "126px", num: true, key: (l) => D.sites[l[0]].shape.reduce((a, b) => a * b, 1), cell: (l) => D.sites[l[0]].shape.join(" × ") },
-    ...shown.map((i) => ({ name: D.adapters[i].name, width: "184px", adapter: i, key: (l) => mean(l, i), cell: (l) => adapterCell(l, i) })),
+    ...shown.map((i) => ({ name: D.adapters[i].name, width: "206px", adapter: i, key: (l) => mean(l, i), cell: (l) => adapterCell(l, i) })),
     { name: "one op with", width: "minmax(130px,1fr)", key: (l) => siblings(l[0]).length, cell: (l) => el("span", { class: "dim" }, siblings(l[0]).map((s) => last(D.sites[s].name)).join(", ")) },
     { name: "uses", width: "62px", num: true, key: (l) => D.sites[l[0]].uses, cell: (l) => String(D.sites[l[0]].uses) },
     { name: "rows", width: "62px", num: true, key: (l) => D.sites[l[0]].maps.join(), cell: (l) => D.sites[l[0]].maps.join(", ") },
@@ -261,7 +266,7 @@ function adapterCell(line, i) {
   const places = line.map((s) => placeOf[i].get(s)).filter(Boolean);
   if (!places.length) return el("span", { class: "dim" }, "–");
   const ratios = places.map((p) => p.ratio || 0), top = Math.max(...ratios);
-  return [`r ${places[0].rank} · ${percent(ratios.reduce((a, b) => a + b, 0) / ratios.length)}`, places.length > 1 ? el("span", { class: "spark", style: colour(i), "aria-hidden": true, title: "each layer" }, sample(ratios, 40).map((r) => el("i", { style: `height:${Math.max(1, Math.round(18 * r / (top || 1)))}px` }))) : ""];
+  return [`r ${places[0].rank} · ${percent(ratios.reduce((a, b) => a + b, 0) / ratios.length)}`, places.length > 1 ? el("span", { class: "spark", style: colour(i), "aria-hidden": true, title: "each layer" }, sample(ratios, 30).map((r) => el("i", { style: `height:${Math.max(1, Math.round(18 * r / (top || 1)))}px` }))) : ""];
 }
 const LINE = 32;
 VIEWS.sites = (main) => {
@@ -534,7 +539,12 @@ function chainList(stage, start, maps = []) {
   maps.forEach((m) => steps.push(el("li", { class: "end" }, el("b", {}, `rows ${m}`), el("span", { class: "dim mono" }, D.maps[m - 1].steps.join(" → ")))));
   return el("ol", { class: "chain" }, steps);
 }
-function nodeLink(stage, i, text) { return el("button", { class: "link", onclick: () => { if (state.tab !== "graph" || now.find(state.module).path !== stage.module(i)) openModule(stage.module(i)); selectNode(stage, i, { reveal: true }); } }, text || stage.nodes[i][0]); }
+function nodeLink(stage, i, text) { return el("button", { class: "link", onclick: () => reveal(stage, i) }, text || stage.nodes[i][0]); }
+function reveal(stage, i, site) {
+  const path = stage.around(i);
+  if (state.tab !== "graph" || now.find(state.module).path !== path) openModule(path);
+  if (site === undefined) selectNode(stage, i, { reveal: true }); else selectSite(site, { reveal: true });
+}
 function facts(rows) { return el("dl", {}, rows.filter(([, v]) => v !== "" && v !== null && v !== undefined && !(Array.isArray(v) && !v.length)).map(([k, v]) => [el("dt", {}, k), el("dd", {}, v)])); }
 function source(text) {
   const cut = text.match(/^(.*?:\d+): ?(.*)$/s);
@@ -622,14 +632,14 @@ function treeKey(e) {
 let searchable = null, hits = [], at = -1;
 function searchIndex() {
   if (searchable) return searchable;
-  searchable = D.sites.map((s, i) => ({ text: [s.name, ...s.aliases].join(" "), name: s.name, about: `site · ${s.role}`, go: () => { if (state.tab !== "graph") show("sites"); selectSite(i, { reveal: true }); } }));
+  searchable = D.sites.map((s, i) => ({ text: [s.name, ...s.aliases].join(" "), name: s.name, about: `site · ${s.role}`, go: () => { if (state.tab === "graph" && s.calls[now.name]) reveal(now, s.calls[now.name][0], i); else { show("sites"); selectSite(i); } } }));
   const paths = new Set();
   (function walk(v) { if (v.path) paths.add(v.path); v.items.forEach((i) => typeof i !== "number" && walk(i)); })(now.root);
   paths.forEach((p) => searchable.push({ text: p, name: p, about: "module", go: () => openModule(p) }));
   D.skipped.forEach((s, i) => searchable.push({ text: [s.name, ...s.aliases].join(" "), name: s.name, about: "no site", go: () => select({ skip: i }) }));
   for (const stage of [...stages].reverse()) stage.nodes.forEach((n, i) => {
     if (stage !== now && now.index.has(n[0])) return;
-    searchable.push({ text: `${n[0]} ${stage.label(i)} ${stage.kind(i) === WEIGHT ? n[8].join(" ") : ""}`, name: stage.kind(i) === WEIGHT ? stage.label(i) : n[0], about: stage.kind(i) === WEIGHT ? "weight" : `${stage.label(i).replace("fxlora::", "")}${both && stage === before ? ", before" : ""}`, go: () => { openModule(stage.module(i) || now.root.path); selectNode(stage, i, { reveal: true }); } });
+    searchable.push({ text: `${n[0]} ${stage.label(i)} ${stage.kind(i) === WEIGHT ? n[8].join(" ") : ""}`, name: stage.kind(i) === WEIGHT ? stage.label(i) : n[0], about: stage.kind(i) === WEIGHT ? "weight" : `${stage.label(i).replace("fxlora::", "")}${both && stage === before ? ", before" : ""}`, go: () => reveal(stage, i) });
   });
   searchable.forEach((s) => { s.text = s.text.toLowerCase(); });
   return searchable;
