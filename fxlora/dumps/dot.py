@@ -14,7 +14,7 @@ from typing import Any
 import networkx as nx
 
 from fxlora.dumps.explorer import adapter_lines
-from fxlora.dumps.text import kind_of
+from fxlora.dumps.text import kind_of, like_words
 from fxlora.dumps.tree import Visit, fold_names, sites_of, visit_tree
 from fxlora.errors import DumpPackageError
 
@@ -141,9 +141,9 @@ class _Quotient:
     def _visit_label(self, visits: list[Visit], like: Visit | None) -> str:
         calls = list(visits[0].calls())
         served = sum(len(sites_of(self.graph, call)) for call in calls)
-        name = fold_names([visit.name for visit in visits])
+        name = fold_names(list(dict.fromkeys(visit.name for visit in visits)))
         each = " each" if len(visits) > 1 else ""
-        lines = [name, f"as {like.name}" if like else "", f"{len(calls)} calls{each}"]
+        lines = [name, like_words(visits) if like else "", f"{len(calls)} calls{each}"]
         lines.append(f"{served} sites{each}" if served else "")
         return "\n".join(line for line in lines if line)
 

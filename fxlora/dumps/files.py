@@ -27,7 +27,7 @@ def graphml_text(graph: nx.MultiDiGraph) -> str:
         encoded.update(key for key, value in facts.items() if isinstance(value, list | dict))
         return {key: json.dumps(v) if isinstance(v, list | dict) else v for key, v in facts.items()}
 
-    flat = nx.MultiDiGraph(**graph.graph)
+    flat = nx.MultiDiGraph(**scalars(graph.graph))
     flat.add_nodes_from((node, scalars(facts)) for node, facts in graph.nodes(data=True))
     flat.add_edges_from((a, b, key, scalars(facts)) for a, b, key, facts in graph.edges(keys=True, data=True))
     flat.graph[_ENCODED] = " ".join(sorted(encoded))
@@ -56,11 +56,11 @@ def _decoded(flat: nx.MultiDiGraph) -> nx.MultiDiGraph:
     encoded = set(flat.graph.pop(_ENCODED).split())
     for key in ("node_default", "edge_default"):
         flat.graph.pop(key, None)
-    graph = nx.MultiDiGraph(**flat.graph)
 
     def values(facts: dict[str, Any]) -> dict[str, Any]:
         return {key: json.loads(v) if key in encoded and isinstance(v, str) else v for key, v in facts.items()}
 
+    graph = nx.MultiDiGraph(**values(flat.graph))
     graph.add_nodes_from((node, values(facts)) for node, facts in flat.nodes(data=True))
     for a, b, key, facts in flat.edges(keys=True, data=True):
         own = values(facts)

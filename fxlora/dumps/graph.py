@@ -3,11 +3,13 @@
 Kinds of nodes:
     input     an argument of the call. Its id, like that of every node of the graph, is its name in the graph.
     weight    a parameter or buffer: `names` has all of its names, `roles` each role it is read in. One node per tensor.
-    call      one op: `call` is its text, in which `%name` stands for a node (`%%` for a percent sign).
+    call      one op: `call` is its text, in which `%name` stands for a node (`%%` for a percent sign). `repeats` has
+              the modules around it that were called before, and how often.
     row_map   a call that computes which request each row belongs to.
     output    what the graph returns.
     site      a weight in one role, `site:<name>:<role>`: edges come from its weight and lead to its calls.
     adapter   `adapter:<slot>`: edges lead to its sites, with rank, scaling, norms and place in adapter memory.
+The graph's own attribute `modules` has the class of each module.
 Kinds of edges: data (`arg` says where in the arguments), weight, use, adapter. An attribute without a value is absent.
 """
 
@@ -22,7 +24,7 @@ import torch
 from torch import fx
 
 from fxlora.dumps.adapters import AdapterView
-from fxlora.dumps.modules import module_paths, source_of
+from fxlora.dumps.modules import module_kinds, module_paths, repeats, source_of
 from fxlora.dumps.record import Record
 from fxlora.passes.diff import NodeState, Snapshot, argument_names, call_text, show
 from fxlora.passes.graph import fake_value, op_name, operand
@@ -35,6 +37,7 @@ from fxlora.passes.weights import tensor_key
 def build_graph(record: Record, snapshot: Snapshot, adapters: Sequence[AdapterView] = ()) -> nx.MultiDiGraph:
     """The graph of one side of a record. Adds sites and adapters where the record has them."""
     graph = nx.MultiDiGraph(title=record.title or "graph", stage=_stage(record, snapshot))
+    graph.graph["modules"] = {plain(path): kind for path, kind in module_kinds(snapshot.nodes).items()}
     ids = _add_weights(graph, record, snapshot)
     for i, state in enumerate(snapshot.nodes):
         if state.node not in ids:
@@ -142,6 +145,8 @@ def _add_call(graph: nx.MultiDiGraph, state: NodeState, ids: Mapping[fx.Node, st
     attributes["call"] = template(state, ids, attributes["label"])
     if module:
         attributes["module"] = plain(module)
+    if again := repeats(state):
+        attributes["repeats"] = {plain(path): number for path, number in again.items()}
     names = argument_names(state)
     for path, node in _operands(state, names):
         graph.add_edge(ids[node], ids[state.node], key=path, kind="data", arg=path)

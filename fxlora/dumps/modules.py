@@ -32,6 +32,16 @@ def module_stack(state: NodeState) -> list[tuple[str, str]]:
     return found
 
 
+def repeats(state: NodeState) -> dict[str, int]:
+    """Modules around a node that were called before: path to how often. Tracers number the calls: `layer@1`."""
+    found = {}
+    for key, entry in (state.meta.get("nn_module_stack") or {}).items():
+        number = str(key).rpartition("@")[2]
+        if "@" in str(key) and number.isdigit():
+            found[_clean(str(entry[0] if isinstance(entry, tuple) else entry))] = int(number)
+    return found
+
+
 def _clean(path: str) -> str:
     """`L['self'].model.layers.1` and `model.layers.1@2` -> `model.layers.1`."""
     parts = [a or b or c for a, b, c in _PART.findall(path.split("@", maxsplit=1)[0])]

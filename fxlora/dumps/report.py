@@ -108,6 +108,7 @@ def report_data(
         "passes": [[r.name, round(1000 * r.seconds, 2), r.nodes_before, r.nodes_after] for r in record.reports],
         "notes": [*record.notes],
         "refusal": record.refusal,
+        "modules": {path: table(kind) for path, kind in next(reversed(graphs.values())).graph["modules"].items()},
         "texts": list(table.numbers),
     }
 

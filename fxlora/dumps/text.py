@@ -72,9 +72,10 @@ def _lines(graph: nx.MultiDiGraph, visit: Visit, level: int, depth: int | None) 
 
     def flush() -> None:
         for first in dict.fromkeys(v.like for v in folded):
-            names = fold_names([v.name for v in folded if v.like is first])
             assert first is not None
-            lines.append(f"{pad}{names} as {first.name}")
+            alike = [v for v in folded if v.like is first]
+            names = fold_names(list(dict.fromkeys(v.name for v in alike)))
+            lines.append(f"{pad}{names} {like_words(alike)}")
         folded.clear()
 
     for item in visit.items:
@@ -98,6 +99,15 @@ def _lines(graph: nx.MultiDiGraph, visit: Visit, level: int, depth: int | None) 
             lines += [f"{pad}{item.name}", *_lines(graph, item, level + 1, depth)]
     flush()
     return lines
+
+
+def like_words(alike: Sequence[Visit]) -> str:
+    """`as layers.0`; for the same module called again, how often."""
+    first = alike[0].like
+    assert first is not None
+    if all(visit.path == first.path for visit in alike):
+        return "again" if len(alike) == 1 else f"again, {len(alike)} times"
+    return f"as {first.name}"
 
 
 def _call(graph: nx.MultiDiGraph, facts: dict[str, object], path: str) -> str:

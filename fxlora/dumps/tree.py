@@ -1,14 +1,14 @@
 """The calls of a graph as a tree of modules, in graph order, with repeats folded into the first of their kind.
 
-A module that the graph comes back to later is visited again. Two visits under one parent are alike when they make the
-same calls, with the same shapes, on weights of the same names below them; inputs must be the same nodes, except for
-what one sibling hands to the next.
+A module that the graph comes back to later is visited again. Two visits under one parent are alike when their names
+differ in numbers alone and they make the same calls, with the same shapes, on weights of the same names below them;
+inputs must be the same nodes, except for what one sibling hands to the next.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,13 +21,14 @@ REFERENCE = re.compile(r"%%|%(\w+)")
 class Visit:
     """One stay in a module. items: ids of its own calls, and visits of modules inside, in graph order.
 
-    like: the earlier sibling that this one repeats.
+    like: the earlier sibling that this one repeats. number: how often the module was called before.
     """
 
     path: str
     name: str
     items: list[Any] = field(default_factory=list)
     like: Visit | None = None
+    number: int = 0
 
     @property
     def visits(self) -> list[Visit]:
@@ -50,28 +51,33 @@ def visit_tree(graph: nx.MultiDiGraph) -> Visit:
         if facts["kind"] not in ("call", "output"):
             continue
         parts = facts["module"].split(".") if facts.get("module") else []
+        numbers = facts.get("repeats", {})
         depth = 0
-        while depth < min(len(parts), len(stack) - 1) and stack[depth + 1].name == parts[depth]:
+        while depth < min(len(parts), len(stack) - 1):
+            inner = stack[depth + 1]
+            if inner.name != parts[depth] or inner.number != numbers.get(inner.path, 0):
+                break
             depth += 1
         del stack[depth + 1 :]
         for part in parts[depth:]:
-            made = Visit(".".join([*filter(None, [stack[-1].path]), part]), part)
+            path = f"{stack[-1].path}.{part}" if stack[-1].path else part
+            made = Visit(path, part, number=numbers.get(path, 0))
             stack[-1].items.append(made)
             stack.append(made)
         stack[-1].items.append(node)
-    _splice(root)
+    _splice(root, graph.graph["modules"])
     _fold(graph, root)
     return root
 
 
-def _splice(visit: Visit) -> None:
-    """Containers that make no calls of their own (a list of layers) give way to what they hold."""
+def _splice(visit: Visit, modules: Mapping[str, str]) -> None:
+    """Containers that are never called themselves (a list of layers) give way to what they hold."""
     items: list[Any] = []
     for item in visit.items:
         if isinstance(item, Visit):
-            _splice(item)
-            if item.items and all(isinstance(inner, Visit) for inner in item.items) and _numbered(item.items):
-                for inner in item.items:
+            _splice(item, modules)
+            if item.path not in modules and item.visits == item.items and _numbered(item.visits):
+                for inner in item.visits:
                     inner.name = f"{item.name}.{inner.name}"
                 items += item.items
                 continue
@@ -94,9 +100,9 @@ def _fold(graph: nx.MultiDiGraph, visit: Visit) -> None:
     forms: dict[Any, list[tuple[Visit, list[str]]]] = {}
     for sibling in siblings:
         form, outside = _form(graph, sibling)
-        known = forms.setdefault(form, [])
+        known = forms.setdefault((re.sub(r"\d+", "#", sibling.name), form), [])
         for first, others in known:
-            if first.path != sibling.path and all(
+            if all(
                 mine == theirs or (mine in home and home[mine] is not sibling)
                 for mine, theirs in zip(outside, others, strict=True)
             ):

@@ -184,6 +184,23 @@ def test_layers_that_read_another_input_do_not_fold(tmp_path: Path) -> None:
     assert "layers.3 as layers.1\n" in made
 
 
+def test_a_module_that_is_called_again(tmp_path: Path) -> None:
+    """One layer called three times is shown once."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(self.layer(self.layer(x)))
+
+    made = text(fxlora.apply(fxlora.capture(Model(), torch.randn(2, 3))), tmp_path)
+    assert "\nlayer\n" in made
+    assert "\nlayer again, 2 times\n" in made
+    assert made.count("tanh(") == 1
+
+
 def test_a_graph_without_modules_takes_them_from_its_weights() -> None:
     """make_fx records none."""
     from torch.fx.experimental.proxy_tensor import make_fx

@@ -26,6 +26,11 @@ function svg(tag, attrs, ...children) {
 const plural = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
 const bytes = (n) => { for (const u of ["B", "KiB", "MiB", "GiB"]) { if (n < 1024 || u === "GiB") return `${n < 10 && u !== "B" ? n.toFixed(1) : Math.round(n)} ${u}`; n /= 1024; } };
 const percent = (x) => x === null || x === undefined ? "" : x >= 0.1 ? `${(100 * x).toFixed(0)} %` : x > 0 ? `${(100 * x).toPrecision(2)} %` : "0 %";
+function likeWords(visits) {
+  const alike = visits.filter((v) => v.like);
+  if (!alike.length) return "";
+  return alike.every((v) => v.like.path === v.path) ? `again${alike.length > 1 ? ` ×${alike.length}` : ""}` : `as ${[...new Set(alike.map((v) => v.like.name))].join(", ")}`;
+}
 const colour = (i) => `--c:var(--a${i % 8})`;
 const last = (path) => path.slice(path.lastIndexOf(".") + 1);
 function foldNames(names) {
@@ -353,8 +358,8 @@ moduleDrawing.ids = 0;
 function describe(stage, entry, nodes) {
   if (typeof entry !== "number") {
     const visits = entry.fold || [entry], served = visits.reduce((n, v) => n + stage.served(v), 0), like = visits[0].like;
-    const likes = [...new Set(visits.map((v) => v.like && v.like.name))];
-    return { kind: "module", site: served > 0, path: visits[0].path, lines: [foldNames(visits.map((v) => v.name)), [entry.fold ? `×${visits.length}` : "", like ? `as ${likes.join(", ")}` : plural(nodes.length, "call"), served ? plural(served, "site") : ""].filter(Boolean).join(" · ")] };
+    const likes = likeWords(visits);
+    return { kind: "module", site: served > 0, path: visits[0].path, lines: [foldNames(visits.map((v) => v.name)), [entry.fold ? `×${visits.length}` : "", like ? likes : plural(nodes.length, "call"), served ? plural(served, "site") : ""].filter(Boolean).join(" · ")] };
   }
   const sites = stage.sitesOf.get(entry) || [], kind = stage.kind(entry);
   const weights = stage.refs(entry).filter((r) => stage.kind(r) === WEIGHT).map((r) => stage.label(r).split(".").slice(-2).join("."));
@@ -559,7 +564,7 @@ function details() {
   if (s.site !== undefined) siteDetails(box, s.site);
   else if (s.skip !== undefined) skipDetails(box, D.skipped[s.skip]);
   else if (s.module !== undefined) {
-    box.append(el("h2", { class: "mono" }, s.module || D.title), facts([["calls", String(s.nodes.length)], ["sites", String(s.nodes.reduce((n, i) => n + (s.stage.sitesOf.get(i) || []).length, 0))]]), el("p", {}, el("button", { class: "link", onclick: () => openModule(s.module) }, "open this module →")));
+    box.append(el("h2", { class: "mono" }, s.module || D.title), facts([["class", T[D.modules[s.module]] || ""], ["calls", String(s.nodes.length)], ["sites", String(s.nodes.reduce((n, i) => n + (s.stage.sitesOf.get(i) || []).length, 0))]]), el("p", {}, el("button", { class: "link", onclick: () => openModule(s.module) }, "open this module →")));
   } else nodeDetails(box, s.stage, s.node);
 }
 function siteDetails(box, s) {
@@ -595,11 +600,11 @@ function nodeDetails(box, stage, i) {
 
 // ---- module tree
 function treeItem(entry, depth) {
-  const visits = entry.fold || [entry], name = foldNames(visits.map((v) => v.name)), likes = [...new Set(visits.map((v) => v.like && v.like.name).filter(Boolean))];
+  const visits = entry.fold || [entry], name = foldNames(visits.map((v) => v.name)), likes = likeWords(visits);
   const inner = entry.fold ? visits : now.entries(entry).filter((e) => typeof e !== "number");
   const served = visits.reduce((n, v) => n + now.served(v), 0);
   const item = el("li", { role: "treeitem", "aria-level": depth, tabindex: -1, "aria-expanded": inner.length ? false : null, "data-path": entry.fold ? null : entry.path },
-    el("div", { class: "row", title: entry.fold ? name : entry.path }, el("span", { class: "twist", "aria-hidden": true }, inner.length ? "▶" : ""), el("span", { class: "mono" }, name), likes.length ? el("span", { class: "like" }, `as ${likes.join(", ")}`) : "", served ? el("span", { class: "count", title: plural(served, "site") }, String(served)) : ""));
+    el("div", { class: "row", title: entry.fold ? name : [entry.path, T[D.modules[entry.path]]].filter(Boolean).join(": ") }, el("span", { class: "twist", "aria-hidden": true }, inner.length ? "▶" : ""), el("span", { class: "mono" }, name), likes ? el("span", { class: "like" }, likes) : "", served ? el("span", { class: "count", title: plural(served, "site") }, String(served)) : ""));
   item.inner = inner;
   item.depth = depth;
   item.firstElementChild.addEventListener("click", (e) => { focusTree(item); if (entry.fold || e.target.classList.contains("twist")) toggle(item); else { openModule(entry.path); if (item.getAttribute("aria-expanded") === "false") toggle(item, true); } });
