@@ -103,16 +103,18 @@ class _Loaded:
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Where one adapter lies at one site: its first pool row and the rows of its extent.
+    """Where one adapter lies at one site: its first pool row, the rows of its extent, and how many the pool has.
 
-    factors: views of its (A [R, K], B [R, N]), whose product is what it adds, before scaling.
+    a_rows, b_rows: views of its A [rows, K] and B [rows, N], `rank` rows for each part of the weight that it adapts.
     """
 
     start: int
     rows: int
+    pool_rows: int
     rank: int
     scaling: float
-    factors: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    a_rows: torch.Tensor
+    b_rows: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,8 +199,15 @@ class AdapterPool:
                 pool = self._rooms[site].pool
                 rank = int(pool.rank[slot])
                 rows = slice(start, start + rank)
-                factors = ((pool.a_PK[rows], pool.b[rows]),)
-                found[site] = Placement(start, round_up_rows(rank), rank, float(pool.scaling[slot]), factors)
+                found[site] = Placement(
+                    start=start,
+                    rows=round_up_rows(rank),
+                    pool_rows=len(pool.b),
+                    rank=rank,
+                    scaling=float(pool.scaling[slot]),
+                    a_rows=pool.a_PK[rows],
+                    b_rows=pool.b[rows],
+                )
             return found
 
     def load(self, name: str, bound: BoundAdapter) -> int:

@@ -6,7 +6,7 @@ Norms come from Gram matrices: ||B^T A||_F^2 = sum over r, s of <a_r, a_s> <b_r,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from fxlora.pool import AdapterPool
 
 @dataclass(frozen=True)
 class Place:
-    """One adapter at one site. start, rows: its extent in the site's pool; None for an adapter that is not loaded.
+    """One adapter at one site. start, rows: its extent in the pool_rows of the site; None where it is not loaded.
 
     delta_norm: ||scaling B A||_F. weight_norm: ||W||_F of the base weight; None where it holds no values.
     """
@@ -35,6 +35,7 @@ class Place:
     weight_norm: float | None = None
     start: int | None = None
     rows: int | None = None
+    pool_rows: int | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -65,7 +66,15 @@ def loaded_views(pool: AdapterPool | None, norm: Norms, names: Sequence[str] | N
     views = []
     for name in pool.names if names is None else names:
         places = {
-            site: Place(p.rank, p.scaling, delta_norm(p.factors, p.scaling), norm(site.weight), p.start, p.rows)
+            site: Place(
+                rank=p.rank,
+                scaling=p.scaling,
+                delta_norm=delta_norm(site, p.a_rows, p.b_rows, p.rank, p.scaling),
+                weight_norm=norm(site.weight),
+                start=p.start,
+                rows=p.rows,
+                pool_rows=p.pool_rows,
+            )
             for site, p in pool.placements(name).items()
         }
         views.append(AdapterView(name, pool.slot_of(name), "", places))
@@ -85,7 +94,7 @@ def tried_view(
         with read_adapter(source) as adapter:
             bound = bind_adapter(adapter, sites, skipped, weights)
             places = {
-                site: Place(e.rank, e.scaling, delta_norm([(e.a_RK, e.b_RN)], e.scaling), norm(site.weight))
+                site: Place(e.rank, e.scaling, delta_norm(site, e.a_RK, e.b_RN, e.rank, e.scaling), norm(site.weight))
                 for site, e in bound.entries.items()
             }
     except UnboundTensorError as error:
@@ -123,13 +132,17 @@ def choose_views(
     return views
 
 
-def delta_norm(factors: Iterable[tuple[torch.Tensor, torch.Tensor]], scaling: float) -> float:
-    """||scaling B A||_F in fp64, from the [R, R] Gram matrices of each A [R, K] and B [R, N]."""
-    squared = 0.0
-    for a_RK, b_RN in factors:
-        a, b = a_RK.detach().double(), b_RN.detach().double()
-        squared += float(((a @ a.t()) * (b @ b.t())).sum())
-    return abs(scaling) * math.sqrt(max(squared, 0.0))
+def delta_norm(site: Site, a_rows: torch.Tensor, b_rows: torch.Tensor, rank: int, scaling: float) -> float:
+    """||scaling B A||_F in fp64 from Gram matrices, over all parts of a weight.
+
+    a_rows: [parts * R, K], b_rows: [parts * R, N]; a weight of three dims has its first dim's size of parts, and R rows
+    alone are those of every part.
+    """
+    parts = site.weight.shape[0] if site.weight.dim() == 3 else 1
+    a, b = (rows.detach().double().unflatten(0, (-1, rank)) for rows in (a_rows, b_rows))
+    squared = (a @ a.mT) * (b @ b.mT)
+    total = float(squared.sum()) * parts / len(squared)
+    return abs(scaling) * math.sqrt(max(total, 0.0))
 
 
 class Norms:

@@ -1,6 +1,7 @@
 """A graph as DOT, module by module: what lies deeper than `depth` is one box, repeats are one box, never every node.
 
-graphviz lays out a quotient of a large model in well under a second, the flat graph not in minutes.
+Where even that is too much (a graph without modules), calls between two sites are one box: graphviz lays out such a
+quotient of a large model in well under a second, the flat graph not in minutes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fxlora.dumps.tree import Visit, fold_names, sites_of, visit_tree
 from fxlora.errors import DumpPackageError
 
 _BOXES_MAX = 80
+_CALLS_MAX = 300
 _FILL = {"site": "#cfe6f5", "row_map": "#fbe3b5", "input": "#e8e8e8", "output": "#e8e8e8"}
 
 
@@ -36,7 +38,7 @@ def dot_text(graph: nx.MultiDiGraph, *, depth: int | None = None, focus: str | N
         depth = 1
         while _boxes(tree, depth) < _boxes(tree, depth + 1) <= _BOXES_MAX:
             depth += 1
-    quotient = _Quotient(graph, tree, depth)
+    quotient = _Quotient(graph, tree, depth, runs=_boxes(tree, depth) > _CALLS_MAX)
     dot = pydot.Dot("fxlora", graph_type="digraph", rankdir="TB", fontname="Helvetica", compound="true")
     dot.set_node_defaults(fontname="Helvetica", fontsize="10", shape="box", style="filled,rounded", fillcolor="white")
     dot.set_edge_defaults(color="#666666", fontsize="9")
@@ -81,8 +83,8 @@ def _boxes(visit: Visit, depth: int) -> int:
 class _Quotient:
     """Boxes of a tree opened to a depth, and which box each node of the graph lies in."""
 
-    def __init__(self, graph: nx.MultiDiGraph, tree: Visit, depth: int) -> None:
-        self.graph, self.tree, self.depth = graph, tree, depth
+    def __init__(self, graph: nx.MultiDiGraph, tree: Visit, depth: int, *, runs: bool) -> None:
+        self.graph, self.depth, self.runs = graph, depth, runs
         self.box_of: dict[str, str] = {}
         self.labels: dict[str, tuple[str, str]] = {}
         self.clusters: list[Any] = []
@@ -111,8 +113,13 @@ class _Quotient:
         for inner in visit.visits:
             if inner.like is not None:
                 repeats.setdefault(inner.like, []).append(inner)
-        for i, item in enumerate(visit.items):
-            if not isinstance(item, Visit):
+        for i, item in enumerate(self._with_runs(visit.items) if self.runs else visit.items):
+            if isinstance(item, list):
+                label = self._run_label(item)
+                for call in item:
+                    self._box(call, f"r:{item[0]}", label, "call")
+                content.append(f"r:{item[0]}")
+            elif not isinstance(item, Visit):
                 self._box(item, f"n:{item}", self._call_label(item), "site" if sites_of(self.graph, item) else "call")
                 content.append(f"n:{item}")
             elif item.like is not None or level >= self.depth:
@@ -127,6 +134,24 @@ class _Quotient:
             else:
                 content.append((item, self._open(item, level + 1)))
         return content
+
+    def _with_runs(self, items: list[Any]) -> list[Any]:
+        """The items of a visit, with calls that follow each other and serve no site as one list."""
+        found: list[Any] = []
+        for item in items:
+            plain = not isinstance(item, Visit) and self.graph.nodes[item]["kind"] == "call"
+            if not plain or sites_of(self.graph, item):
+                found.append(item)
+            elif found and isinstance(found[-1], list):
+                found[-1].append(item)
+            else:
+                found.append([item])
+        return found
+
+    def _run_label(self, calls: list[str]) -> str:
+        ops = Counter(self.graph.nodes[call]["label"] for call in calls)
+        most = ", ".join(op for op, _ in ops.most_common(3))
+        return f"{len(calls)} calls\n{most}{', ...' if len(ops) > 3 else ''}" if len(calls) > 1 else most
 
     def _kind(self, visit: Visit) -> str:
         return "site" if any(sites_of(self.graph, call) for call in visit.calls()) else "call"

@@ -267,5 +267,10 @@ def _add_adapter(graph: nx.MultiDiGraph, view: AdapterView) -> None:
     graph.add_node(name, **_present(facts))
     for site, place in view.places.items():
         facts = {"kind": "adapter", "rank": place.rank, "scaling": place.scaling, "start": place.start}
-        facts |= {"rows": place.rows, "delta_norm": place.delta_norm, "weight_norm": place.weight_norm}
+        facts |= {
+            "rows": place.rows,
+            "pool_rows": place.pool_rows,
+            "delta_norm": place.delta_norm,
+            "weight_norm": place.weight_norm,
+        }
         graph.add_edge(name, site_id(site), key="adapter", **_present(facts))

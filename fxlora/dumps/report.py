@@ -108,7 +108,7 @@ def report_data(
         "passes": [[r.name, round(1000 * r.seconds, 2), r.nodes_before, r.nodes_after] for r in record.reports],
         "notes": [*record.notes],
         "refusal": record.refusal,
-        "modules": {path: table(kind) for path, kind in next(reversed(graphs.values())).graph["modules"].items()},
+        "modules": {path: table(kind) for path, kind in list(graphs.values())[-1].graph["modules"].items()},
         "texts": list(table.numbers),
     }
 
@@ -178,7 +178,7 @@ def _site(site: Site, graph: nx.MultiDiGraph, calls: Mapping[str, list[int]]) ->
 
 def _adapter(view: AdapterView, numbers: Mapping[Site, int]) -> dict[str, Any]:
     places = [
-        [numbers[s], p.rank, p.scaling, _number(p.delta_norm), _number(p.weight_norm), p.start, p.rows]
+        [numbers[s], p.rank, p.scaling, _number(p.delta_norm), _number(p.weight_norm), p.start, p.rows, p.pool_rows]
         for s, p in view.places.items()
     ]
     unbound = [[item.key, item.reason, item.nearest] for item in view.unbound]

@@ -90,7 +90,7 @@ def _form(format: str | None) -> str | None:
 def _write(path: Path, content: str | bytes) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+        path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise DumpPathError(f"{path} cannot be written: {error}") from error
     return path

@@ -103,3 +103,10 @@ def test_hundreds_of_layers_are_a_few_lines(tmp_path: Path) -> None:
     text = fxlora.dump(chain(120), tmp_path / "g.txt").read_text(encoding="utf-8")
     assert "1-119 as 0" in text
     assert len(text.splitlines()) < 60
+
+
+def test_a_graph_without_modules_is_drawn_in_few_boxes(tmp_path: Path) -> None:
+    pytest.importorskip("pydot")
+    made = fxlora.dump(flat(5000), tmp_path / "g.dot").read_text(encoding="utf-8")
+    assert "5000 calls\\nneg" in made
+    assert len(made.splitlines()) < 30

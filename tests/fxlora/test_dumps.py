@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 
 import fxlora
+from fxlora.dumps.adapters import delta_norm
 from fxlora.dumps.formats import FORMATS
 from fxlora.errors import (
     DumpError,
@@ -106,16 +107,25 @@ def test_adapters_with_norms(lora: fxlora.LoraModule) -> None:
         )
         name = lora.adapter_names[graph.nodes[adapter]["slot"]]
         place = lora.pool.placements(name)[own]
-        ((a_RK, b_RN),) = place.factors
-        delta = place.scaling * b_RN.t().double() @ a_RK.double()
-        assert facts["rank"] == len(a_RK) == {"plain": 2}.get(name, 3)
+        delta = place.scaling * place.b_rows.t().double() @ place.a_rows.double()
+        assert facts["rank"] == len(place.a_rows) == {"plain": 2}.get(name, 3)
         assert facts["delta_norm"] == pytest.approx(delta.norm().item(), rel=1e-9)
         assert facts["weight_norm"] == pytest.approx(own.weight.double().norm().item(), rel=1e-9)
-        assert (facts["start"], facts["rows"]) == (place.start, 16)
+        assert (facts["start"], facts["rows"], facts["pool_rows"]) == (place.start, 16, 64)
         checked += 1
     assert checked == 5
     one = fxlora.to_networkx(lora, adapter="plain")
     assert [facts["label"] for facts in of_kind(one, "adapter").values()] == ["plain"]
+
+
+@pytest.mark.parametrize(("a_parts", "b_parts"), [(4, 4), (1, 4), (4, 1), (1, 1)])
+def test_norms_of_a_weight_in_parts(a_parts: int, b_parts: int) -> None:
+    """Expert weights: one delta for each expert; rank rows alone are those of all."""
+    site = type("", (), {"weight": torch.empty(4, 5, 7)})()
+    a, b = torch.randn(a_parts * 3, 7), torch.randn(b_parts * 3, 5)
+    pairs = zip(a.view(-1, 3, 7).expand(4, 3, 7), b.view(-1, 3, 5).expand(4, 3, 5), strict=True)
+    whole = torch.stack([2.0 * y.t().double() @ x.double() for x, y in pairs]).norm()
+    assert delta_norm(site, a, b, rank=3, scaling=2.0) == pytest.approx(whole.item(), rel=1e-9)
 
 
 @pytest.mark.parametrize("suffix", [".json", ".graphml"])

@@ -137,8 +137,8 @@ function counterparts(stage, i) {
 const otherOf = (stage) => stage === before ? now : before;
 const groupOf = new Map();
 D.groups.forEach((g) => g.sites.forEach((s) => groupOf.set(s, [...(groupOf.get(s) || []), g])));
-const placeOf = D.adapters.map((a) => new Map(a.places.map(([s, rank, scaling, delta, weight, start, rows]) =>
-  [s, { rank, scaling, ratio: delta !== null && weight ? delta / weight : null, delta, weight, start, rows }])));
+const placeOf = D.adapters.map((a) => new Map(a.places.map(([s, rank, scaling, delta, weight, start, rows, pool]) =>
+  [s, { rank, scaling, ratio: delta !== null && weight ? delta / weight : null, delta, weight, start, rows, pool }])));
 const shown = D.adapters.map((a, i) => i).filter((i) => D.adapters[i].places.length);
 
 // ---- state
@@ -579,8 +579,8 @@ function siteDetails(box, s) {
   if (D.adapters.length) box.append(el("h3", {}, "Adapters here"));
   if (D.adapters.length && !here.length) box.append(el("p", { class: "dim" }, "None adds to this weight."));
   here.forEach((i) => { const p = placeOf[i].get(s); box.append(el("div", { style: "margin-bottom:10px" }, chip(i), facts([["rank", String(p.rank)], ["scaling", String(+p.scaling.toPrecision(6))], ["‖ΔW‖ / ‖W‖", p.ratio === null ? "" : `${percent(p.ratio)}  (${p.delta.toPrecision(3)} / ${p.weight.toPrecision(3)})`], ["pool rows", p.start === null ? "" : `${p.start} to ${p.start + p.rows - 1}`]]))); });
-  const rows = D.summary.memory.pool_rows;
-  if (rows && here.some((i) => placeOf[i].get(s).start !== null)) box.append(el("h3", {}, `Adapter memory: ${rows} rank rows`), el("div", { class: "pool", role: "img", "aria-label": "Extents" }, here.map((i) => { const p = placeOf[i].get(s); return el("i", { style: `${colour(i)};left:${100 * p.start / rows}%;width:${100 * p.rows / rows}%`, title: D.adapters[i].name }); })));
+  const held = here.map((i) => [i, placeOf[i].get(s)]).filter(([, p]) => p.start !== null && p.pool);
+  if (held.length) box.append(el("h3", {}, `Adapter memory: ${plural(held[0][1].pool, "rank row")}`), el("div", { class: "pool", role: "img", "aria-label": "Extents" }, held.map(([i, p]) => el("i", { style: `${colour(i)};left:${100 * p.start / p.pool}%;width:${100 * p.rows / p.pool}%`, title: D.adapters[i].name }))));
 }
 function skipDetails(box, skip) {
   box.append(el("h2", { class: "mono" }, skip.name), el("div", { class: "refusal" }, el("b", {}, "No site. "), skip.reason), facts([["also called", skip.aliases.join(", ")]]));
