@@ -1,7 +1,7 @@
 """The HTML report: one file that opens anywhere, offline, with everything a dump knows.
 
-The page, its style and its script lie beside this file; the data is JSON inside the page. Names of nodes, modules and
-adapters are data to the script, never markup.
+The page, its style and its scripts lie in `report_page/` beside this file; the data is JSON inside the page. Names of
+nodes, modules and adapters are data to the scripts, never markup.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from fxlora.passes.sites import Site
 
 _KINDS = ("call", "weight", "input", "output", "row_map")
 _DIGITS = 6
+SCRIPTS = "helpers stage state overview sites drawing rows details tree search start".split()
+"""The scripts of the page in the order in which they run, in one scope."""
 
 
 class _Table:
@@ -44,11 +46,15 @@ def report_html(
 ) -> str:
     """The whole page as text."""
     folder = files("fxlora.dumps") / "report_page"
-    page, style, script = (
-        (folder / name).read_text(encoding="utf-8") for name in ("page.html", "style.css", "script.js")
-    )
+    names = ("page.html", "style.css", *(f"{name}.js" for name in SCRIPTS))
+    page, style, *scripts = ((folder / name).read_text(encoding="utf-8") for name in names)
     data = json.dumps(report_data(record, graphs, adapters, focus=focus), ensure_ascii=False, separators=(",", ":"))
-    parts = {"STYLE": style, "SCRIPT": script, "DATA": _embedded(data), "TITLE": _escaped(record.title or "graph")}
+    parts = {
+        "STYLE": style,
+        "SCRIPT": "\n".join(scripts),
+        "DATA": _embedded(data),
+        "TITLE": _escaped(record.title or "graph"),
+    }
     pieces = page.split("/*fxlora:")
     made = [pieces[0]]
     for piece in pieces[1:]:
