@@ -23,7 +23,7 @@ from fxlora.passes.sites import Site
 
 _KINDS = ("call", "weight", "input", "output", "row_map")
 _DIGITS = 6
-SCRIPTS = "helpers stage state overview sites drawing rows details tree search start".split()
+SCRIPTS = ["helpers", "stage", "state", "overview", "sites", "drawing", "rows", "details", "tree", "search", "start"]
 """The scripts of the page in the order in which they run, in one scope."""
 
 

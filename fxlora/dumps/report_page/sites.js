@@ -135,7 +135,8 @@ function adapterCell(line, i) {
       : "",
   ];
 }
-const LINE = 32;
+const LINE = 32,
+  PAPER = 1000; // pixels of a line of the table, and of a page across
 VIEWS.sites = (main) => {
   const columns = siteColumns(),
     roles = [...new Set(D.sites.map((s) => s.role))];
@@ -183,11 +184,13 @@ VIEWS.sites = (main) => {
     ),
     count,
   );
+  const widths = columns.map((c) => c.width).join(" ");
+  const least = columns.reduce((sum, c) => sum + Number(c.width.match(/\d+/)[0]), 0);
   const grid = el("div", {
     class: "grid",
     role: "grid",
     "aria-label": "Sites",
-    style: `--columns:${columns.map((c) => c.width).join(" ")};--least:${columns.reduce((n, c) => n + +c.width.match(/\d+/)[0], 0)}px;max-height:calc(100vh - 150px)`,
+    style: `--columns:${widths};--least:${least}px;max-height:calc(100vh - 150px)`,
   });
   const head = el(
     "div",
@@ -274,6 +277,9 @@ VIEWS.sites = (main) => {
   }
   grid.addEventListener("scroll", () => draw());
   main.append(bar, grid);
-  VIEWS.sites.all = () => draw(true);
+  VIEWS.sites.print = () => {
+    grid.style.zoom = Math.min(1, PAPER / least);
+    draw(true);
+  };
   fill();
 };

@@ -36,7 +36,7 @@ window.addEventListener("beforeprint", () => {
     const part = el("section", { style: "margin-top:20px" });
     main.append(part);
     VIEWS.sites(part);
-    VIEWS.sites.all();
+    VIEWS.sites.print();
   }
 });
 window.addEventListener("afterprint", () => {
