@@ -10,9 +10,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
-from fxlora.adapter import AdapterSource, read_adapter
+from fxlora.adapter import Adapter, AdapterSource, read_adapter
 from fxlora.batch import Adapters, slots_of
-from fxlora.binding import bind_adapter
+from fxlora.binding import BoundAdapter, bind_adapter
 from fxlora.dumps.folder import dump_refusal
 from fxlora.dumps.record import Record, title_of
 from fxlora.errors import AdapterError, CallError
@@ -103,11 +103,15 @@ class LoraModule(nn.Module):
         """
         try:
             with read_adapter(source) as adapter:
-                self.pool.load(name, bind_adapter(adapter, self.sites, self.skipped, self._weights))
+                self.pool.load(name, self.bind(adapter))
         except AdapterError as error:
             if self.dump_folder is not None:
                 dump_refusal(self.dump_folder, self, source, error)
             raise
+
+    def bind(self, adapter: Adapter) -> BoundAdapter:
+        """The site of every tensor of an adapter that was read; nothing is loaded. Raises as `load_adapter`."""
+        return bind_adapter(adapter, self.sites, self.skipped, self._weights)
 
     def unload_adapter(self, name: str) -> None:
         """Free the slot and the memory of an adapter. Raises UnknownAdapterError."""

@@ -6,7 +6,7 @@ Norms come from Gram matrices: ||B^T A||_F^2 = sum over r, s of <a_r, a_s> <b_r,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxlora.adapter import AdapterSource, read_adapter
-from fxlora.binding import bind_adapter
+from fxlora.adapter import Adapter, AdapterSource, read_adapter
+from fxlora.binding import BoundAdapter
 from fxlora.errors import AdapterError, Unbound, UnboundTensorError, UnknownAdapterError
-from fxlora.passes.sites import Site, Skipped
+from fxlora.passes.sites import Site
 from fxlora.passes.weights import tensor_key
 from fxlora.pool import AdapterPool
+
+Bind = Callable[[Adapter], BoundAdapter]
 
 
 @dataclass(frozen=True)
@@ -81,21 +83,14 @@ def loaded_views(pool: AdapterPool | None, norm: Norms, names: Sequence[str] | N
     return views
 
 
-def tried_view(
-    source: AdapterSource,
-    sites: Sequence[Site],
-    skipped: Sequence[Skipped],
-    weights: Mapping[str, torch.Tensor],
-    norm: Norms,
-) -> AdapterView:
+def tried_view(source: AdapterSource, bind: Bind, norm: Norms) -> AdapterView:
     """An adapter that is bound for its view alone: nothing is loaded, and what does not bind is part of the view."""
     origin = Path(source).name if isinstance(source, str | Path) else "(config, tensors)"
     try:
         with read_adapter(source) as adapter:
-            bound = bind_adapter(adapter, sites, skipped, weights)
             places = {
                 site: Place(e.rank, e.scaling, delta_norm(site, e.a_RK, e.b_RN, e.rank, e.scaling), norm(site.weight))
-                for site, e in bound.entries.items()
+                for site, e in bind(adapter).entries.items()
             }
     except UnboundTensorError as error:
         return AdapterView(origin, None, origin, unbound=error.unbound)
@@ -104,31 +99,24 @@ def tried_view(
     return AdapterView(origin, None, origin, places)
 
 
-def choose_views(
-    chosen: Any,
-    pool: AdapterPool | None,
-    sites: Sequence[Site],
-    skipped: Sequence[Skipped],
-    weights: Mapping[str, torch.Tensor],
-) -> list[AdapterView]:
+def choose_views(chosen: Any, pool: AdapterPool | None, bind: Bind) -> list[AdapterView]:
     """The views that `adapter=` asks for: None every loaded one, a loaded name that one, else a source to try.
 
-    Raises UnknownAdapterError for a string that is neither a loaded name nor a folder.
+    bind: finds the sites of an adapter. Raises UnknownAdapterError for a string that is neither a loaded name nor a
+    folder.
     """
     norm = Norms()
     if chosen is None:
         return loaded_views(pool, norm)
     views = []
     for item in chosen if isinstance(chosen, list) else [chosen]:
-        if isinstance(item, AdapterView):
-            views.append(item)
-        elif pool is not None and isinstance(item, str) and item in pool.names:
+        if pool is not None and isinstance(item, str) and item in pool.names:
             views += loaded_views(pool, norm, [item])
         elif isinstance(item, str) and not Path(item).exists():
             known = list(pool.names) if pool is not None else []
             raise UnknownAdapterError(f"adapter={item!r} is neither loaded nor a folder; loaded: {known}")
         else:
-            views.append(tried_view(item, sites, skipped, weights, norm))
+            views.append(tried_view(item, bind, norm))
     return views
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import networkx as nx
 from torch import fx
 
+from fxlora.binding import bind_adapter
 from fxlora.dumps.adapters import choose_views
 from fxlora.dumps.formats import ABOUT, FORMATS, Dump, format_of, missing_for, of_weights
 from fxlora.dumps.graph import build_graph
@@ -54,7 +56,11 @@ def prepared(lora_or_gm: Dumpable, adapter: Any, depth: int | None, focus: str |
     record = record_of(lora_or_gm)
     if depth is not None and (not isinstance(depth, int) or depth < 0):
         raise DumpError(f"depth is {depth!r}; expected a number of levels, 0 or more")
-    views = choose_views(adapter, record.pool, record.sites, record.skipped, of_weights(record))
+    if isinstance(lora_or_gm, LoraModule):
+        bind = lora_or_gm.bind
+    else:
+        bind = partial(bind_adapter, sites=record.sites, skipped=record.skipped, weights=of_weights(record))
+    views = choose_views(adapter, record.pool, bind)
     return Dump(record, views, depth, focus)
 
 
@@ -75,7 +81,7 @@ def make_networkx(lora_or_gm: Dumpable, stage: str | None, adapter: Any) -> nx.M
     if stage not in (None, "before", "after") or (stage == "after" and record.after is None):
         raise DumpError(f"stage={stage!r}: this graph has {'before and after' if record.after else 'before alone'}")
     snapshot = record.before if stage == "before" else record.graph
-    return build_graph(record, snapshot, prepared(record, adapter, None, None).adapters)
+    return build_graph(record, snapshot, prepared(lora_or_gm, adapter, None, None).adapters)
 
 
 def _form(format: str | None) -> str | None:
