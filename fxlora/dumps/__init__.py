@@ -29,7 +29,7 @@ def dump(
     Nothing is run and no graph is changed. The same dump twice is equal byte by byte.
 
     Args:
-        lora_or_gm: What `fxlora.apply` returned, or any graph module.
+        lora_or_gm: What `fxlora.apply` returned, or any graph module or exported program.
         path: A file whose suffix names the format (`.html`, `.txt`, `.diff.txt`, `.raw.py`, `.json`, `.graphml`,
             `.dot`, `.svg`, `.png`, `.me.json`), or a folder, which gets every format and an index.
         format: The format, where the suffix does not say it; a folder then gets this one alone.

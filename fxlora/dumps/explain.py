@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fxlora.batch import NO_ADAPTER, slots_of
+from fxlora.batch import slots_of
 from fxlora.dumps.record import Record
 from fxlora.dumps.tree import fold_names
 from fxlora.errors import BatchSizeError
@@ -52,12 +52,9 @@ def _sizes(adapters: Any, request_dims: int, where: tuple[int, ...]) -> tuple[in
 
 def _request(record: Record, pool: AdapterPool, index: tuple[int, ...], slot: int, name: str | None) -> list[str]:
     request = ", token ".join(map(str, index))
-    if slot == NO_ADAPTER:
-        lines = [f"request {request}: no adapter, slot {NO_ADAPTER}: every site adds nothing"]
-        return lines + [f"  {_map(number, rows)}" for rows, number in record.row_maps().items()]
-    assert name is not None
-    places = pool.placements(name)
-    lines = [f"request {request}: adapter {name!r}, slot {slot}"]
+    places = pool.placements(name) if name is not None else {}
+    words = f"adapter {name!r}, slot {slot}" if name is not None else f"no adapter, slot {slot}: the base model alone"
+    lines = [f"request {request}: {words}"]
     for rows, number in record.row_maps().items():
         lines.append(f"  {_map(number, rows)}")
         sites = list(dict.fromkeys(use.site for use in record.uses if use.rows is rows))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import networkx as nx
+import torch
 from torch import fx
 
 from fxlora.binding import bind_adapter
@@ -19,7 +20,7 @@ from fxlora.errors import DumpError, DumpFormatError, DumpPathError
 from fxlora.module import LoraModule
 
 STEM = "graph"
-Dumpable = LoraModule | fx.GraphModule | Record
+Dumpable = LoraModule | fx.GraphModule | torch.export.ExportedProgram | Record
 
 
 def write_dump(
@@ -70,6 +71,8 @@ def record_of(lora_or_gm: Dumpable) -> Record:
         return lora_or_gm
     if isinstance(lora_or_gm, LoraModule):
         return lora_or_gm.record
+    if isinstance(lora_or_gm, torch.export.ExportedProgram):
+        return Record.of_graph(lora_or_gm.module())  # type: ignore[arg-type]
     if isinstance(lora_or_gm, fx.GraphModule):
         return Record.of_graph(lora_or_gm)
     raise DumpError(f"dump takes a LoraModule or a torch.fx.GraphModule, not a {type(lora_or_gm).__name__}")

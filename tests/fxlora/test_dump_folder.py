@@ -141,7 +141,10 @@ def test_explain_says_which_slot_and_why() -> None:
     assert "    layers.2.up, linear: adds nothing here\n" in text
     assert "    head, logits: adds nothing here\n" in text
     bare = lora.explain(2, ["plain", HOSTILE, None])
-    assert bare.startswith("request 2: no adapter, slot -1: every site adds nothing\n")
+    assert bare.startswith(
+        "request 2: no adapter, slot -1: the base model alone\n  rows 1: adapter_slots -> expand(*, *)"
+    )
+    assert "    layers.0-2.up (3 sites), linear: adds nothing here\n" in bare
     assert lora.explain(adapters=["plain", None]).count("request ") == 2
     assert lora.explain(3, "plain").startswith("request 3: adapter 'plain', slot 0\n")
 

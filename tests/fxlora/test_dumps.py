@@ -141,6 +141,14 @@ def test_round_trips_are_equal(lora: fxlora.LoraModule, suffix: str, tmp_path: P
         assert nx.utils.graphs_equal(back, graph)
 
 
+def test_an_exported_program_is_a_graph_too() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    graph = fxlora.to_networkx(torch.export.export(model, (torch.randn(2, 3),)))
+    assert {f["label"] for f in of_kind(graph, "weight").values()} == {"0.weight", "0.bias"}
+    calls = {f["label"]: f["module"] for f in of_kind(graph, "call").values()}
+    assert (calls["linear"], calls["relu"]) == ("0", "1")
+
+
 def test_a_loaded_graph_can_be_asked(lora: fxlora.LoraModule, tmp_path: Path) -> None:
     """Which weights does the embedding's op feed? A path question, on the file alone."""
     graph = fxlora.load_graph(fxlora.dump(lora, tmp_path / "g.json"))
