@@ -143,5 +143,11 @@ class Norms:
         key = tensor_key(weight)
         if key not in self._known:
             empty = weight.device.type == "meta" or not weight.numel() or isinstance(weight, FakeTensor)
-            self._known[key] = None if empty else float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
+            self._known[key] = None if empty else _norm(weight.detach())
         return self._known[key]
+
+
+def _norm(weight: torch.Tensor) -> float:
+    """||W||_F; fp64 would be slow on the many values of half-precision models, and say no more of them."""
+    dtype = torch.float64 if weight.dtype in (torch.float32, torch.float64) else torch.float32
+    return float(torch.linalg.vector_norm(weight, dtype=dtype))

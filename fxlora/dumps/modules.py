@@ -19,7 +19,7 @@ from fxlora.passes.diff import NodeState
 _TORCH = str(Path(torch.__file__).parent)
 _PART = re.compile(r"\['([^']+)'\]|\[(\d+)\]|([^.\[\]()',\s]+)")
 _FRAME = re.compile(r'File "(.+)", line (\d+), in ')
-_NOT_NAMES = {"L", "self", "_modules", "getattr"}
+_FROM_VARIABLE = re.compile(r"\b[LG]\['")
 
 
 def module_stack(state: NodeState) -> list[tuple[str, str]]:
@@ -43,11 +43,17 @@ def repeats(state: NodeState) -> dict[str, int]:
 
 
 def _clean(path: str) -> str:
-    """`L['self'].model.layers.1` and `model.layers.1@2` -> `model.layers.1`."""
-    parts = [a or b or c for a, b, c in _PART.findall(path.split("@", maxsplit=1)[0])]
-    while parts and parts[0] in _NOT_NAMES:
-        parts.pop(0)
-    return ".".join(part for part in parts if part != "_modules")
+    """`L['self'].model.layers.1`, `L['fn'].__self__.model.layers.1` and `model.layers.1@2` -> `model.layers.1`.
+
+    Dynamo names modules from a local or global variable on, `L['x']` or `G['x']`.
+    """
+    parts = [a or b or c for a, b, c in _PART.findall(path.partition("@")[0])]
+    parts = [part for part in parts if part not in ("getattr", "_modules")]
+    if _FROM_VARIABLE.search(path):
+        parts = parts[2:]
+        while parts and parts[0].startswith("__"):
+            parts.pop(0)
+    return ".".join(parts)
 
 
 def module_paths(nodes: Sequence[NodeState], weight_paths: Mapping[fx.Node, str]) -> dict[fx.Node, str]:

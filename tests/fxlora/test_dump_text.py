@@ -13,9 +13,11 @@ from expecttest import assert_expected_inline
 from torch import fx, nn
 
 import fxlora
+from fxlora.dumps.modules import module_stack
 from fxlora.dumps.text import graph_text
 from fxlora.dumps.tree import fold_names
 from fxlora.dumps.write import make_networkx
+from fxlora.passes.diff import NodeState
 from tests.fxlora.dump_cases import shared, zoo
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -213,6 +215,26 @@ def test_a_graph_without_modules_takes_them_from_its_weights() -> None:
     modules = {facts.get("module") for _, facts in graph.nodes(data=True) if facts["kind"] == "call"}
     assert {"0", "2"} <= modules
     assert "\n0\n" in graph_text(graph)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "path"),
+    [
+        ("L['self'].model.layers.1", "model.layers.1"),
+        ("L['self']", ""),
+        ("L['original'].__self__.model.norm", "model.norm"),
+        ("G['net'].encoder", "encoder"),
+        ("getattr(L['self'].layers, '0').up", "layers.0.up"),
+        ("L['self']._modules['layers']._modules['0']", "layers.0"),
+        ("model.layers.1@2", "model.layers.1"),
+        ("self.x", "self.x"),
+    ],
+)
+def test_modules_go_by_their_own_paths(recorded: str, path: str) -> None:
+    """Tracers write them in forms of their own."""
+    node = fx.Graph().placeholder("x")
+    node.meta["nn_module_stack"] = {"key": (recorded, nn.Linear)}
+    assert module_stack(NodeState(node, node.op, node.target, (), {})) == [(path, "Linear")]
 
 
 def test_depth_and_focus(tmp_path: Path) -> None:
