@@ -201,8 +201,8 @@ class _Quotient:
             for a, b, kind in self.graph.edges(data="kind")
             if kind == "data" and a in self.box_of and b in self.box_of and self.box_of[a] != self.box_of[b]
         )
-        typed = {node for node, dtype in self.graph.nodes(data="dtype") if dtype}
-        tensors = {(self.box_of.get(a), self.box_of.get(b)) for a, b in self.graph.edges() if a in typed or not typed}
+        sizes = {node for node, size in self.graph.nodes(data="size") if size}
+        tensors = {(self.box_of.get(a), self.box_of.get(b)) for a, b in self.graph.edges() if a not in sizes}
         for (a, b), count in edges.items():
             if a in drawn or b in drawn:
                 style = {"label": quoted(str(count))} if count > 1 else {}

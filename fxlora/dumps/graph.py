@@ -5,6 +5,7 @@ Kinds of nodes:
     weight    a parameter or buffer: `names` has all of its names, `roles` each role it is read in. One node per tensor.
     call      one op: `call` is its text, in which `%name` stands for a node (`%%` for a percent sign). `repeats` has
               the modules around it that were called before, and how often.
+              `shape` and `dtype` say what it returns, `shapes` where that are several, `size` where it is a number.
     row_map   a call that computes which request each row belongs to.
     output    what the graph returns.
     site      a weight in one role, `site:<name>:<role>`: edges come from its weight and lead to its calls.
@@ -130,6 +131,8 @@ def _tensor_facts(value: Any) -> dict[str, Any]:
     if isinstance(value, list | tuple) and value and all(isinstance(v, torch.Tensor) for v in value):
         parts = [_tensor_facts(v) for v in value]
         return {"shapes": [part["shape"] for part in parts], "dtype": parts[0]["dtype"]}
+    if isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
+        return {"size": str(value)}
     return {}
 
 

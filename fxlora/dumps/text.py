@@ -126,7 +126,9 @@ def _call(graph: nx.MultiDiGraph, facts: dict[str, object], path: str) -> str:
 
 
 def kind_of(facts: dict[str, object]) -> str:
-    """Dtype and shape of a node: `f32[s0, 48]`, several of them in brackets."""
+    """Dtype and shape of a node: `f32[s0, 48]`, several of them in brackets; of a number the number itself."""
+    if "size" in facts:
+        return str(facts["size"])
     dtype = re.sub(r"^[a-z]+", lambda m: _DTYPES.get(m[0], m[0]), str(facts.get("dtype", "")))
     if "shapes" in facts:
         shapes = facts["shapes"]

@@ -2,7 +2,8 @@
 
 A module that the graph comes back to later is visited again. Two visits under one parent are alike when their names
 differ in numbers alone and they make the same calls, with the same shapes, on weights of the same names below them;
-inputs must be the same nodes, except for what one sibling hands to the next.
+inputs must be the same nodes, except for what one sibling hands to the next. Numbers are alike when they are equal,
+wherever they were computed: tracers compute a size once, in the first layer that asks for it.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def _fold(graph: nx.MultiDiGraph, visit: Visit) -> None:
 
 def _form(graph: nx.MultiDiGraph, visit: Visit) -> tuple[Any, list[str]]:
     """What a visit does, in words that do not depend on where it stands, and the nodes that it reads from outside."""
-    calls = list(visit.calls())
+    calls = [node for node in visit.calls() if "size" not in graph.nodes[node]]
     inside = {node: i for i, node in enumerate(calls)}
     outside: dict[str, int] = {}
 
@@ -122,9 +123,11 @@ def _form(graph: nx.MultiDiGraph, visit: Visit) -> tuple[Any, list[str]]:
         node = match[1]
         if node is None:
             return "%%"
+        facts = graph.nodes[node]
+        if "size" in facts:
+            return str(facts["size"])
         if node in inside:
             return f"@{inside[node]}"
-        facts = graph.nodes[node]
         if facts["kind"] == "weight":
             own = [name for name in facts["names"] if name.startswith(f"{visit.path}.")]
             if own:

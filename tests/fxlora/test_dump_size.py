@@ -62,10 +62,10 @@ def test_48_layers(tmp_path: Path) -> None:
     folder = fxlora.dump(lora, tmp_path / "all")
     assert time.process_time() - start < 5
     assert (folder / "graph.html").stat().st_size < 3_000_000
-    assert "layers.2-47 as layers.1" in (folder / "graph.txt").read_text(encoding="utf-8")
+    assert "layers.1-47 as layers.0" in (folder / "graph.txt").read_text(encoding="utf-8")
     assert len((folder / "graph.txt").read_text(encoding="utf-8").splitlines()) < 400
     if (folder / "graph.dot").exists():
-        assert "layers.2-47\\nas layers.1" in (folder / "graph.dot").read_text(encoding="utf-8")
+        assert "layers.1-47\\nas layers.0" in (folder / "graph.dot").read_text(encoding="utf-8")
     if not no_browser():
         opens_at_once(folder / "graph.html", "layers.47 o_proj")
 

@@ -6,7 +6,6 @@ class Stage {
     this.nodes = nodes;
     this.index = new Map(nodes.map((n, i) => [n[0], i]));
     this.root = this.visit(tree, null);
-    this.typed = nodes.some((n) => n[1] === CALL && n[4]);
     this.sitesOf = new Map();
     D.sites.forEach((site, s) =>
       (site.calls[name] || []).forEach((i) => this.sitesOf.set(i, [...(this.sitesOf.get(i) || []), s])),
@@ -52,7 +51,7 @@ class Stage {
     return this.nodes[i][8].replace(/%(\d+);|%%/g, (m, ref) => (ref === undefined ? "%" : this.short(+ref)));
   }
   isSize(i) {
-    return this.typed && !this.type(i) && !this.sitesOf.has(i);
+    return this.type(i) !== "" && !this.type(i).includes("[");
   }
   short(i) {
     return this.kind(i) === WEIGHT || this.kind(i) === INPUT ? this.label(i) : this.nodes[i][0];
