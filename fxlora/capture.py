@@ -126,6 +126,7 @@ def _remember(gm: fx.GraphModule, model: nn.Module, args: tuple[Any, ...], kwarg
     )  # export drops names; dynamo keeps all
     named = kept is None and not args
     gm.meta[META_KEY] = {
+        "class": type(model).__name__,
         "constants": constant_leaves(bound),
         "output_embedding": head,
         "model": kept,

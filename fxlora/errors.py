@@ -50,6 +50,11 @@ __all__ = [
     "CaptureError",
     "CompileOptionError",
     "ConflictingEntriesError",
+    "DumpError",
+    "DumpFocusError",
+    "DumpFormatError",
+    "DumpPackageError",
+    "DumpPathError",
     "DuplicateAdapterError",
     "FxloraError",
     "GraphBreakError",
@@ -171,6 +176,26 @@ class DuplicateAdapterError(AdapterError):
 
 class PoolClosedError(AdapterError):
     """The adapter pool was closed."""
+
+
+class DumpError(FxloraError):
+    """A graph cannot be dumped as asked."""
+
+
+class DumpFormatError(DumpError, ValueError):
+    """No such format."""
+
+
+class DumpPathError(DumpError, OSError):
+    """The path of a dump cannot be written or read."""
+
+
+class DumpFocusError(DumpError, ValueError):
+    """`focus=` names no module of the graph."""
+
+
+class DumpPackageError(DumpError, ImportError):
+    """A format needs a package or a program that is not installed; the message says how to install it."""
 
 
 class BatchError(FxloraError):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
-from fxlora.adapter import AdapterSource, read_adapter
+from fxlora.adapter import Adapter, AdapterSource, read_adapter
 from fxlora.batch import Adapters, slots_of
-from fxlora.binding import bind_adapter
-from fxlora.errors import CallError
+from fxlora.binding import BoundAdapter, bind_adapter
+from fxlora.dumps.folder import dump_refusal
+from fxlora.dumps.record import Record, title_of
+from fxlora.errors import AdapterError, CallError
 from fxlora.passes.pipeline import Job, PassReport
 from fxlora.passes.plan import Group
 from fxlora.passes.sites import Site, Skipped
@@ -42,7 +45,8 @@ class LoraModule(nn.Module):
         graph_module: The rewritten graph: flat inputs, then `adapter_slots` (int32).
         sites: Weights that adapters can reach. skipped: the others, each with its reason.
         groups: The ops of the graph, in order: the sites that each serves, and why these.
-        pool: The adapter memory. reports: what each pass did.
+        pool: The adapter memory. reports: what each pass did. record: what dumps are drawn from.
+        dump_folder: Where `FXLORA_DUMP` made `fxlora.apply` write this graph.
         fixed_sizes: Sizes that tracing fixed, by input name and dim: calls with others are refused.
         assumed: Where isolation of requests is taken on trust. mixed_outputs: outputs that combine requests.
     """
@@ -64,6 +68,8 @@ class LoraModule(nn.Module):
         self.reports: tuple[PassReport, ...] = tuple(job.reports)
         self.assumed, self.mixed_outputs = job.plan.assumed, job.plan.mixed_outputs
         self.frozen: bool = job.sizing.frozen
+        self.dump_folder: Path | None = None
+        self.record = Record.of_job(job, pool, title=title_of(base))
         self._weights = dict(job.weights.names)
         self._rename = base.meta.get(META_KEY, {}).get("renames") or renames_of(job.models)
         placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
@@ -97,8 +103,17 @@ class LoraModule(nn.Module):
         All or nothing: every tensor lands on a site, or an error of the AdapterError family says what does not and why,
         and nothing has changed. The graph does not change either.
         """
-        with read_adapter(source) as adapter:
-            self.pool.load(name, bind_adapter(adapter, self.sites, self.skipped, self._weights, self._rename))
+        try:
+            with read_adapter(source) as adapter:
+                self.pool.load(name, self.bind(adapter))
+        except AdapterError as error:
+            if self.dump_folder is not None:
+                dump_refusal(self.dump_folder, self, source, error)
+            raise
+
+    def bind(self, adapter: Adapter) -> BoundAdapter:
+        """The site of every tensor of an adapter that was read; nothing is loaded. Raises as `load_adapter`."""
+        return bind_adapter(adapter, self.sites, self.skipped, self._weights, self._rename)
 
     def unload_adapter(self, name: str) -> None:
         """Free the slot and the memory of an adapter. Raises UnknownAdapterError."""
@@ -107,6 +122,20 @@ class LoraModule(nn.Module):
     def row_map(self, site: Site) -> str:
         """How the rows of a site follow from `adapter_slots`: the chain of ops that proved it."""
         return self._row_maps[site]
+
+    def explain(self, row: int | tuple[int, int] | None = None, adapters: Adapters = None) -> str:
+        """Which slot the rows of a request get at each site, and the chain of ops that proved it, as text.
+
+        Args:
+            row: The request, or (request, token) where adapters are chosen per token; None: every request.
+            adapters: As in a call.
+
+        Raises:
+            UnknownAdapterError, BatchError: as a call would.
+        """
+        from fxlora.dumps.explain import explain
+
+        return explain(self.record, row, adapters, len(self._request_dims))
 
     def siblings(self, site: Site) -> tuple[Site, ...]:
         """The other sites that share an op with a site, in order."""

@@ -40,13 +40,14 @@ from fxlora.rooms import (
     ExpertRoom,
     ExtentAllocator,
     Place,
+    Placement,
     Room,
     expected_shapes,
     round_up_rows,
     rows_for,
 )
 
-__all__ = ["EXTENT_ROWS", "AdapterPool", "ExtentAllocator", "round_up_rows"]
+__all__ = ["EXTENT_ROWS", "AdapterPool", "ExtentAllocator", "Placement", "round_up_rows"]
 
 _log = logging.getLogger(__name__)
 
@@ -171,6 +172,12 @@ class AdapterPool:
         if name not in slots:
             raise UnknownAdapterError(f"no adapter {name!r} is loaded; loaded: {list(slots)}")
         return slots[name]
+
+    def placements(self, name: str) -> dict[Site, Placement]:
+        """Where a loaded adapter lies, site by site; the tensors are views. Raises UnknownAdapterError."""
+        with self._lock:
+            slot = self.slot_of(name)
+            return {site: self._rooms[site].placement(slot, place) for site, place in self._loaded[name].places.items()}
 
     def load(self, name: str, bound: BoundAdapter) -> int:
         """Places an adapter and returns its slot. All or nothing: everything is checked before the first byte moves.

@@ -79,6 +79,22 @@ class Place:
     b_start: int
 
 
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Where one adapter lies at one site: its first pool row, the rows of its extent, and how many the pool has.
+
+    a_rows, b_rows: views of its A [rows, K] and B [rows, N], `rank` rows for each part of the weight that it adapts.
+    """
+
+    start: int
+    rows: int
+    pool_rows: int
+    rank: int
+    scaling: float
+    a_rows: torch.Tensor
+    b_rows: torch.Tensor
+
+
 class Room:
     """The memory of a linear, an embedding or a logits weight: one extent an adapter, A and B at the same rows."""
 
@@ -103,6 +119,14 @@ class Room:
     def release(self, place: Place) -> None:
         """Gives a place back."""
         self.extents.release(place.a_start)
+
+    def placement(self, slot: int, place: Place) -> Placement:
+        """What of the memory a slot holds, at its place."""
+        rank = int(self.pool.rank[slot])
+        rows = slice(place.a_start, place.a_start + rank)
+        size, scaling = len(self.pool.b), float(self.pool.scaling[slot])
+        tensors = (self.pool.a_PK[rows], self.pool.b[rows])
+        return Placement(place.a_start, round_up_rows(rank), size, rank, scaling, *tensors)
 
     def write(self, slot: int, place: Place, entry: Entry, a: torch.Tensor, b: torch.Tensor) -> None:
         """Copies A and B, converted, to a place and publishes the slot."""
@@ -136,6 +160,14 @@ class ExpertRoom:
         """Gives a place back."""
         self.a_extents.release(place.a_start)
         self.b_extents.release(place.b_start)
+
+    def placement(self, slot: int, place: Place) -> Placement:
+        """What of the memory a slot holds, at its place; the extent is that of A."""
+        pool, experts = self.pool, self.site.num_experts
+        rank, size = int(pool.rank[slot]), len(pool.a)
+        a_rows, b_rows = (rank * (experts if int(step[slot]) else 1) for step in (pool.a_step, pool.b_step))
+        a, b = pool.a[place.a_start : place.a_start + a_rows], pool.b[place.b_start : place.b_start + b_rows]
+        return Placement(place.a_start, round_up_rows(a_rows), size, rank, float(pool.scaling[slot]), a, b)
 
     def write(self, slot: int, place: Place, entry: Entry, a: torch.Tensor, b: torch.Tensor) -> None:
         """Copies A and B, converted, to a place and publishes the slot."""

@@ -41,6 +41,7 @@ from fxlora.passes.sites import NOT_READ, Site, Skipped
 from fxlora.passes.weights import tensor_key
 from fxlora.pool import AdapterPool
 from fxlora.provisional import provisional_sites
+from fxlora.renames import renames_of
 from fxlora.signature import example_arguments
 
 _log = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class Runtime:
         self.backend = partial(compile_graph)
         self.model = weakref.ref(model)
         self.names = names
+        self._rename = renames_of([model])
         self.argument_names = tuple(inspect.signature(model.forward).parameters)
         self.output_embedding = output_embedding(model)
         self.targets, self.batch_dims, self.shape, self.group_siblings = targets, batch_dims, shape, group_siblings
@@ -126,9 +128,9 @@ class Runtime:
         """
         with self._lock, read_adapter(source) as adapter:
             if self.learned:
-                self.pool.load(name, bind_adapter(adapter, self.sites, self.skipped, self.names))
+                self.pool.load(name, bind_adapter(adapter, self.sites, self.skipped, self.names, self._rename))
                 return
-            bound = bind_adapter(adapter, provisional_sites(adapter, self.names), (), self.names)
+            bound = bind_adapter(adapter, provisional_sites(adapter, self.names), (), self.names, self._rename)
             for guess, entry in bound.entries.items():
                 self.pool.check_entry(guess, entry)
             self.pool.load(name, BoundAdapter(bound.origin, bound.config, {}))

@@ -17,7 +17,7 @@ from torch import fx
 
 from fxlora.kernels.ops import batch_slots
 from fxlora.passes.decompose import decompose_calls, opaque_calls
-from fxlora.passes.diff import graph_diff, graph_text
+from fxlora.passes.diff import Snapshot, graph_diff
 from fxlora.passes.errors import VerifyError
 from fxlora.passes.graph import output_leaves
 from fxlora.passes.logits import mark_logits
@@ -40,13 +40,18 @@ SLOTS_NAME = "adapter_slots"
 
 @dataclass(frozen=True)
 class PassReport:
-    """What one pass did: seconds, node counts, and (under debug logging) the diff of the graph."""
+    """What one pass did: seconds, node counts, the graph on both sides, and (under debug logging) their diff.
+
+    A pass that changed nothing has one snapshot on both sides.
+    """
 
     name: str
     seconds: float
     nodes_before: int
     nodes_after: int
     diff: str = field(default="", repr=False)
+    before: Snapshot | None = field(default=None, repr=False)
+    after: Snapshot | None = field(default=None, repr=False)
 
 
 @dataclass
@@ -182,9 +187,8 @@ def rewrite(job: Job, handles: Mapping[tuple[Site, ...], int], *, slots_from_mem
 
 
 def _run(job: Job, name: str, step: Callable[[Job], Any]) -> None:
-    debug = log.isEnabledFor(logging.DEBUG)
-    before = graph_text(job.gm) if debug else ""
-    count = len(job.gm.graph.nodes)
+    last = job.reports[-1].after if job.reports else None
+    before = last or Snapshot.of(job.gm)
     start = time.perf_counter()
     try:
         step(job)
@@ -195,9 +199,11 @@ def _run(job: Job, name: str, step: Callable[[Job], Any]) -> None:
         job.gm.graph.lint()
         job.gm.recompile()
     seconds = time.perf_counter() - start
-    report = PassReport(
-        name, seconds, count, len(job.gm.graph.nodes), graph_diff(before, graph_text(job.gm)) if debug else ""
-    )
+    after = Snapshot.of(job.gm)
+    after = before if after.nodes == before.nodes else after
+    debug = log.isEnabledFor(logging.DEBUG) and after is not before
+    diff = graph_diff(before.text(), after.text()) if debug else ""
+    report = PassReport(name, seconds, len(before.nodes), len(after.nodes), diff, before, after)
     job.reports.append(report)
     log.debug(
         "%s: %.1f ms, %d -> %d nodes\n%s", name, 1000 * seconds, report.nodes_before, report.nodes_after, report.diff

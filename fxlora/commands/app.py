@@ -55,6 +55,7 @@ def inspect(
     model: Annotated[Path, typer.Argument(help="A folder that transformers can load.", exists=True, file_okay=False)],
     adapters: Annotated[list[Path] | None, typer.Argument(help="PEFT adapter folders.")] = None,
     every: Annotated[bool, typer.Option("--every", help="A line for every site, not one per kind of layer.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write an HTML report, too.", dir_okay=False)] = None,
 ) -> None:
     """Show where adapters can go in a model, and what each given adapter binds to, what not, and why."""
     with refusals():
@@ -62,7 +63,26 @@ def inspect(
         quieten()
         from fxlora.commands.inspect import inspect_model
 
-        if not inspect_model(model, adapters or [], Console(), fold=not every):
+        if not inspect_model(model, adapters or [], Console(), fold=not every, report=html):
+            raise typer.Exit(1)
+
+
+@app.command()
+def dump(
+    model: Annotated[Path, typer.Argument(help="A folder that transformers can load.", exists=True, file_okay=False)],
+    output: Annotated[str, typer.Option("--output", "-o", help="A folder, or a file whose suffix names its format.")],
+    adapter: Annotated[list[Path] | None, typer.Option(help="A PEFT adapter folder; may be given again.")] = None,
+    form: Annotated[str | None, typer.Option("--format", help="html, txt, json, dot, svg, ...")] = None,
+    depth: Annotated[int | None, typer.Option(help="Levels of modules that text and drawings open.")] = None,
+    focus: Annotated[str | None, typer.Option(help="The path of one module to show.")] = None,
+) -> None:
+    """Write the graph of a model, before and after, and where each adapter lands, in every format."""
+    with refusals():
+        require("fxlora dump", "transformers")
+        quieten()
+        from fxlora.commands.dump import dump_model
+
+        if not dump_model(model, adapter or [], output, Console(), form=form, depth=depth, focus=focus):
             raise typer.Exit(1)
 
 

@@ -22,10 +22,12 @@ from fxlora.passes.sites import Site, Skipped
 from fxlora.renames import Rename, renames_of
 
 
-def inspect_model(folder: Path, adapters: Sequence[Path], console: Console, *, fold: bool = True) -> bool:
+def inspect_model(
+    folder: Path, adapters: Sequence[Path], console: Console, *, fold: bool = True, report: Path | None = None
+) -> bool:
     """Print the sites of a model and what adapters bind to. Returns whether every adapter binds in full.
 
-    fold: sites that differ by the numbers in their names alone share a line.
+    fold: sites that differ by the numbers in their names alone share a line. report: an HTML report to write too.
     """
     model = load_model(folder)
     graph = fxlora.capture(model, **example_inputs(model))
@@ -36,6 +38,9 @@ def inspect_model(folder: Path, adapters: Sequence[Path], console: Console, *, f
         console.print(_skipped(lora.skipped, fold=fold))
     rename = renames_of([model])
     binds = [_report(console, path, lora.sites, lora.skipped, weights, rename, fold=fold) for path in adapters]
+    if report is not None:
+        fxlora.dump(lora, report, "html", adapter=list(adapters))
+        console.print(f"report: {report}", highlight=False, soft_wrap=True)
     return all(binds)
 
 

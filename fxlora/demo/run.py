@@ -7,6 +7,7 @@ from typing import Literal
 
 from rich.console import Console
 
+from fxlora.demo import cache_folder
 from fxlora.demo.case import tiny_case
 from fxlora.demo.serve import serve
 from fxlora.demo.show import show
@@ -31,7 +32,7 @@ def run_demo(model: Model, console: Console) -> bool:
     console.print(
         f"Serving {case.title} with the adapters {names}, and bare, in one batch of one graph.", highlight=False
     )
-    served = serve(case, report)
+    served = serve(case, report, graph_report=cache_folder() / f"demo-{model}.html")
     console.print()
     show(console, served)
     console.print(f"  {time.perf_counter() - started:.0f} s in all.", style="dim", highlight=False)

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class Served:
 
     losses, peft_losses: text to column (an adapter name or "base") to mean held-out loss in nats per token. rows: rows
     of the one batch. graphs: distinct graphs run over all batches. samples: column to its continuation of the prompt.
+    graph_report: the HTML report of the graph, where one was written.
     """
 
     losses: Losses
@@ -38,6 +40,7 @@ class Served:
     batch_seconds: float
     prompt: str
     samples: Mapping[str, str]
+    graph_report: Path | None = None
 
     @property
     def own_is_best(self) -> bool:
@@ -64,8 +67,11 @@ class Served:
         )
 
 
-def serve(case: Case, report: Callable[[str], None]) -> Served:
-    """Capture the model, load the adapters, run the one batch, run it again in another order, and ask PEFT."""
+def serve(case: Case, report: Callable[[str], None], *, graph_report: Path | None = None) -> Served:
+    """Capture the model, load the adapters, run the one batch, run it again in another order, and ask PEFT.
+
+    graph_report: an HTML file to write the report of the graph to.
+    """
     columns = [BASE, *case.adapters]
     peft_base = copy.deepcopy(case.model)
 
@@ -77,6 +83,9 @@ def serve(case: Case, report: Callable[[str], None]) -> Served:
     capture_seconds = time.perf_counter() - started
     for name, folder in case.adapters.items():
         lora.load_adapter(name, str(folder))
+    if graph_report is not None:
+        report("drawing the graph")
+        fxlora.dump(lora, graph_report)
 
     report("serving every text under every adapter, in one batch")
     ids = torch.cat([text for text in case.texts.values() for _ in columns])
@@ -111,6 +120,7 @@ def serve(case: Case, report: Callable[[str], None]) -> Served:
         batch_seconds=batch_seconds,
         prompt=case.prompt,
         samples=samples,
+        graph_report=graph_report,
     )
 
 

@@ -15,6 +15,9 @@ def show(console: Console, served: Served) -> None:
     console.print(_losses(served))
     console.print(_verdict(served))
     console.print(_samples(served))
+    if served.graph_report is not None:
+        line = f"  The graph before and after, and where each adapter landed: {served.graph_report}"
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def _losses(served: Served) -> Table:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxlora.commands.errors import MissingPackageError
+from fxlora.demo import cache_folder
 from fxlora.demo.case import Case, held_out, windows
 from fxlora.demo.losses import row_losses
 from fxlora.demo.texts import KINDS, training_texts
@@ -44,11 +45,6 @@ def _package_folder() -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def cache_folder() -> Path:
-    """Return the folder trained adapters are kept in: $XDG_CACHE_HOME/fxlora, or ~/.cache/fxlora."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxlora" / "smollm2"
-
-
 def smollm2_case(report: Callable[[str], None]) -> Case:
     """Return the case of the real model, training whichever adapters the cache folder lacks."""
     import torch
@@ -59,7 +55,7 @@ def smollm2_case(report: Callable[[str], None]) -> Case:
     def encode(text: str) -> torch.Tensor:
         return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
 
-    folders = {kind: cache_folder() / f"{kind}-r{RANK}-{STEPS}-steps" for kind in KINDS}
+    folders = {kind: cache_folder() / "smollm2" / f"{kind}-r{RANK}-{STEPS}-steps" for kind in KINDS}
     absent = [kind for kind, folder in folders.items() if not (folder / "adapter_model.safetensors").is_file()]
     if absent:
         texts = training_texts()

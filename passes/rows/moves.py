@@ -170,7 +170,7 @@ def reshape(p: Prover, node: fx.Node, x: fx.Node, rows: Rows) -> Rows:
         parent = emit(torch.broadcast_to, parent, tuple(p.size(emit, x, d) for d in kept))
         return emit(torch.reshape, parent, tuple(p.size(emit, node, d) for d in dims))
 
-    made = derive(p, node, rows, ids, dims, build, f"reshape{tuple(p.shape(node, 0)[d] for d in dims)}")
+    made = derive(p, node, rows, ids, dims, build, f"reshape({_sizes(p, node, dims)})")
     return drop_constant(p, node, made)
 
 
@@ -235,7 +235,13 @@ def expand_over(p: Prover, x: fx.Node, rows: Label, dims: Sequence[int], order: 
                 parent = emit(torch.unsqueeze, parent, position)
         return emit(torch.broadcast_to, parent, tuple(p.size(emit, x, source[d]) for d in dims))
 
-    return derive(p, x, rows, ids, dims, build, f"expand{tuple(p.shape(x, 0)[source[d]] for d in dims)}")
+    return derive(p, x, rows, ids, dims, build, f"expand({_sizes(p, x, [source[d] for d in dims])})")
+
+
+def _sizes(p: Prover, x: fx.Node, dims: Sequence[int]) -> str:
+    """Sizes of dims as text, `*` for those that differ from world to world."""
+    found = [{p.shape(x, w)[d] for w in range(p.count)} for d in dims]
+    return ", ".join(str(*sizes) if len(sizes) == 1 else "*" for sizes in found)
 
 
 def pieces(p: Prover, node: fx.Node, rows: Rows, dim: int) -> Rows | tuple[Rows, ...]:

@@ -9,6 +9,7 @@ import shutil
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,14 +120,19 @@ def test_names_fold_over_their_numbers() -> None:
     )
 
 
-def test_inspect_says_what_does_not_bind_and_why(tmp_path: Path) -> None:
-    folder = tmp_path / "stray"
+def stray(folder: Path) -> Path:
+    """An adapter of which two tensors name no weight."""
     shutil.copytree(ADAPTERS[1], folder)
     tensors = load_file(folder / "adapter_model.safetensors")
     for half in ("lora_A", "lora_B"):
         key = f"base_model.model.model.layers.0.self_attn.q_proj.{half}.weight"
         tensors[key.replace("q_proj", "qq_proj")] = tensors.pop(key)
     save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_inspect_says_what_does_not_bind_and_why(tmp_path: Path) -> None:
+    folder = stray(tmp_path / "stray")
     result = run("inspect", str(DATA / "base"), str(folder))
     assert result.exit_code == 1
     assert "qq_proj" in result.output
@@ -137,3 +143,49 @@ def test_inspect_needs_no_weights(tmp_path: Path) -> None:
     shutil.copy(DATA / "base" / "config.json", tmp_path)
     assert "architectures" in json.loads((tmp_path / "config.json").read_text())
     assert run("inspect", str(tmp_path)).exit_code == 0
+
+
+def adapters_in(report: Path) -> dict[str, dict[str, Any]]:
+    """What an HTML report says of each adapter."""
+    data = json.loads(report.read_text(encoding="utf-8").partition('id="data">')[2].partition("</script>")[0])
+    return {adapter["name"]: adapter for adapter in data["adapters"]}
+
+
+def test_inspect_writes_a_report_of_what_binds_and_what_does_not(tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    result = run("inspect", str(DATA / "base"), ADAPTERS[0], str(stray(tmp_path / "stray")), "--html", str(report))
+    assert result.exit_code == 1
+    assert f"report: {report}" in result.output
+    shown = adapters_in(report)
+    assert shown["code"]["places"]
+    assert not shown["code"]["unbound"]
+    assert [key.split(".")[-3] for key, _, _ in shown["stray"]["unbound"]] == ["qq_proj", "qq_proj"]
+    assert shown["stray"]["unbound"][0][2] == "model.layers.0.self_attn.q_proj"
+
+
+def test_dump_writes_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    result = run("dump", str(DATA / "base"), "--adapter", ADAPTERS[0], "--adapter", ADAPTERS[2], "-o", str(folder))
+    assert result.exit_code == 0, result.output
+    assert "graph.html" in result.output
+    shown = adapters_in(folder / "graph.html")
+    assert {name: adapter["slot"] for name, adapter in shown.items()} == {"code": 0, "licence": 1}
+    assert "adapters code, licence" in (folder / "graph.txt").read_text(encoding="utf-8")
+
+
+def test_dump_writes_one_file_and_says_what_does_not_bind(tmp_path: Path) -> None:
+    one = tmp_path / "gate.txt"
+    options = ("--focus", "model.layers.0.mlp.gate", "-o", str(one))
+    assert run("dump", str(DATA / "base"), *options).exit_code == 0
+    assert one.read_text(encoding="utf-8").splitlines()[1] == "model.layers.0.mlp.gate"
+    page = tmp_path / "page.html"
+    result = run("dump", str(DATA / "base"), "--adapter", str(stray(tmp_path / "stray")), "-o", str(page))
+    assert result.exit_code == 1
+    assert "stray: UnboundTensorError: 2 adapter tensors have no site" in result.output
+    assert len(adapters_in(page)["stray"]["unbound"]) == 2
+
+
+def test_dump_refuses_what_it_cannot_write(tmp_path: Path) -> None:
+    result = run("dump", str(DATA / "base"), "-o", str(tmp_path / "g.docx"))
+    assert result.exit_code == 2
+    assert "DumpFormatError: g.docx ends in no known format" in result.output

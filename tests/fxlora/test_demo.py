@@ -34,8 +34,8 @@ def case() -> Case:
 
 
 @pytest.fixture(scope="module")
-def served(case: Case) -> Served:
-    return serve(case, lambda line: None)
+def served(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    return serve(case, lambda line: None, graph_report=tmp_path_factory.mktemp("demo") / "graph.html")
 
 
 def test_the_data_is_small_and_complete() -> None:
@@ -104,6 +104,16 @@ def test_the_report_names_every_text_and_says_no_when_something_fails(served: Se
         assert f"  {kind} " in text
 
 
+def test_the_graph_is_drawn_and_the_report_says_where(served: Served) -> None:
+    assert served.graph_report is not None
+    page = served.graph_report.read_text(encoding="utf-8")
+    for kind in KINDS:
+        assert f'"name":"{kind}","slot":' in page
+    console = Console(record=True, width=60, file=io.StringIO())
+    show(console, served)
+    assert f"where each adapter landed: {served.graph_report}" in console.export_text()
+
+
 def test_swapped_adapters_are_caught(case: Case) -> None:
     adapters = dict(case.adapters)
     adapters["code"], adapters["docs"] = adapters["docs"], adapters["code"]
@@ -121,13 +131,18 @@ def test_smollm2_says_what_to_install_when_it_is_missing(monkeypatch: pytest.Mon
         smollm2.load_smollm2()
 
 
-def test_the_examples_of_the_readme_run(capsys: pytest.CaptureFixture[str]) -> None:
-    """In order, as one session."""
+def test_the_examples_of_the_readme_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other, each with the names of those above it; blocks marked `no-run` are left out."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) > 1
+    monkeypatch.chdir(tmp_path)
     session: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), session)
     assert capsys.readouterr().out
+    assert (tmp_path / "graphs" / "graph.html").is_file()
     ids, names = session["ids"], ["code", None, "docs", "licence"]
     assert len({bytes(row) for row in session["tokens"].tolist()}) > 1
     served, bare = session["logits"], session["lora"](input_ids=ids).logits
