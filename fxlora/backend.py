@@ -24,6 +24,7 @@ from torch._guards import TracingContext
 from torch._logging import trace_structured
 
 from fxlora.attach import owner_of
+from fxlora.dumps.folder import dump_if_asked
 from fxlora.dynamo_inputs import read_inputs
 from fxlora.errors import CompileOptionError, FxloraError, GraphBreakError, GraphError, NotAttachedError
 from fxlora.passes.diff import graph_text
@@ -101,6 +102,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], inner: Compiler,
             runtime.live.reserve(example_inputs[primary].device)
             rewrite(job, {group: handles[mine] for group, mine in groups.items()}, slots_from_memory=True)
         _log_outcome(job, plan)
+        dump_if_asked(job, runtime.pool, title=type(runtime.model()).__name__)
     identities = {i: id(example_inputs[i]) for i in watched}
     return CompiledGraph(runtime, inner(gm, list(example_inputs)), identities, primary, dims)
 
@@ -113,6 +115,7 @@ def _analyse(job: Job, partial: str) -> Plan:
     try:
         plan = analyse(job)
     except GraphError as error:
+        dump_if_asked(job, error=error)
         if partial:
             raise GraphBreakError(_advice(partial, "it may read weights that adapters target")) from error
         raise

@@ -81,7 +81,7 @@ def expand_tile(
     positions = first_position + tl.arange(0, 16)
     entries = tl.load(segments_ptr + positions, mask=positions < end, other=0)
     entry_mask = (positions < end) & (entries % J == j)
-    rank, start = 0, 0
+    rank, start, b = 0, 0, cols
     if HAS_POOL:
         rank = tl.load(site[2] + slot, mask=slot >= 0, other=0)
         start = tl.load(site[1] + slot, mask=slot >= 0, other=0)
