@@ -6,9 +6,20 @@ from fxlora.apply import apply
 from fxlora.attach import attach, runtime
 from fxlora.capture import capture
 from fxlora.compile import compile
+from fxlora.continuous import continuous_batching
 from fxlora.errors import FxloraError
 from fxlora.module import LoraModule
 from fxlora.runtime import Runtime
 
 __version__ = "0.1.0"
-__all__ = ["FxloraError", "LoraModule", "Runtime", "apply", "attach", "capture", "compile", "runtime"]
+__all__ = [
+    "FxloraError",
+    "LoraModule",
+    "Runtime",
+    "apply",
+    "attach",
+    "capture",
+    "compile",
+    "continuous_batching",
+    "runtime",
+]

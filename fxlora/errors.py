@@ -33,6 +33,7 @@ __all__ = [
     "AdapterError",
     "AdapterFileError",
     "AdapterFormatError",
+    "AdapterInUseError",
     "AdapterShapeError",
     "AlreadyAppliedError",
     "AlreadyAttachedError",
@@ -50,6 +51,7 @@ __all__ = [
     "CaptureError",
     "CompileOptionError",
     "ConflictingEntriesError",
+    "ContinuousBatchingError",
     "DuplicateAdapterError",
     "FxloraError",
     "GraphBreakError",
@@ -68,6 +70,7 @@ __all__ = [
     "RowsNotProvenError",
     "RuntimeGoneError",
     "TargetError",
+    "TransformersVersionError",
     "Unbound",
     "UnboundTensorError",
     "UnknownAdapterError",
@@ -169,6 +172,10 @@ class DuplicateAdapterError(AdapterError):
     """An adapter of this name is loaded already."""
 
 
+class AdapterInUseError(AdapterError):
+    """An adapter cannot be unloaded while requests of continuous batching have it."""
+
+
 class PoolClosedError(AdapterError):
     """The adapter pool was closed."""
 
@@ -199,3 +206,11 @@ class BatchNotServedError(BatchError, RuntimeError):
 
 class UnknownAdapterError(AdapterError, BatchError):
     """No adapter of this name, or in this slot, is loaded."""
+
+
+class ContinuousBatchingError(FxloraError):
+    """A step of continuous batching cannot be served."""
+
+
+class TransformersVersionError(ContinuousBatchingError):
+    """The installed transformers lacks something that fxlora uses of its continuous batching."""
