@@ -10,7 +10,6 @@ import contextlib
 import copy
 import itertools
 import logging
-import types
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, TypeVar, cast
@@ -29,6 +28,7 @@ from fxlora.errors import (
     TransformersVersionError,
 )
 from fxlora.live_requests import LiveRequests
+from fxlora.paged_cache import PagedCaches
 from fxlora.runtime import Runtime
 
 _log = logging.getLogger(__name__)
@@ -44,7 +44,6 @@ _of_prompts: ContextVar[list[str | None] | None] = ContextVar("_of_prompts", def
 _INTERNALS: dict[str, tuple[str, ...]] = {
     "": ("_create_batch_processor", "model", "is_running", "continuous_batching_config"),
     "batch_processor": ("cache", "inputs_and_outputs", "model_runner", "output_router", "max_batch_tokens"),
-    "batch_processor.cache": ("update",),
     "batch_processor.inputs_and_outputs": ("prepare_batch_tensors", "compute_stream"),
     "batch_processor.model_runner": ("compute_batch",),
     "batch_processor.output_router": ("deliver", "deliver_batch"),
@@ -102,15 +101,13 @@ def continuous_batching(model: M, **options: Any) -> M:
             f"mode={mode!r} has CUDA graphs of its own; continuous batching captures its steps itself: set "
             f"use_cuda_graph=True in the ContinuousBatchingConfig"
         )
-    return cast("M", _derive(compiled, _Serves))
-
-
-def _derive(made: Any, mixin: type) -> Any:
-    """The same object, shallow, with the methods of a mixin before those of its class."""
-    derived, kind = copy.copy(made), type(made)
+    if isinstance(compiled, _Serves):
+        return cast("M", compiled)
+    serving, kind = copy.copy(compiled), type(compiled)
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    derived.__class__ = type(kind.__name__, (mixin, kind), names)
-    return derived
+    serving.__class__ = type(kind.__name__, (_Serves, kind), names)
+    serving.__dict__["_fxlora_caches"] = PagedCaches()
+    return cast("M", serving)
 
 
 class _Serves(_Generates):
@@ -253,6 +250,7 @@ class _Manages:
         finally:
             if not self.is_running():
                 self.live_requests.clear()
+                self.model._fxlora_caches.close()
 
     def raise_failure(self) -> None:
         """Raise what ended the loop of steps, if anything did."""
@@ -279,12 +277,8 @@ class _Manages:
                 f"max_tokens={self._fxlora_runtime.live.max_tokens}: raise it, or set max_batch_tokens in the "
                 f"ContinuousBatchingConfig"
             )
-        cache, router = processor.cache, processor.output_router
-        # transformers keeps this method from torch.compile: a break in every layer.
-        update = getattr(type(cache).update, "_torchdynamo_orig_callable", None)
-        if update is not None:
-            cache.update = types.MethodType(update, cache)
-        step = _Step(self, processor.inputs_and_outputs, processor.model_runner)
+        router = processor.output_router
+        step = _Step(self, processor)
         processor.inputs_and_outputs.prepare_batch_tensors = step.prepare
         processor.model_runner.compute_batch = step.compute
         deliver, deliver_batch = router.deliver, router.deliver_batch
@@ -312,9 +306,11 @@ class _Step:
     steps, on the stream that computes them.
     """
 
-    def __init__(self, manager: Any, io: Any, runner: Any) -> None:
-        self._manager, self._io = manager, io
-        self._prepare, self._compute = io.prepare_batch_tensors, runner.compute_batch
+    def __init__(self, manager: Any, processor: Any) -> None:
+        self._manager, self._io = manager, processor.inputs_and_outputs
+        self._prepare, self._compute = self._io.prepare_batch_tensors, processor.model_runner.compute_batch
+        self._caches: PagedCaches = manager.model._fxlora_caches
+        self._updates = self._caches.adopt(processor.cache)
         self._slots = torch.empty(0, dtype=torch.int32)
 
     def prepare(self, requests_in_batch: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
@@ -336,6 +332,7 @@ class _Step:
             padded = torch.full((1, batch_data["input_ids"].shape[-1]), NO_ADAPTER, dtype=torch.int32)
             padded[0, : len(self._slots)] = self._slots
             with self._manager._fxlora_runtime.live.enter(padded):
+                self._caches.run_with(self._updates)
                 return self._compute(model, batch_data, *args, **kwargs)
 
     @contextlib.contextmanager

@@ -64,10 +64,11 @@ class Served:
         options = {"max_new_tokens": new_tokens, "do_sample": False, "disable_compile": True}
         return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
 
-    def manager(self, new_tokens: int = 4, generation: Mapping[str, Any] | None = None, **options: Any) -> Any:
+    def manager(self, new_tokens: int = 4, sequences: int = 1, **options: Any) -> Any:
+        generation = transformers.GenerationConfig(max_new_tokens=new_tokens, **GREEDY)
+        generation.num_return_sequences = sequences  # its constructor refuses several greedy ones
         return self.serving.continuous_batching_context_manager(
-            generation_config=transformers.GenerationConfig(max_new_tokens=new_tokens, **GREEDY, **(generation or {})),
-            continuous_batching_config=cache_of(**options),
+            generation_config=generation, continuous_batching_config=cache_of(**options)
         )
 
 
@@ -191,7 +192,7 @@ def test_a_small_cache_that_evicts_requests(served: Served) -> None:
 
 def test_returned_sequences_keep_their_adapter(served: Served) -> None:
     prompt = [9, 8, 7, 6]
-    with served.manager(generation={"num_return_sequences": 3}) as manager:
+    with served.manager(sequences=3) as manager:
         manager.add_request(prompt, request_id="one", adapter="docs")
         found = results_of(manager, 3)
         served.serving.unload_adapter("docs")
