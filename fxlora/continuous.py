@@ -61,7 +61,7 @@ def continuous_batching(model: M, **options: Any) -> M:
             least the `max_batch_tokens` of the ContinuousBatchingConfig.
 
     Returns:
-        An object with the model's methods and those of a compiled model (`load_adapter`, `generate`, ...), of which
+        An object with the model's methods and those of a compiled model (`load_adapter`, `runtime`, ...), of which
 
         - `generate_batch(inputs, adapters=[...])` takes one name or None per prompt, or one for all,
         - `continuous_batching_context_manager` and `init_continuous_batching` give a manager whose
@@ -69,7 +69,7 @@ def continuous_batching(model: M, **options: Any) -> M:
 
         An adapter cannot be unloaded while a request that has it lives; others come and go between steps. Blocks of the
         cache are not shared between requests, as the same prompt has other keys and values under another adapter.
-        Nothing else may call the model while a manager runs. What goes wrong in a step is raised by the next
+        Nothing else may call the model while a manager runs; for `generate` compile another copy. What goes wrong in a step is raised by the next
         `add_request` and at the end of the context.
 
     Raises:
