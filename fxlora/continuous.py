@@ -69,8 +69,8 @@ def continuous_batching(model: M, **options: Any) -> M:
 
         An adapter cannot be unloaded while a request that has it lives; others come and go between steps. Blocks of the
         cache are not shared between requests, as the same prompt has other keys and values under another adapter.
-        Nothing else may call the model while a manager runs; for `generate` compile another copy. What goes wrong in a step is raised by the next
-        `add_request` and at the end of the context.
+        Nothing else may call the model while a manager runs, and its `generate` is not served. What goes wrong in a
+        step is raised by the next `add_request` and at the end of the context.
 
     Raises:
         CompileOptionError: `mode`, or a config, asks for compilation or CUDA graphs that would hide adapters; CUDA
