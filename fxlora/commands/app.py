@@ -31,6 +31,7 @@ class Benchmark(StrEnum):
 
     cpu = "cpu"
     linear = "linear"
+    decode = "decode"
 
 
 @app.command()
