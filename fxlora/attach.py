@@ -65,9 +65,8 @@ def attach(
             f"or close it first with `runtime.close()`"
         )
     shape = AdapterShape(max_adapters, max_rank, pool_rows)
-    with torch.inference_mode(False), torch.no_grad():
-        made = Runtime(model, names, shape, targets, batch_dims, max_tokens, group_siblings)
-        made.learn(model, example_inputs)
+    made = Runtime(model, names, shape, targets, batch_dims, max_tokens, group_siblings)
+    made.learn(model, example_inputs)
     with _registry_lock:
         _by_model[model] = made
         for parameter in names.values():

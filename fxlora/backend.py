@@ -69,7 +69,7 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """As `fxlora_backend`. prefix: path, with a dot, of the module whose forward this is, where it is a submodule."""
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             return _compile(gm, example_inputs, inner_compiler(mode, options), prefix)
     except FxloraError as error:
         raise _as_backend_failure(error) from error
@@ -91,6 +91,8 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], inner: Compiler,
         job = runtime.job(gm, inputs)
         partial = inputs.after_break or _off_path(runtime, watched, example_inputs, prefix)
         plan = _analyse(job, partial)
+        if plan.sites:
+            _refuse_autocast(gm, plan.sites[0].device.type)
         own = runtime.admit(job, plan, whole=not prefix)
         if own:
             groups = {group: tuple(own[site] for site in group) for group in plan.site_groups}
@@ -139,6 +141,16 @@ def _off_path(runtime: Runtime, watched: Mapping[int, str], example_inputs: Sequ
         if not any(path == alias or path.endswith(f".{alias}") for alias in aliases):
             return f"it calls {runtime.paths_of(example_inputs[i])[0]!r} {path!r}"
     return ""
+
+
+def _refuse_autocast(gm: fx.GraphModule, device: str) -> None:
+    """Raise where autocast would choose the dtype of a linear: the ops keep that of their input."""
+    entered = [n for n in gm.graph.nodes if n.target is torch.amp.autocast_mode._enter_autocast and n.args[2]]
+    if torch.is_autocast_enabled(device) or entered:
+        raise GraphError(
+            "autocast is on where the model is compiled, and would change the dtype of its linears: load the model in "
+            "the dtype that it is to be served in, and compile it without autocast"
+        )
 
 
 def _position(gm: fx.GraphModule, placeholder: fx.Node) -> int:

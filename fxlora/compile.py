@@ -11,7 +11,7 @@ import functools
 import inspect
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -22,7 +22,7 @@ from torch.fx.experimental import _config as shape_config
 from fxlora.adapter import AdapterSource
 from fxlora.attach import attach
 from fxlora.batch import Adapters
-from fxlora.errors import CallError, NeedsExampleInputsError
+from fxlora.errors import CallError, GraphBreakError, NeedsExampleInputsError
 from fxlora.passes.plan import Targets
 from fxlora.passes.rows.seeds import BatchDims
 from fxlora.passes.sites import Site, Skipped
@@ -33,6 +33,8 @@ M = TypeVar("M", bound=nn.Module)
 # One forward is compiled for several kinds of call: prefill and decode, batches of one, each kind of cache.
 _GRAPHS_MAX = 64
 _OUTER: Any = object()
+_REPLAYED = ("reduce-overhead", "max-autotune")  # the modes that use CUDA graphs
+_CACHE_CHOICES = ("cache_implementation", "past_key_values", "assistant_model", "prompt_lookup_num_tokens")
 
 
 def compile(
@@ -143,16 +145,24 @@ class _Generates(_Compiled):
     def generate(self, *args: Any, adapters: Adapters = _OUTER, **kwargs: Any) -> Any:
         """The model's own `generate`; adapters: one name or None per request of the inputs, or one for all.
 
-        Beams and returned sequences keep the adapter of their request.
+        Beams and returned sequences keep the adapter of their request. Under CUDA graphs the cache is a static one
+        unless the call or the model chooses: a replay overwrites what the last one returned, as a growing cache is.
         """
         if kwargs.get("cache_implementation") == "paged":
             raise CallError(
                 "cache_implementation='paged' is continuous batching, which runs in a thread of its own over packed "
                 "requests: `adapters=` of one call cannot reach it"
             )
+        if self._fxlora_backend.keywords["mode"] in _REPLAYED and not self._chooses_cache(kwargs):
+            kwargs["cache_implementation"] = "static"
         kwargs["disable_compile"] = True  # transformers would compile the compiled forward again
         with self._batch(adapters):
             return cast("Any", super()).generate(*args, **kwargs)
+
+    def _chooses_cache(self, kwargs: Mapping[str, Any]) -> bool:
+        config: Any = kwargs.get("generation_config") or self.generation_config
+        given = {key for key in _CACHE_CHOICES if kwargs.get(key, getattr(config, key, None)) is not None}
+        return bool(given) or kwargs.get("use_cache", config.use_cache) is False
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
         """The encoder, compiled by itself: `generate` runs it once, outside of the model's forward."""
@@ -182,6 +192,8 @@ class _Generates(_Compiled):
 
 def _compiled_forward(model: nn.Module, backend: functools.partial[Callable[..., Any]]) -> Callable[..., Any]:
     """The forward of a module as whole graphs of dynamic batch and length."""
+    from torch._dynamo.exc import Unsupported
+
     original = model.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -194,14 +206,17 @@ def _compiled_forward(model: nn.Module, backend: functools.partial[Callable[...,
         {"recompile_limit": _GRAPHS_MAX} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
     )
     compiled = torch.compile(own, backend=backend, fullgraph=True, dynamic=True, **limit)
-    replayed = backend.keywords["mode"] in ("reduce-overhead", "max-autotune")
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if replayed:
-            torch.compiler.cudagraph_mark_step_begin()
         with _distinct_sizes:
-            return compiled(*args, **kwargs)
+            try:
+                return compiled(*args, **kwargs)
+            except Unsupported as error:
+                raise GraphBreakError(
+                    f"the forward of this {type(model).__name__} is no single graph, and nothing can be proven "
+                    f"across a graph break: {error}"
+                ) from error
 
     return call
 

@@ -112,6 +112,8 @@ class LiveBatch:
         sizes: of the call's request dims. Raises BatchSizeError or BatchInUseError.
         """
         self._check_room(torch.Size(sizes).numel())
+        if _is_capturing():
+            self._captured = True  # replays of the caller's own CUDA graph cannot be seen from here
         batch = self.running
         if batch is None:
             self._begin_outside()
@@ -122,8 +124,6 @@ class LiveBatch:
         elif expected and expected != sizes:
             raise BatchSizeError(f"the batch names adapters for {_words(expected)}, the call has {_words(sizes)}")
         batch.served = True
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            self._captured = True  # replays of the caller's own CUDA graph cannot be seen from here
         return False
 
     def end_call(self, outside: bool) -> None:
@@ -139,7 +139,7 @@ class LiveBatch:
             self._calls += 1
 
     def _acquire(self) -> None:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if _is_capturing():
             raise BatchInUseError(
                 "a batch cannot start while a CUDA graph is captured: each replay would set its adapters again. Start "
                 "the batch first, capture inside it; a batch around a replay decides what the replay reads"
@@ -167,6 +167,10 @@ class LiveBatch:
                 flat = flat.pin_memory()
             buffer[: len(flat)].copy_(flat, non_blocking=True)
             buffer[len(flat) :].fill_(NO_ADAPTER)
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _words(sizes: tuple[int, ...]) -> str:

@@ -165,10 +165,9 @@ class AdapterPool:
             more = sum(SitePool.bytes_needed(**size) for size in sizes.values())
             if new:
                 _log.info("adapter pools: %d sites of %d rank rows, %d bytes", len(new), self.pool_rows, more)
-            rooms = {
-                site: _Room(SitePool.allocate(**size), ExtentAllocator(self.pool_rows)) for site, size in sizes.items()
-            }
-            self._rooms |= rooms
+            with torch.inference_mode(False):  # else they could only be written in inference mode
+                pools = {site: SitePool.allocate(**size) for site, size in sizes.items()}
+            self._rooms |= {site: _Room(pool, ExtentAllocator(self.pool_rows)) for site, pool in pools.items()}
             self._bytes += more
 
     def register(self, digest: int, groups: Sequence[tuple[Site, ...]]) -> Mapping[tuple[Site, ...], int]:

@@ -13,6 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -134,7 +135,7 @@ class Runtime:
 
         All or nothing, as `LoraModule.load_adapter`; no graph is compiled anew.
         """
-        with self._lock, torch.inference_mode(False), torch.no_grad(), read_adapter(source) as adapter:
+        with self._lock, read_adapter(source) as adapter:
             if self.learned:
                 self.pool.load(name, bind_adapter(adapter, self.sites, self.skipped, self.names))
                 return
@@ -226,8 +227,10 @@ class Runtime:
         if call is None:
             _log.info("no example inputs: the first compiled graph shows the sites")
             return
+        # A cache made inside the forward is no site's matter, and not every version of torch can trace its making.
+        cacheless = {"use_cache": False} if "use_cache" in self.argument_names[len(call[0]) :] else {}
         try:
-            gm = capture(model, *call[0], **call[1])
+            gm = capture(model, *call[0], **{**cacheless, **call[1]})
             job, _ = graph_job(
                 gm, self.shape, targets=self.targets, batch_dims=self.batch_dims, model=model, group_siblings=False
             )
@@ -284,7 +287,8 @@ class Runtime:
         """
         with self._lock:
             self.require_open()
-            own = {site: self._sites.get(self._key(site), site) for site in plan.sites}
+            # Without their uses: those would keep every node of the graph.
+            own = {site: self._sites.get(self._key(site)) or replace(site, uses=()) for site in plan.sites}
             for site, mine in own.items():
                 if (site.dtype, site.device) != (mine.dtype, mine.device):
                     raise GraphError(
@@ -309,7 +313,9 @@ class Runtime:
         planned = {self._key(site) for site in plan.sites}
         reasons = {name: skip.reason for skip in plan.skipped for name in (skip.name, *skip.aliases)}
         found = {
-            self._key(site): reasons.get(site.parameter, "") for site in job.sites if self._key(site) not in planned
+            self._key(site): reasons.get(site.parameter, "it is left out")
+            for site in job.sites
+            if self._key(site) not in planned
         }
         read = {key for key, _ in found} | {key for key, _ in planned}
         for name, tensor in self.names.items():

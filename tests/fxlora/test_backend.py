@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,12 +26,14 @@ from fxlora.errors import (
     CompileOptionError,
     FxloraError,
     GraphBreakError,
+    GraphError,
     NotAttachedError,
     UnboundTensorError,
 )
 from tests.fxlora.runtime_toys import EAGER, Broken, Outer, Toy, adapter, attached, check, compiled_by, expected
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(7))
+ROOT = Path(__file__).parent.parent.parent
 A, B = {"a": adapter()}, {"a": adapter(seed=5)}
 
 
@@ -192,6 +198,24 @@ def test_a_submodule_compiled_by_itself_is_refused() -> None:
         compiled_by("fxlora", model[0])(X)
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast_is_refused(inside: bool) -> None:
+    class Casting(Toy):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                return super().forward(x)
+
+    model = Casting()
+    runtime = attached(model, A)
+    compiled = compiled_by(runtime.backend, model)
+    if not inside:  # autocast that is off changes nothing
+        check(compiled, runtime, model, X, A)
+    model = Casting() if inside else Toy()
+    attached(model, A)
+    with pytest.raises(GraphError, match="autocast is on"), torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+        compiled_by("fxlora", model)(X)
+
+
 def test_suppressed_errors_do_not_run_without_adapters() -> None:
     model = Toy()
     runtime = attached(model, A)
@@ -340,3 +364,24 @@ def test_the_model_stays_as_it_is() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert fxlora.runtime(model) is runtime
     assert dict(EAGER) == {"backend": "eager"}
+
+
+LOGGED = """
+import torch
+from tests.fxlora.runtime_toys import Toy, adapter, attached, compiled_by
+model = Toy()
+runtime = attached(model, {"a": adapter()})
+with runtime.batch("a"):
+    compiled_by("fxlora", model)(torch.randn(3, 6))
+"""
+
+
+def test_torch_logs_and_traces(tmp_path: Path) -> None:
+    environment = {**os.environ, "TORCH_LOGS": "+fxlora", "TORCH_TRACE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", LOGGED], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "rewrite_sites" in done.stderr
+    assert "2 sites in 2 ops" in done.stderr
+    trace = "".join(path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.log"))
+    assert '"name": "fxlora_plan"' in trace
+    assert "lora_linear" in trace

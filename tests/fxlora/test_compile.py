@@ -18,11 +18,12 @@ from fxlora.errors import (
     BatchSizeError,
     CallError,
     CompileOptionError,
+    GraphBreakError,
     NeedsExampleInputsError,
     UnknownAdapterError,
 )
 from tests.fxlora.generation import NAMES, WHOLE, Served, build, entry_of, prompts, served
-from tests.fxlora.runtime_toys import Toy, adapter, expected
+from tests.fxlora.runtime_toys import Broken, Toy, adapter, expected
 from tests.models import request
 
 ONE_LAYER = {"num_hidden_layers": 1}
@@ -161,29 +162,35 @@ def test_the_model_itself_is_left_alone(llama: Served) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "sizes", "options"),
     [
-        ("qwen3moe", {}),
-        ("gpt2", {"cache_implementation": "static"}),
-        ("gemma2", {"cache_implementation": "static"}),
-        ("mixtral", {"num_beams": 2}),
-        ("deepseekv3", {}),
-        ("falcon", {}),
+        ("qwen3moe", ONE_LAYER, {}),
+        ("gpt2", {"n_layer": 1}, {"cache_implementation": "static"}),
+        ("gemma2", {}, {"cache_implementation": "static"}),
+        ("mixtral", ONE_LAYER, {"num_beams": 2}),
+        ("deepseekv3", {}, {}),
     ],
     ids=str,
 )
-def test_families(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_families(name: str, sizes: dict[str, int], options: dict[str, Any], tmp_path: Path) -> None:
     torch._dynamo.reset()
-    ours = served(name, tmp_path)
+    ours = served(name, tmp_path, sizes)
     ours.check(prompts(ours.entry), **options)
 
 
-@pytest.mark.parametrize(("name", "options"), [("t5", {}), ("bart", {"num_beams": 2}), ("whisper", {})], ids=str)
-def test_encoders_and_decoders(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+LAYERS = {"encoder_layers": 1, "decoder_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "options"),
+    [("t5", {"num_layers": 1}, {}), ("bart", LAYERS, {"num_beams": 2}), ("whisper", LAYERS, {})],
+    ids=str,
+)
+def test_encoders_and_decoders(name: str, sizes: dict[str, int], options: dict[str, Any], tmp_path: Path) -> None:
     """The encoder is a graph of its own: adapters act in it as well, and once per request."""
     torch._dynamo.reset()
-    entry = entry_of(name)
-    ours = served(name, tmp_path, example_inputs=entry.inputs())
+    entry = entry_of(name, **sizes)
+    ours = served(name, tmp_path, sizes, example_inputs=entry.inputs())
     ours.check(prompts(entry, padded=False), **options)
     encoder = [site for site in ours.compiled.sites if ".encoder." in site.name or site.name.startswith("encoder.")]
     assert encoder
@@ -216,6 +223,13 @@ def test_a_plain_module() -> None:
     assert isinstance(fxlora.compile(bad, backend="eager"), nn.Module)
 
 
+def test_a_model_with_a_graph_break_is_refused() -> None:
+    torch._dynamo.reset()
+    compiled: Any = fxlora.compile(Broken(), backend="eager")
+    with pytest.raises(GraphBreakError, match="the forward of this Broken is no single graph"):
+        compiled(torch.randn(3, 6))
+
+
 def test_compiled_models_of_one_class(tmp_path: Path) -> None:
     """As many models as dynamo would allow graphs of one function: each has its own, and its own adapters."""
     torch._dynamo.reset()
@@ -227,3 +241,16 @@ def test_compiled_models_of_one_class(tmp_path: Path) -> None:
         compiled.load_adapter("a", source)
         got = compiled(x, adapters=["a", None, "a"])
         assert torch.allclose(got, expected(model, x, ["a", None, "a"], {"a": source}), atol=1e-5)
+
+
+def test_the_cache_under_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(entry_of("llama", **ONE_LAYER))
+    compiled: Any = fxlora.compile(model, mode="reduce-overhead")
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(type(model), "generate", lambda self, *args, **kwargs: seen.append(kwargs))
+    own = copy.deepcopy(model.generation_config)
+    own.cache_implementation = "dynamic"
+    choices = ({"cache_implementation": "dynamic"}, {"use_cache": False}, {"prompt_lookup_num_tokens": 2})
+    for options in ({}, *choices, {"generation_config": own}):
+        compiled.generate(torch.ones(1, 2, dtype=torch.long), **options)
+        assert (seen.pop().get("cache_implementation") == "static") == (not options)

@@ -142,6 +142,25 @@ def test_adapters_swap_between_replays_of_a_captured_step(decoder: Callable[...,
     check(logits, ours, [None] * BATCH)
 
 
+def test_a_step_captured_without_a_batch_serves_those_around_its_replays(decoder: Callable[..., Decoder]) -> None:
+    ours = decoder()
+    ours.prefill()
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        ours.step(ours.token, ours.position)
+    torch.cuda.current_stream().wait_stream(stream)
+    ours.restore()
+    with torch.cuda.graph(graph):
+        logits = ours.step(ours.token, ours.position)
+    for names in MIXES:
+        ours.restore()
+        with ours.runtime.batch(list(names)):
+            graph.replay()
+        check(logits, ours, names)
+
+
 def test_a_batch_cannot_start_during_a_capture(decoder: Callable[..., Decoder]) -> None:
     ours = decoder()
     with torch.cuda.graph(torch.cuda.CUDAGraph()):

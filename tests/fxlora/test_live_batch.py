@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -172,3 +173,19 @@ def test_the_buffer_can_be_written_after_inference_mode() -> None:
 def test_sizes_below_one() -> None:
     with pytest.raises(ValueError, match="max_tokens is 0"):
         LiveBatch(0)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_under_capture(live: LiveBatch, inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No batch starts, but one that runs may be captured; later replays need no call."""
+    capturing = {"on": False}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing["on"])
+    with live.enter(slots(1, 1)) if inside else nullcontext():
+        capturing["on"] = True
+        call(live, 2)
+        with pytest.raises(BatchInUseError, match="while a CUDA graph is captured"), live.enter(slots(0, 0)):
+            pass
+        capturing["on"] = False
+    with live.enter(slots(0, 2)):
+        assert live.buffers[CPU].tolist()[:2] == [0, 2]

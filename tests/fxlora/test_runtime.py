@@ -261,3 +261,22 @@ def test_a_model_that_moved_after_attach_is_refused() -> None:
     model.double()
     with pytest.raises(GraphError, match="attach"):
         torch.compile(model, backend=runtime.backend, options=dict(EAGER))(X.double())
+
+
+def test_a_runtime_keeps_no_graph() -> None:
+    model = Toy()
+    runtime = attached(model, {"a": adapter()}, example_inputs=(X,))
+    graphs: list[weakref.ref[torch.fx.GraphModule]] = []
+
+    def inner(gm: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(weakref.ref(gm))
+        return gm.forward
+
+    compiled = torch.compile(model, backend=runtime.backend, options={"backend": inner})
+    check(compiled, runtime, model, X, {"a": adapter()})
+    torch._dynamo.reset()
+    del compiled
+    gc.collect()
+    assert graphs
+    assert all(graph() is None for graph in graphs)
+    assert all(site.uses == () for site in runtime.sites)

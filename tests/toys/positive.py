@@ -357,3 +357,8 @@ def site_feeds_site(self: Self, x: Tensor) -> Tensor:
 def two_outputs(self: Self, x: Tensor) -> dict[str, Tensor]:
     y = self.proj(x)
     return {"answers": y, "pooled": y.mean(1)}
+
+
+@register(POSITIVE, ROWS)
+def difference_to_the_own_neighbour(self: Self, x: Tensor) -> Tensor:
+    return self.proj(torch.diff(x, dim=1, prepend=x[:, :1], append=torch.zeros_like(x[:, :1])))
