@@ -35,8 +35,10 @@ def paged_cache_update(
     if updates is None:
         raise ContinuousBatchingError("a step of continuous batching runs outside of its manager: no cache is set")
     keys, values = updates[layer](key, value, layer, read_index, write_index)
-    # What an op returns may not be what it was given.
-    return (keys.clone() if keys is key else keys, values.clone() if values is value else values)
+    if read_index.shape[0] != 0:
+        return keys.contiguous(), values.contiguous()
+    # Those given, which an op may not return as they are.
+    return keys.clone(memory_format=torch.contiguous_format), values.clone(memory_format=torch.contiguous_format)
 
 
 @paged_cache_update.register_fake
@@ -113,8 +115,7 @@ class PagedCaches:
             key: torch.Tensor, value: torch.Tensor, layer: int, read_index: torch.Tensor, write_index: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor]:
             states = (x.transpose(0, 1).unsqueeze(0) for x in (key, value))
-            keys, values = original(*states, layer, [read_index] * count, [write_index] * count)
-            return keys.contiguous(), values.contiguous()
+            return original(*states, layer, [read_index] * count, [write_index] * count)
 
         cache.update = update
         return dict.fromkeys(groups, own)
