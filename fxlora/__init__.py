@@ -6,6 +6,7 @@ from fxlora.apply import apply
 from fxlora.attach import attach, runtime
 from fxlora.capture import capture
 from fxlora.compile import compile
+from fxlora.continuous import continuous_batching
 from fxlora.dumps import dump, load_graph, to_networkx
 from fxlora.errors import FxloraError
 from fxlora.module import LoraModule
@@ -20,6 +21,7 @@ __all__ = [
     "attach",
     "capture",
     "compile",
+    "continuous_batching",
     "dump",
     "load_graph",
     "runtime",

@@ -33,6 +33,7 @@ __all__ = [
     "AdapterError",
     "AdapterFileError",
     "AdapterFormatError",
+    "AdapterInUseError",
     "AdapterShapeError",
     "AlreadyAppliedError",
     "AlreadyAttachedError",
@@ -50,6 +51,7 @@ __all__ = [
     "CaptureError",
     "CompileOptionError",
     "ConflictingEntriesError",
+    "ContinuousBatchingError",
     "DumpError",
     "DumpFocusError",
     "DumpFormatError",
@@ -73,6 +75,7 @@ __all__ = [
     "RowsNotProvenError",
     "RuntimeGoneError",
     "TargetError",
+    "TransformersVersionError",
     "Unbound",
     "UnboundTensorError",
     "UnknownAdapterError",
@@ -174,6 +177,10 @@ class DuplicateAdapterError(AdapterError):
     """An adapter of this name is loaded already."""
 
 
+class AdapterInUseError(AdapterError):
+    """An adapter cannot be unloaded while requests of continuous batching have it."""
+
+
 class PoolClosedError(AdapterError):
     """The adapter pool was closed."""
 
@@ -224,3 +231,11 @@ class BatchNotServedError(BatchError, RuntimeError):
 
 class UnknownAdapterError(AdapterError, BatchError):
     """No adapter of this name, or in this slot, is loaded."""
+
+
+class ContinuousBatchingError(FxloraError):
+    """A step of continuous batching cannot be served."""
+
+
+class TransformersVersionError(ContinuousBatchingError):
+    """The installed transformers lacks something that fxlora uses of its continuous batching."""

@@ -10,6 +10,7 @@ import inspect
 import logging
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -26,12 +27,14 @@ from fxlora.binding import BoundAdapter, Entry, bind_adapter
 from fxlora.capture import capture, output_embedding
 from fxlora.dynamo_inputs import DynamoInputs
 from fxlora.errors import (
+    AdapterInUseError,
     CaptureError,
     GraphError,
     NotAttachedError,
     RowsNotProvenError,
     Unbound,
     UnboundTensorError,
+    UnknownAdapterError,
 )
 from fxlora.live_batch import Batch, LiveBatch
 from fxlora.passes.pipeline import Job, analyse
@@ -91,6 +94,7 @@ class Runtime:
         self._skipped: dict[str, Skipped] = {}
         self.learned = False
         self._pending: dict[str, BoundAdapter] = {}
+        self._held: Counter[str] = Counter()
         check_target_names(targets, [path for path, parameter in names.items() if parameter.dim() > 1])
         self._targeted = targeted_paths(targets, names)
         # By object: a model that moves keeps its Parameters. Two of them over one memory are one weight.
@@ -140,10 +144,34 @@ class Runtime:
             _log.info("adapter %r waits for the first compiled graph, which shows the sites", name)
 
     def unload_adapter(self, name: str) -> None:
-        """Free the slot and the memory of an adapter. Raises UnknownAdapterError."""
+        """Free the slot and the memory of an adapter. Raises UnknownAdapterError, AdapterInUseError."""
         with self._lock:
+            if self._held[name]:
+                raise AdapterInUseError(
+                    f"{self._held[name]} requests of continuous batching still have adapter {name!r}: unload it when "
+                    f"they are finished, or cancel them"
+                )
             self.pool.unload(name)
             self._pending.pop(name, None)
+
+    def hold_adapter(self, name: str) -> int:
+        """Keep an adapter loaded until `release_adapter`, which is due once for each call; returns its slot."""
+        with self._lock:
+            slots = self.pool.slots
+            if name not in slots:
+                raise UnknownAdapterError(f"adapter is {name!r}, which is not loaded; loaded: {list(slots)}")
+            self._held[name] += 1
+            return slots[name]
+
+    def release_adapter(self, name: str) -> None:
+        """See `hold_adapter`."""
+        with self._lock:
+            self._held[name] -= 1
+
+    @property
+    def request_dims(self) -> int:
+        """1 where adapters are chosen per request, 2 where they may be per token."""
+        return self._request_dims
 
     @contextmanager
     def batch(self, adapters: Adapters) -> Iterator[Batch]:

@@ -88,8 +88,8 @@ _SAME_OP = _spellings(
     """
 )
 _TRUSTED_NAMESPACES = {"aten", "prims", "fxlora"}
-# Ops outside torch whose meaning is known: PyTorch fallbacks registered by transformers.
-_TRUSTED_OPS = {"transformers::grouped_mm_fallback"}
+# Ops outside torch whose meaning is known: PyTorch fallbacks registered by transformers, the cache of packed requests.
+_TRUSTED_OPS = {"transformers::grouped_mm_fallback", "fxlora_cache::paged_cache_update"}
 _TRUSTED_MODULES = ("torch", "_operator", "operator", "math", "builtins")
 
 

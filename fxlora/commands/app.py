@@ -32,6 +32,7 @@ class Benchmark(StrEnum):
     cpu = "cpu"
     experts = "experts"
     linear = "linear"
+    decode = "decode"
 
 
 @app.command()

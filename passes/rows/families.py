@@ -54,7 +54,7 @@ JOINS = _words(
     gather take_along_dim diff getitem index index_select slice select narrow scaled_dot_product_attention
     _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention
     _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention _scaled_dot_product_attention_math
-    max min expand_as view_as reshape_as view reshape expand flatten unflatten repeat split
+    max min expand_as view_as reshape_as view reshape expand flatten unflatten repeat split paged_cache_update
     """
 )
 # Ops that may hand their operand on as it is (in eval mode, for the same dtype, by `inplace=True`).

@@ -313,3 +313,15 @@ def attention(p: Prover, node: fx.Node) -> Any:
         return rows
     rest = [Mixed("inner result of attention") if isinstance(rows, Label) else rows] * (len(facts) - 1)
     return (rows, *rest)
+
+
+@rule("paged_cache_update")
+def paged_cache_update(p: Prover, node: fx.Node) -> Any:
+    """Keys and values of many requests out of a paged cache: whose they are is told by the mask of their reader."""
+    for x in node.all_input_nodes:
+        if isinstance(rows := p.rows(x), Mixed):
+            return rows
+    if not p.packed:
+        return Mixed("a paged cache holds tokens of several requests, and adapters are chosen per request")
+    p.assume(node, "tokens of one packed sequence attend to each other, and to a paged cache, as the mask allows")
+    return (None, None)
