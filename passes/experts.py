@@ -104,14 +104,13 @@ def rewritten_routings(calls: Sequence[tuple[fx.Node, Read]], memory: Memory) ->
     return found
 
 
-def plan_rows(p: Prover, node: fx.Node, read: Read) -> RowMap | str:
-    """The map of an expert call's rows, or why none is proven."""
-    rows, result = p.rows(read.x), p.rows(node)
-    assert isinstance(rows, Label)
+def plan_rows(p: Prover, node: fx.Node, read: Read, rows: Label) -> RowMap | str:
+    """The map of an expert call's rows, or why none is proven. rows: those of x; without dims, all of one request."""
+    result = p.rows(node)
     assert read.product is not None
     if any(read.product.x_term[d] == "k" for d in rows.dims):
         return "requests run along the dim that the weight sums over"
-    if isinstance(result, Mixed):
+    if isinstance(result, Mixed) and rows.dims:
         return f"its rows mix requests: {result.reason}"
     return _row_map(p, read, rows)
 

@@ -208,19 +208,20 @@ def _plan_uses(prover: Prover, site: Site, reader: Reader) -> tuple[list[Planned
     for node in site.uses:
         read = reader.read_as(node, site.kind)
         rows = prover.rows(read.x)
+        alone = rows is not None and _is_alone(prover)
+        if alone:
+            rows = _of_the_one_request(prover, read.x)
         if read.product is not None and isinstance(rows, Label):
-            found = experts.plan_rows(prover, node, read)
+            found = experts.plan_rows(prover, node, read, rows)
             if isinstance(found, str):
                 return [], found
             planned.append(PlannedUse(node, site, found, tuple(node.users)))
             continue
         lead = prover.ndim(read.x) - (site.role is not Role.EMBEDDING)
-        if isinstance(rows, Label) and read.x_order is not None:
+        if isinstance(rows, Label) and read.x_order is not None and not alone:
             rows = moves.permute(prover, read.x, rows, read.x_order)
         if rows is None:
             return [], "its rows are shared by the whole batch: they carry no request (positions, constants)"
-        if _is_alone(prover):
-            rows = _of_the_one_request(prover, read.x)
         if isinstance(rows, Mixed):
             return [], f"its rows mix requests: {rows.reason}"
         if any(d >= lead for d in rows.dims):
