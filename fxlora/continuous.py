@@ -278,6 +278,8 @@ class _Manages:
                 f"max_tokens={self._fxlora_runtime.live.max_tokens}: raise it, or set max_batch_tokens in the "
                 f"ContinuousBatchingConfig"
             )
+        # Now, as the first step may run where all memory is that of a CUDA graph.
+        self._fxlora_runtime.live.reserve(self.model.device)
         router = processor.output_router
         step = _Step(self, processor)
         processor.inputs_and_outputs.prepare_batch_tensors = step.prepare

@@ -103,7 +103,10 @@ def build_ours(work: Work) -> dict[str, Timed]:
     """All adapters, and none, through one compiled step."""
     model = shared_copy(work.model)
     a_SRK = next(iter(work.bank.values()))[0]
-    runtime = fxlora.attach(model, max_adapters=a_SRK.shape[0], max_rank=a_SRK.shape[1], targets=leaf_names(work.bank))
+    with work.turn.compiling():
+        runtime = fxlora.attach(
+            model, max_adapters=a_SRK.shape[0], max_rank=a_SRK.shape[1], targets=leaf_names(work.bank)
+        )
     work.keep += [model, runtime]
     for index in sorted(set(work.adapters)):
         runtime.load_adapter(f"a{index}", adapter_source(work.bank, index))
