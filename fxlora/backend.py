@@ -100,7 +100,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], inner: Compiler,
             primary, dims = _position(gm, job.primary), job.seeds[job.primary]
             runtime.live.reserve(example_inputs[primary].device)
             rewrite(job, {group: handles[mine] for group, mine in groups.items()}, slots_from_memory=True)
-        _log_outcome(job, plan)
+        _log_outcome(job, plan, runtime)
     identities = {i: id(example_inputs[i]) for i in watched}
     return CompiledGraph(runtime, inner(gm, list(example_inputs)), identities, primary, dims)
 
@@ -257,11 +257,13 @@ def _as_backend_failure(error: FxloraError) -> FxloraError:
     return raised.with_traceback(error.__traceback__)
 
 
-def _log_outcome(job: Job, plan: Plan) -> None:
+def _log_outcome(job: Job, plan: Plan, runtime: Runtime) -> None:
     counts = (len(plan.sites), len(plan.groups), len(plan.skipped), len(job.gm.graph.nodes), plan.digest)
     _log.info("%d sites in %d ops, %d weights skipped, %d nodes, plan %#010x", *counts)
     for words in (*plan.assumed, *plan.mixed_outputs):
-        _log.warning("%s", words)
+        if words not in runtime.warned:  # each graph of a model would say it again
+            runtime.warned.add(words)
+            _log.warning("%s", words)
     trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": "fxlora_graph", "encoding": "string"},

@@ -100,7 +100,7 @@ def _is_attribute(text: str, roots: Iterable[str]) -> bool:
 
 
 def _parameter_path(text: str) -> str:
-    return ".".join(token for token in _tokens(text)[1:] if token not in _CONTAINERS)
+    return ".".join(token for token in _tokens(text)[1:] if token not in (*_CONTAINERS, "__dict__"))
 
 
 def _argument_path(text: str, argument_names: Sequence[str]) -> str:

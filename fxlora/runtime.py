@@ -57,6 +57,7 @@ class Runtime:
         names: Every path of every Parameter. argument_names: of the model's forward.
         pool: The adapter memory. live: the slots of the running batch.
         learned: Whether the sites of the model's whole forward are known.
+        warned: What was logged of compiled graphs as a warning.
         targets, batch_dims, shape, group_siblings: as given to `attach`.
     """
 
@@ -90,6 +91,7 @@ class Runtime:
             slots=self.live.buffers,
         )
         self.closed = False
+        self.warned: set[str] = set()
         self._request_dims = _count_request_dims(batch_dims)
         self._lock = threading.RLock()
         self._sites: dict[Any, Site] = {}

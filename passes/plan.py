@@ -163,6 +163,8 @@ def check_target_names(targets: Targets, paths: Iterable[str]) -> None:
 def _misplaced(prover: Prover, path: str, node: fx.Node) -> str:
     """What is wrong with the rows of one output: mixed, or one row a request but not of the requests in order."""
     rows = prover.rows(node)
+    if _is_alone(prover):
+        return ""
     if isinstance(rows, Mixed):
         return f"output {path}: {rows.reason}"
     if not isinstance(rows, Label):
@@ -172,6 +174,20 @@ def _misplaced(prover: Prover, path: str, node: fx.Node) -> str:
         return ""
     own = Label(prover.seed, tuple(range(prover.seed.ids[0].dim())))
     return "" if rows == own else f"output {path}: its rows are not those of the requests in order"
+
+
+def _is_alone(prover: Prover) -> bool:
+    """Whether the graph is for batches of one request: all rows that depend on any are its own."""
+    return all(ids.numel() == 1 for ids in prover.seed.ids)
+
+
+def _of_the_one_request(prover: Prover, node: fx.Node) -> Label:
+    """The map without dims of a batch of one request."""
+    rows = Label(prover.seed, tuple(range(prover.seed.ids[0].dim())))
+    for d in reversed(rows.dims):
+        ids = [i.select(d, 0) for i in rows.map.ids]
+        rows = moves.derive(prover, node, rows, ids, rows.dims[:d], moves.select_first(d), "select")
+    return rows
 
 
 def _plan_uses(prover: Prover, site: Site, reader: Reader) -> tuple[list[PlannedUse], str]:
@@ -184,6 +200,8 @@ def _plan_uses(prover: Prover, site: Site, reader: Reader) -> tuple[list[Planned
             rows = moves.permute(prover, read.x, rows, read.x_order)
         if rows is None:
             return [], "its rows are shared by the whole batch: they carry no request (positions, constants)"
+        if _is_alone(prover):
+            rows = _of_the_one_request(prover, read.x)
         if isinstance(rows, Mixed):
             return [], f"its rows mix requests: {rows.reason}"
         if any(d >= lead for d in rows.dims):

@@ -49,11 +49,12 @@ def fit(p: Prover, rows: Rows, node: fx.Node) -> Rows:
         if any(n != 1 for n in have):
             return Mixed(f"{op_name(node)}: rows of size {have} do not fit a dim of size {sizes}")
         dims = rows.dims[:j] + rows.dims[j + 1 :]
-        rows = derive(p, node, rows, [i.select(j, 0) for i in rows.map.ids], dims, _select(j), f"select(dim={j})")
+        rows = derive(p, node, rows, [i.select(j, 0) for i in rows.map.ids], dims, select_first(j), f"select(dim={j})")
     return rows
 
 
-def _select(dim: int) -> Callable[[Emit, fx.Node], fx.Node]:
+def select_first(dim: int) -> Callable[[Emit, fx.Node], fx.Node]:
+    """Of a map: its first entry along a dim."""
     return lambda emit, parent: emit(torch.select, parent, dim, 0)
 
 
@@ -179,7 +180,9 @@ def drop_constant(p: Prover, node: fx.Node, rows: Label) -> Label:
     for j in reversed(range(len(rows.dims))):
         if all(i.shape[j] > 1 and bool((i == i.narrow(j, 0, 1)).all()) for i in rows.map.ids):
             rest = rows.dims[:j] + rows.dims[j + 1 :]
-            rows = derive(p, node, rows, [i.select(j, 0) for i in rows.map.ids], rest, _select(j), f"select(dim={j})")
+            rows = derive(
+                p, node, rows, [i.select(j, 0) for i in rows.map.ids], rest, select_first(j), f"select(dim={j})"
+            )
     return rows
 
 

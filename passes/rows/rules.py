@@ -137,7 +137,9 @@ def reduce(p: Prover, node: fx.Node) -> Any:
     for d in sorted((d for d in reduced if d in rows.dims), reverse=True):
         j = rows.dims.index(d)
         rest = rows.dims[:j] + rows.dims[j + 1 :]
-        rows = moves.derive(p, node, rows, [i.select(j, 0) for i in rows.map.ids], rest, moves._select(j), "select")
+        rows = moves.derive(
+            p, node, rows, [i.select(j, 0) for i in rows.map.ids], rest, moves.select_first(j), "select"
+        )
     facts = p.worlds[0].facts(node)
     first = facts[0] if isinstance(facts, tuple) else facts
     if len(first.shape) == ndim:

@@ -280,3 +280,20 @@ def test_a_runtime_keeps_no_graph() -> None:
     assert graphs
     assert all(graph() is None for graph in graphs)
     assert all(site.uses == () for site in runtime.sites)
+
+
+def test_one_request_alone_mixes_with_nobody() -> None:
+    """A graph for batches of one serves what a graph for more is refused for."""
+
+    class Centred(Toy):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x - x.mean(0) + x.flip(0))
+
+    model, x = Centred(), torch.randn(4, 3, 6)
+    runtime = attached(model, {"a": adapter()})
+    compiled = compiled_by(runtime.backend, model, dynamic=True)
+    check(compiled, runtime, model, x[:1], {"a": adapter()})
+    with pytest.raises(
+        RowsNotProvenError, match="adapter 'a' is loaded and adds to fc, but in this graph its rows mix"
+    ):
+        compiled(x)
