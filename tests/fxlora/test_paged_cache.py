@@ -60,8 +60,8 @@ def test_a_cache_of_either_make_is_served_alike(caches: PagedCaches) -> None:
     grouped_store, plain_store = Store(), Store()
 
     def grouped(key: Any, value: Any, layer: int, read: Any, write: Any) -> Any:
-        states = (x.squeeze(0).transpose(0, 1) for x in (key, value))
-        return grouped_store.update(*states, layer, read[1], write[1])
+        key, value = (x.squeeze(0).transpose(0, 1) for x in (key, value))
+        return grouped_store.update(key, value, layer, read[1], write[1])
 
     old = types.SimpleNamespace(layer_index_to_group_indices={0: (1, 0), 1: (0, 0)}, update=grouped)
     new = types.SimpleNamespace(layer_to_allocator={0: plain_store, 1: Store()}, update=None)
