@@ -85,12 +85,13 @@ def continuous_batching(model: M, **options: Any) -> M:
             f"{type(model).__name__} has no {missing[0]}: continuous batching takes a transformers model that can "
             f"generate, of transformers 5"
         )
+    compiled: Any = model
     if isinstance(model, _Compiled):
         if options:
             raise CompileOptionError(f"the model is compiled already; options {list(options)} come too late")
-        compiled: Any = model
     else:
-        compiled = compile_model(model, **{"batch_dims": (0, 1), **options})
+        per_token: dict[str, Any] = {"batch_dims": (0, 1), **options}
+        compiled = compile_model(model, **per_token)
     if compiled.runtime.request_dims != 2:
         raise BatchDimsError(
             f"continuous batching packs requests into one row, and this model was compiled with "
@@ -277,6 +278,8 @@ class _Manages:
                 f"max_tokens={self._fxlora_runtime.live.max_tokens}: raise it, or set max_batch_tokens in the "
                 f"ContinuousBatchingConfig"
             )
+        # Now, as the first step may run where all memory is that of a CUDA graph.
+        self._fxlora_runtime.live.reserve(self.model.device)
         router = processor.output_router
         step = _Step(self, processor)
         processor.inputs_and_outputs.prepare_batch_tensors = step.prepare

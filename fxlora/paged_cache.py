@@ -88,7 +88,7 @@ class PagedCaches:
 
         for allocator in cache.layer_to_allocator.values():
             allocator.update = update
-        original = getattr(type(cache).update, "_torchdynamo_orig_callable", None)
+        original = getattr(cache.update, "_torchdynamo_orig_callable", None)
         if original is not None:
             cache.update = types.MethodType(original, cache)
         return updates

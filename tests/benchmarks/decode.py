@@ -56,7 +56,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, help="fewer than the model has, to try things out")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--request-tokens", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--compiler", default="inductor", help="of every compiled variant")
     parser.add_argument("--peers", type=Path, metavar="DIR", help="folder with peers.py and what it imports")
     parser.add_argument("--json", type=Path, metavar="FILE", default=Path("build/benchmarks/decode.json"))

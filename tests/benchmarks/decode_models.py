@@ -27,7 +27,7 @@ class Preset:
     sizes: dict[str, Any]
     layers: int
     dtype: torch.dtype = torch.bfloat16
-    tolerance: float = 3e-2
+    tolerance: float = 5e-2
 
 
 PRESETS = {

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -102,7 +103,10 @@ def build_ours(work: Work) -> dict[str, Timed]:
     """All adapters, and none, through one compiled step."""
     model = shared_copy(work.model)
     a_SRK = next(iter(work.bank.values()))[0]
-    runtime = fxlora.attach(model, max_adapters=a_SRK.shape[0], max_rank=a_SRK.shape[1], targets=leaf_names(work.bank))
+    with work.turn.compiling():
+        runtime = fxlora.attach(
+            model, max_adapters=a_SRK.shape[0], max_rank=a_SRK.shape[1], targets=leaf_names(work.bank)
+        )
     work.keep += [model, runtime]
     for index in sorted(set(work.adapters)):
         runtime.load_adapter(f"a{index}", adapter_source(work.bank, index))
@@ -158,15 +162,14 @@ _meta_by_rows: dict[int, Any] = {}
 @torch.library.custom_op("fxlora_bench::vllm_linear", mutates_args=())
 def vllm_linear(x: torch.Tensor, layer: int, width: int) -> torch.Tensor:
     """mm, lora_shrink into an fp32 buffer, lora_expand into the result: what vLLM launches for a fused linear."""
-    from vllm.lora.ops.triton_ops import lora_expand, lora_shrink
-
+    ops = import_module("vllm.lora.ops.triton_ops")
     weight, bias, a, b = _layers[layer]
     flat = x.reshape(-1, x.shape[-1])
     y = torch.nn.functional.linear(flat, weight, bias)
     meta = _meta_by_rows[flat.shape[0]]
     h = torch.empty(len(a), flat.shape[0], a[0].shape[1], dtype=torch.float32, device=x.device)
-    lora_shrink(flat, a, h, *meta, 1.0)
-    lora_expand(h, b, y, *meta, offset_start=0, add_inputs=True)
+    ops.lora_shrink(flat, a, h, *meta, 1.0)
+    ops.lora_expand(h, b, y, *meta, offset_start=0, add_inputs=True)
     return y.view(*x.shape[:-1], width)
 
 
