@@ -123,6 +123,12 @@ class _Serves(_Generates):
         self, generation_config: Any = None, continuous_batching_config: Any = None, **kwargs: Any
     ) -> Any:
         """As the model's own; the manager's `add_request` takes `adapter=`, its `add_requests` `adapters=`."""
+        attention = self.config._attn_implementation or ""
+        if "flash" in attention:
+            raise CompileOptionError(
+                f"the model's attention is {attention!r}, whose rows cannot be proven: choose another with "
+                f"`model.set_attn_implementation('sdpa')`"
+            )
         config = continuous_batching_config or getattr(generation_config, "continuous_batching_config", None)
         manager = cast("Any", super()).init_continuous_batching(
             generation_config=generation_config, continuous_batching_config=_own_config(config), **kwargs
@@ -171,7 +177,7 @@ def _own_config(given: Any) -> Any:
     if not hasattr(config, "allow_block_sharing"):
         raise TransformersVersionError("transformers' ContinuousBatchingConfig has no allow_block_sharing")
     config.allow_block_sharing = False  # a prefix is known by its tokens alone, whatever adapter made its keys
-    if given is None and hasattr(config, "auto_switch_to_flash"):
+    if hasattr(config, "auto_switch_to_flash"):
         config.auto_switch_to_flash = False
     return config
 
@@ -331,7 +337,7 @@ class _Step:
 
     def compute(self, model: Any, batch_data: Any, *args: Any, **kwargs: Any) -> Any:
         """In place of the runner's own. Rows past the last request are padding and have no adapter."""
-        with self._noted(), _on_stream(self._io.compute_stream):
+        with self._noted(), _on_stream(self._io.compute_stream), _open_attention(self._manager.model):
             padded = torch.full((1, batch_data["input_ids"].shape[-1]), NO_ADAPTER, dtype=torch.int32)
             padded[0, : len(self._slots)] = self._slots
             with self._manager._fxlora_runtime.live.enter(padded):
@@ -358,6 +364,29 @@ def _on_stream(stream: Any) -> Iterator[None]:
     stream.wait_stream(torch.cuda.default_stream(stream.device))
     with torch.cuda.stream(stream):
         yield
+
+
+@contextlib.contextmanager
+def _open_attention(model: Any) -> Iterator[None]:
+    """With the attention function itself where transformers keeps it from torch.compile, a break in every layer.
+
+    It does so for the sake of the cache's memory, which compiled graphs do not have here.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
+
+    name = model.config._attn_implementation
+    kept = functions.get(name)
+    original = getattr(kept, "_torchdynamo_orig_callable", None)
+    if original is None:
+        yield
+        return
+    functions[name] = original
+    try:
+        yield
+    finally:
+        del functions[name]
+        if functions.get(name) is not kept:  # it was there by this name alone
+            functions[name] = kept
 
 
 def _follow(start: Any, path: str) -> Any:
