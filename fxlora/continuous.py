@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from fxlora.batch import NO_ADAPTER, slots_of
+from fxlora.batch import slots_of
 from fxlora.compile import _Compiled, _Generates
 from fxlora.compile import compile as compile_model
 from fxlora.errors import (
@@ -28,6 +28,7 @@ from fxlora.errors import (
     TransformersVersionError,
 )
 from fxlora.live_requests import LiveRequests
+from fxlora.packed_step import PackedStep
 from fxlora.paged_cache import PagedCaches
 from fxlora.runtime import Runtime
 
@@ -123,6 +124,13 @@ class _Serves(_Generates):
         self, generation_config: Any = None, continuous_batching_config: Any = None, **kwargs: Any
     ) -> Any:
         """As the model's own; the manager's `add_request` takes `adapter=`, its `add_requests` `adapters=`."""
+        config: Any = self.config
+        attention = config._attn_implementation or ""
+        if "flash" in attention:
+            raise CompileOptionError(
+                f"the model's attention is {attention!r}, whose rows cannot be proven: choose another with "
+                f"`model.set_attn_implementation('sdpa')`"
+            )
         config = continuous_batching_config or getattr(generation_config, "continuous_batching_config", None)
         manager = cast("Any", super()).init_continuous_batching(
             generation_config=generation_config, continuous_batching_config=_own_config(config), **kwargs
@@ -171,7 +179,7 @@ def _own_config(given: Any) -> Any:
     if not hasattr(config, "allow_block_sharing"):
         raise TransformersVersionError("transformers' ContinuousBatchingConfig has no allow_block_sharing")
     config.allow_block_sharing = False  # a prefix is known by its tokens alone, whatever adapter made its keys
-    if given is None and hasattr(config, "auto_switch_to_flash"):
+    if hasattr(config, "auto_switch_to_flash"):
         config.auto_switch_to_flash = False
     return config
 
@@ -281,7 +289,7 @@ class _Manages:
         # Now, as the first step may run where all memory is that of a CUDA graph.
         self._fxlora_runtime.live.reserve(self.model.device)
         router = processor.output_router
-        step = _Step(self, processor)
+        step = PackedStep(self, processor)
         processor.inputs_and_outputs.prepare_batch_tensors = step.prepare
         processor.model_runner.compute_batch = step.compute
         deliver, deliver_batch = router.deliver, router.deliver_batch
@@ -300,64 +308,6 @@ class _Manages:
         for output in outputs:
             if output.is_finished():
                 self.live_requests.finish(output.request_id)
-
-
-class _Step:
-    """One forward of packed requests: their slots are chosen with their tokens and set when they are computed.
-
-    The pairs of buffers of asynchronous batching need no slots of their own: slots are written in the order of the
-    steps, on the stream that computes them.
-    """
-
-    def __init__(self, manager: Any, processor: Any) -> None:
-        self._manager, self._io = manager, processor.inputs_and_outputs
-        self._prepare, self._compute = self._io.prepare_batch_tensors, processor.model_runner.compute_batch
-        self._caches: PagedCaches = manager.model._fxlora_caches
-        self._updates = self._caches.adopt(processor.cache)
-        self._slots = torch.empty(0, dtype=torch.int32)
-
-    def prepare(self, requests_in_batch: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
-        """In place of the buffers' own; requests_in_batch: in the order of their tokens."""
-        with self._noted():
-            try:
-                requests = [(request.state.request_id, request.query_length) for request in requests_in_batch]
-            except AttributeError as error:
-                raise TransformersVersionError(f"a scheduled request of transformers {error}") from error
-            if self._manager.is_running():
-                self._slots = self._manager.live_requests.token_slots(requests)
-            else:  # made up for a warm-up
-                self._slots = torch.full((sum(length for _, length in requests),), NO_ADAPTER, dtype=torch.int32)
-        return self._prepare(requests_in_batch, *args, **kwargs)
-
-    def compute(self, model: Any, batch_data: Any, *args: Any, **kwargs: Any) -> Any:
-        """In place of the runner's own. Rows past the last request are padding and have no adapter."""
-        with self._noted(), _on_stream(self._io.compute_stream):
-            padded = torch.full((1, batch_data["input_ids"].shape[-1]), NO_ADAPTER, dtype=torch.int32)
-            padded[0, : len(self._slots)] = self._slots
-            with self._manager._fxlora_runtime.live.enter(padded):
-                self._caches.run_with(self._updates)
-                return self._compute(model, batch_data, *args, **kwargs)
-
-    @contextlib.contextmanager
-    def _noted(self) -> Iterator[None]:
-        """transformers logs what goes wrong in its thread and fails the requests; the caller shall see it as well."""
-        try:
-            yield
-        except Exception as error:
-            if self._manager.is_running():
-                self._manager.failure = error
-            raise
-
-
-@contextlib.contextmanager
-def _on_stream(stream: Any) -> Iterator[None]:
-    """On the stream that computes, behind what was launched outside of it: adapters that were just loaded."""
-    if stream is None:
-        yield
-        return
-    stream.wait_stream(torch.cuda.default_stream(stream.device))
-    with torch.cuda.stream(stream):
-        yield
 
 
 def _follow(start: Any, path: str) -> Any:

@@ -28,7 +28,7 @@ from fxlora.errors import (
 )
 from tests.fxlora.generation import build, entry_of
 from tests.models import VOCAB
-from tests.oracle import RECIPES, Recipe, config_of, make_adapter
+from tests.oracle import RECIPES, Recipe, config_of, make_adapter, make_adapters
 
 transformers = pytest.importorskip("transformers")
 
@@ -232,6 +232,33 @@ def test_padding_has_no_adapter(served: Served, monkeypatch: pytest.MonkeyPatch)
     assert all(set(buffer[sum(map(len, prompts)) :]) == {-1} for _, buffer in steps)
 
 
+@pytest.mark.parametrize("name", ["qwen3moe", "gemma2"])
+def test_families(name: str, tmp_path: Path) -> None:
+    """Routed experts; attention that transformers runs eagerly, outside of torch.compile."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    kept = dict(ALL_ATTENTION_FUNCTIONS)
+    entry = entry_of(name)
+    folders = make_adapters(entry, tmp_path)
+    serving: Any = fxlora.continuous_batching(build(entry), max_adapters=4, max_rank=16, backend="eager")
+    models: dict[str | None, Any] = {None: build(entry)}
+    for adapter, folder in folders.items():
+        serving.load_adapter(adapter, folder)
+        models[adapter] = peft.PeftModel.from_pretrained(build(entry), str(folder)).eval()
+    names = ["code", None, "docs", "sql", "docs"]
+    prompts = [prompt_of(random.Random(seed), 20) for seed in range(len(names))]
+    results = serving.generate_batch(
+        prompts,
+        adapters=names,
+        generation_config=transformers.GenerationConfig(max_new_tokens=6, **GREEDY),
+        continuous_batching_config=cache_of(),
+    )
+    want = [greedy(models[name], prompt, 6) for name, prompt in zip(names, prompts, strict=True)]
+    assert [result.generated_tokens for result in results.values()] == want
+    assert want != [greedy(models[None], prompt, 6) for prompt in prompts]
+    assert dict(ALL_ATTENTION_FUNCTIONS) == kept
+
+
 def test_under_inductor(served: Served, tmp_path: Path) -> None:
     entry = entry_of("llama", num_hidden_layers=1)
     folder = make_adapter(lambda: build(entry), config_of(entry, FIVE["docs"]), tmp_path / "docs")
@@ -368,6 +395,11 @@ def test_what_cannot_be_served_is_refused(served: Served, monkeypatch: pytest.Mo
         pass
     with pytest.raises(BatchSizeError, match="max_tokens"), served.manager(max_batch_tokens=8200, num_blocks=4):
         pass
+
+    with monkeypatch.context() as patched:
+        patched.setattr(served.model.config, "_attn_implementation_internal", "flash_attention_2")
+        with pytest.raises(CompileOptionError, match="sdpa"), served.manager():
+            pass
 
     from transformers.generation.continuous_batching.model_runner import ModelRunner
 

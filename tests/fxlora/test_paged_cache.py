@@ -90,7 +90,7 @@ class Attends(nn.Module):
         self.fc = nn.Linear(HEADS * WIDTH, 8)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor, read: torch.Tensor, write: torch.Tensor) -> torch.Tensor:
-        states = x.squeeze(0).unflatten(-1, (HEADS, WIDTH))
+        states = x.flatten(0, 1).unflatten(-1, (HEADS, WIDTH))
         keys, values = torch.ops.fxlora_cache.paged_cache_update(states, states, read, write, 0, self.number)
         query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (states, keys, values))
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -124,5 +124,7 @@ def test_a_batch_of_whole_requests_is_refused(caches: PagedCaches) -> None:
     runtime.load_adapter("one", adapter(k=HEADS * WIDTH, n=8))
     caches.run_with({0: Store().update})
     step = torch.compile(model, backend=runtime.backend, fullgraph=True, options={"backend": "eager"})
-    with torch.no_grad(), pytest.raises(UnboundTensorError, match="a paged cache holds"), runtime.batch(["one"]):
-        step(*call())
+    x, *rest = call()
+    x = x.transpose(0, 1).contiguous()
+    with torch.no_grad(), pytest.raises(UnboundTensorError, match="a paged cache holds"), runtime.batch(["one"] * 4):
+        step(x, *rest)
