@@ -211,7 +211,7 @@ def _compiled_forward(model: nn.Module, backend: functools.partial[Callable[...,
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
-        with _distinct_sizes:
+        with _tracing:
             try:
                 return compiled(*args, **kwargs)
             except Unsupported as error:
@@ -223,29 +223,39 @@ def _compiled_forward(model: nn.Module, backend: functools.partial[Callable[...,
     return call
 
 
-class _DistinctSizes:
-    """Inside, equal sizes of a compiled call stay two sizes: a batch as large as its requests are long, or as the
-    model has heads, would else be one with them, and the next batch compile a further graph.
+class _Tracing:
+    """How dynamo traces the calls inside.
 
-    `torch.fx.experimental._config.patch` does the same in 42 us; a call enters here in 4 (one CPU core).
+    Equal sizes stay two sizes: a batch as large as its requests are long, or as the model has heads, would else be one
+    with them, and the next batch compile a further graph. Floats of the model (a scaling, an epsilon) are constants:
+    as inputs, which they are for dynamic graphs, inductor of torch 2.11 packs them with integers under CUDA graphs and
+    then refuses its own indices.
+
+    `patch` of the two configs does the same in 42 us and more; a call enters here in 7 (one CPU core).
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._inside = 0
-        self._before = True
+        self._before = (True, False)
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._inside:
-                self._before, shape_config.use_duck_shape = shape_config.use_duck_shape, False
+                self._before = (shape_config.use_duck_shape, torch._dynamo.config.specialize_float)
+                self._set(False, True)
             self._inside += 1
 
     def __exit__(self, *exception: object) -> None:
         with self._lock:
             self._inside -= 1
             if not self._inside:
-                shape_config.use_duck_shape = self._before
+                self._set(*self._before)
+
+    @staticmethod
+    def _set(duck_shape: bool, floats: bool) -> None:
+        shape_config.use_duck_shape = duck_shape
+        torch._dynamo.config.specialize_float = floats
 
 
-_distinct_sizes = _DistinctSizes()
+_tracing = _Tracing()
