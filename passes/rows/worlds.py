@@ -1,8 +1,7 @@
 """The sizes at which rows are proven: every free dim gets sizes of its own, never the caller's.
 
-A proof holds in several *worlds*. A world fixes each free dim to a number (all distinct, all >= 2) and knows the
-shape of
-every node there, by evaluating recorded symbolic shapes or, where a graph records none, by running it on fake tensors.
+A proof holds in several *worlds*. A world fixes each free dim to a number (all distinct, all >= 2) and knows the shape
+of every node there, by evaluating recorded symbolic shapes or, where a graph records none, by running it on fake tensors.
 A graph that runs at no other sizes is *frozen*: proven, and callable, at its traced shapes alone.
 """
 
@@ -379,11 +378,8 @@ def _run_fake(
             elif inp.dtype is None:
                 arguments.append(inp.value)
             else:
-                device = (
-                    inp.value.device
-                    if isinstance(inp.value, torch.Tensor)
-                    else getattr(fake_value(node), "device", "cpu")
-                )
+                traced = inp.value if isinstance(inp.value, torch.Tensor) else fake_value(node)
+                device = getattr(traced, "device", "cpu")
                 arguments.append(torch.empty(shapes[node], dtype=inp.dtype, device=device))
         recorder = _Recorder(gm)
         with _quiet():

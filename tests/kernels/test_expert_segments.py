@@ -79,7 +79,7 @@ def test_more_rows_than_one_block(rows: int, experts: int, in_place: bool, devic
 
 
 def test_heights_grow_with_the_rows_of_an_expert() -> None:
-    assert [layout.tile_height(rows, 8) for rows in (1, 32, 33, 128, 129, 384, 385, 10**6)] == [
+    assert [layout.tile_height(rows, 8) for rows in (1, 32, 33, 128, 129, 1536, 1537, 10**6)] == [
         16, 16, 32, 32, 64, 64, 128, 128,
     ]  # fmt: skip
 

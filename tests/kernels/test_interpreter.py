@@ -22,13 +22,14 @@ def interpreter_works() -> bool:
 
 @pytest.mark.skipif(INTERPRET, reason="this is the second pytest")
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
-def test_triton_bodies_under_the_interpreter() -> None:
+@pytest.mark.parametrize("which", ["expert", "not expert"])  # two, that run side by side
+def test_triton_bodies_under_the_interpreter(which: str) -> None:
     if not interpreter_works():
         pytest.skip(f"the interpreter of triton {metadata.version('triton')} fails with this numpy")
     folder = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist"]
     done = subprocess.run(
-        [*command, "-m", "interpreted and not gpu", str(folder)],
+        [*command, "-m", "interpreted and not gpu", "-k", which, str(folder)],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=folder.parent.parent,
         capture_output=True,
