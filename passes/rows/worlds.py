@@ -1,8 +1,8 @@
 """The sizes at which rows are proven: every free dim gets sizes of its own, never the caller's.
 
 A proof holds in several *worlds*. A world fixes each free dim to a number (all distinct, all >= 2) and knows the shape
-of every node there, by evaluating recorded symbolic shapes or, where a graph records none, by running it on fake tensors.
-A graph that runs at no other sizes is *frozen*: proven, and callable, at its traced shapes alone.
+of every node there, by evaluating recorded symbolic shapes or, where a graph records none, by running it on fake
+tensors. A graph that runs at no other sizes is *frozen*: proven, and callable, at its traced shapes alone.
 """
 
 from __future__ import annotations
