@@ -16,7 +16,7 @@ from fxlora.kernels.ops import INTERPRET
 from tests.kernels.cases import DEVICES, HAS_CUDA, TOLERANCE, row_errors
 from tests.kernels.expert_cases import ExpertCase, draw_experts, make_expert_case
 
-SHAPES = ((9, 3), (40, 2)) if INTERPRET else ((1, 3), (5, 2), (16, 4), (17, 4), (40, 4), (60, 2), (150, 2), (300, 3))
+SHAPES = ((9, 3), (40, 2)) if INTERPRET else ((1, 3), (5, 2), (16, 4), (17, 4), (40, 4), (60, 2), (150, 2), (400, 2))
 
 
 def random_case(rows: int, experts: int, dtype: torch.dtype, device: str) -> ExpertCase:

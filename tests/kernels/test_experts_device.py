@@ -18,7 +18,7 @@ from tests.kernels.test_device import capture, nothing
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
 # rows, experts: tiles of 16, 32, 64 and 128 rows.
-DENSITY = {"one": (1, 8), "few": (60, 32), "some": (300, 32), "many": (700, 16), "most": (1500, 16)}
+DENSITY = {"one": (1, 8), "few": (60, 32), "some": (300, 32), "many": (700, 16), "most": (3200, 16)}
 
 
 def case_of(density: str, in_place: bool = True, **options: object) -> ExpertCase:

@@ -20,7 +20,7 @@ pytestmark = [
 ]
 
 # rows, experts: tiles of 16, 32, 64 and 128 rows.
-DENSITY = {"few": (19, 6), "some": (40, 4), "many": (50, 2), "most": (100, 2)}
+DENSITY = {"few": (19, 6), "some": (40, 4), "many": (50, 2), "most": (100, 2) if ops.INTERPRET else (400, 2)}
 
 CALLS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -46,10 +46,13 @@ CALLS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under the interpreter: fewer programs than there is work, several column tiles, shares of some ranks."""
+    """Under the interpreter: fewer programs than there is work, several column tiles, shares of some ranks, and tiles
+    of 128 rows for few rows already."""
     if not ops.INTERPRET:
         return
-    from fxlora.kernels import lora_experts, tiles
+    from fxlora.kernels import expert_segments, lora_experts, tiles
+
+    monkeypatch.setattr(expert_segments, "_HEIGHTS", ((4, 16), (16, 32), (48, 64)))
 
     def decode(entries: int, features: int, columns: int, dtype: torch.dtype) -> tiles.ExpertDecodeTiles:
         delta = tiles.DeltaTile(8, 32, 16, 2 * entries if entries % 2 else 1, 5, 4)
