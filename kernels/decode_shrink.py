@@ -19,7 +19,7 @@ from fxlora.kernels.call import LinearCall, Plan
 from fxlora.kernels.launch import Launcher
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
 from fxlora.kernels.segments import TILE, tile_bound
-from fxlora.kernels.shrink import adapter_of
+from fxlora.kernels.shrink import adapter_of, factor_of
 from fxlora.kernels.tiles import ShrinkTile
 from fxlora.kernels.triton_helpers import dot
 
@@ -52,9 +52,7 @@ def shrink_tile(
     positions = first_position + tl.arange(0, 16)
     entry_mask = positions < end
     entries = tl.load(segments_ptr + positions, mask=entry_mask, other=0)
-    factor = tl.zeros([16], tl.float32) + scaling
-    if HAS_COEFFS:
-        factor *= tl.load(coeffs[0] + (entries // J).to(tl.int64) * coeffs[1] + (entries % J) * coeffs[2])
+    factor = factor_of(entries, tl.zeros([16], tl.float32) + scaling, coeffs, J, HAS_COEFFS)
     x_at = x[0] + (entries // J).to(tl.int64) * x[1]
     h_at = h_ptr + (part * num_entries + entries).to(tl.int64) * h_stride
     each = tl.cdiv(tl.cdiv(num_features, BK), PARTS) * BK
