@@ -12,7 +12,7 @@ import inspect
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
@@ -26,6 +26,7 @@ from fxlora.errors import CallError, GraphBreakError, NeedsExampleInputsError
 from fxlora.passes.plan import Targets
 from fxlora.passes.rows.seeds import BatchDims
 from fxlora.passes.sites import Site, Skipped
+from fxlora.replays import WITHOUT_GRAPHS, Replays
 from fxlora.runtime import Runtime
 
 M = TypeVar("M", bound=nn.Module)
@@ -33,7 +34,6 @@ M = TypeVar("M", bound=nn.Module)
 # One forward is compiled for several kinds of call: prefill and decode, batches of one, each kind of cache.
 _GRAPHS_MAX = 64
 _OUTER: Any = object()
-_REPLAYED = ("reduce-overhead", "max-autotune")  # the modes that use CUDA graphs
 _CACHE_CHOICES = ("cache_implementation", "past_key_values", "assistant_model", "prompt_lookup_num_tokens")
 
 
@@ -97,7 +97,15 @@ def compile(
     made.__dict__["_fxlora_base"] = model
     made.__dict__["_fxlora_encoders"] = {}
     made.__dict__["forward"] = _compiled_forward(model, own_backend)
+    if mode in WITHOUT_GRAPHS:
+        plain = _compiled_forward(model, _without_graphs(own_backend))
+        made.__dict__["forward"] = Replays(made.__dict__["forward"], plain)
     return made
+
+
+def _without_graphs(backend: functools.partial[Callable[..., Any]]) -> functools.partial[Callable[..., Any]]:
+    mode = backend.keywords["mode"]
+    return functools.partial(backend, mode=WITHOUT_GRAPHS.get(mode, mode))
 
 
 class _Compiled(nn.Module):
@@ -147,15 +155,15 @@ class _Generates(_Compiled):
     def generate(self, *args: Any, adapters: Adapters = _OUTER, **kwargs: Any) -> Any:
         """The model's own `generate`; adapters: one name or None per request of the inputs, or one for all.
 
-        Beams and returned sequences keep the adapter of their request. Under CUDA graphs the cache is a static one
-        unless the call or the model chooses: a replay overwrites what the last one returned, as a growing cache is.
+        Beams and returned sequences keep the adapter of their request. Under the modes with CUDA graphs the cache is a
+        static one unless the call or the model chooses: steps over a cache that grows run outside of CUDA graphs.
         """
         if kwargs.get("cache_implementation") == "paged":
             raise CallError(
                 "cache_implementation='paged' is continuous batching, which runs in a thread of its own over packed "
                 "requests: `adapters=` of one call cannot reach it"
             )
-        if self._fxlora_backend.keywords["mode"] in _REPLAYED and not self._chooses_cache(kwargs):
+        if self._fxlora_backend.keywords["mode"] in WITHOUT_GRAPHS and not self._chooses_cache(kwargs):
             kwargs["cache_implementation"] = "static"
         kwargs["disable_compile"] = True  # transformers would compile the compiled forward again
         with self._batch(adapters):
@@ -179,10 +187,16 @@ class _Generates(_Compiled):
             )
         if id(encoder) not in self._fxlora_encoders:
             made = copy.copy(encoder)
-            backend = functools.partial(self._fxlora_backend, prefix=f"{path}.")
+            # Its output is read by every step, which a CUDA graph of its own would not keep.
+            backend = functools.partial(_without_graphs(self._fxlora_backend), prefix=f"{path}.")
             made.__dict__["forward"] = _compiled_forward(encoder, backend)
             self._fxlora_encoders[id(encoder)] = made
         return self._fxlora_encoders[id(encoder)]
+
+    def _prefill(self, *args: Any, **kwargs: Any) -> Any:
+        forward = self.__dict__["forward"]
+        with forward.paused() if isinstance(forward, Replays) else nullcontext():
+            return cast("Any", super())._prefill(*args, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
         self.runtime.live.expand(expand_size)

@@ -67,10 +67,11 @@ def main() -> int:
         print("skipped: no GPU")
         return 0
     calls = [*body_calls(), *op_calls(), *expert_calls()][part::parts]
-    for call in calls:
+    for done, call in enumerate(calls, 1):
         torch.manual_seed(0)
         call()
-    torch.cuda.synchronize()
+        torch.cuda.synchronize()
+        print(f"{done} of {len(calls)}", flush=True)
     print(f"{len(calls)} results are near their references")
     return 0
 

@@ -44,7 +44,7 @@ DECODE = {
 }
 GEMV = {
     "one block": GemvTile(16, 64, 4, VectorTile(8, 64, 2, 5, 4)),
-    "several blocks": GemvTile(8, 32, 4, VectorTile(4, 64, 3, 7, 4)),
+    "several blocks": GemvTile(8, 32, 1, VectorTile(4, 64, 3, 7, 4)),
 }
 PREFILL = Tile(32, 32, 32, 16, 4, 3) if INTERPRET else Tile(64, 64, 64, 16, 4, 3)
 
