@@ -15,19 +15,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from tests.benchmarks.decode_experts import expert_bank, expert_tensors, plain_experts
+
 Bank = dict[str, tuple[torch.Tensor, torch.Tensor]]
-"""By path of a linear: A [S, R, K] and B [S, N, R] of all adapters; their scaling is 1."""
+"""By path of a linear: A [S, R, K] and B [S, N, R] of all adapters, whose scaling is 1. Behind them by path of an
+expert weight, with E experts: A [S, E, R, K], B [S, E, N, R]."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """kind, sizes: of the transformers config. dtype: of the weights. tolerance: least error that counts as wrong."""
+    """kind, sizes: of the transformers config. dtype: of the weights. tolerance: least error that counts as wrong.
+    share: of a batch's requests that have to be right, less than all where half precision decides near ties between
+    experts at random."""
 
     kind: str
     sizes: dict[str, Any]
     layers: int
     dtype: torch.dtype = torch.bfloat16
     tolerance: float = 5e-2
+    share: float = 1.0
 
 
 PRESETS = {
@@ -58,6 +64,25 @@ PRESETS = {
         },
         layers=32,
     ),
+    "qwen3-30b-a3b": Preset(
+        "qwen3_moe",
+        {
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "max_position_embeddings": 40960,
+            "tie_word_embeddings": False,
+        },
+        layers=12,  # of 48
+        share=0.5,
+    ),
     "tiny": Preset(
         "llama",
         {
@@ -66,6 +91,25 @@ PRESETS = {
             "intermediate_size": 96,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "tie_word_embeddings": False,
+        },
+        layers=2,
+        dtype=torch.float32,
+        tolerance=1e-4,
+    ),
+    "tiny-moe": Preset(
+        "qwen3_moe",
+        {
+            "vocab_size": 160,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "moe_intermediate_size": 32,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
             "max_position_embeddings": 128,
             "tie_word_embeddings": False,
         },
@@ -98,12 +142,19 @@ def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def leaf_names(bank: Bank) -> list[str]:
-    """What PEFT calls `target_modules`."""
+    """What PEFT calls `target_modules`, and names of expert weights."""
     return sorted({path.rpartition(".")[2] for path in bank})
 
 
+def split(bank: Bank) -> tuple[Bank, Bank]:
+    """(linears, expert weights)."""
+    linears = {path: pair for path, pair in bank.items() if pair[0].dim() == 3}
+    return linears, {path: pair for path, pair in bank.items() if path not in linears}
+
+
 def make_bank(model: nn.Module, adapters: int, rank: int) -> Bank:
-    """Adapters for every linear, lm_head among them; each delta is a good tenth of what it is added to."""
+    """Adapters for every linear, lm_head among them, and every expert weight; each delta is a good tenth of what it is
+    added to."""
     bank: Bank = {}
     for seed, (path, module) in enumerate(linears_of(model).items()):
         weight = module.weight
@@ -111,15 +162,18 @@ def make_bank(model: nn.Module, adapters: int, rank: int) -> Bank:
         options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype, "generator": generator}
         a_SRK = torch.randn(adapters, rank, module.in_features, **options) * module.in_features**-0.5
         bank[path] = a_SRK, torch.randn(adapters, module.out_features, rank, **options) * 0.05
-    return bank
+    return bank | expert_bank(model, adapters, rank)
 
 
 def adapter_source(bank: Bank, index: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """One adapter as PEFT would save it: (config, tensors)."""
+    linears, experts = split(bank)
     rank = next(iter(bank.values()))[0].shape[1]
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": leaf_names(bank)}
-    tensors = {}
-    for path, (a_SRK, b_SNR) in bank.items():
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": leaf_names(linears)}
+    if experts:
+        config["target_parameters"] = sorted({".".join(path.split(".")[-2:]) for path in experts})
+    tensors = expert_tensors(experts, index)
+    for path, (a_SRK, b_SNR) in linears.items():
         tensors[f"base_model.model.{path}.lora_A.weight"] = a_SRK[index]
         tensors[f"base_model.model.{path}.lora_B.weight"] = b_SNR[index]
     return config, tensors
@@ -139,7 +193,8 @@ def plain_lora(model: nn.Module, bank: Bank, adapters: Sequence[int]) -> Iterato
 
     hooks = [module.register_forward_hook(hook_of(*bank[path])) for path, module in linears_of(model).items()]
     try:
-        yield
+        with plain_experts(model, split(bank)[1], chosen):
+            yield
     finally:
         for hook in hooks:
             hook.remove()

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import fxlora
-from tests.benchmarks.decode_models import Bank, adapter_source, leaf_names, linears_of, shared_copy
+from tests.benchmarks.decode_models import Bank, adapter_source, leaf_names, linears_of, shared_copy, split
 from tests.benchmarks.decode_timing import Timed, Turn, captured
 
 LETTERS = {"a": "base", "b": "ours", "c": "vllm", "d": "peft", "e": "merged"}
@@ -121,6 +121,7 @@ def build_ours(work: Work) -> dict[str, Timed]:
 
 def build_merged(work: Work) -> dict[str, Timed]:
     """One adapter, merged into a copy of the weights by PEFT, under torch.compile."""
+    _no_experts(work)
     wrapped = _peft(copy.deepcopy(work.model), work.bank, [0])
     model = wrapped.merge_and_unload().eval().requires_grad_(False)
     return {"merged": timed_step(work, compiled_step(work, model, own_compiler(work)))}
@@ -128,11 +129,17 @@ def build_merged(work: Work) -> dict[str, Timed]:
 
 def build_peft(work: Work) -> dict[str, Timed]:
     """PEFT's mixed batch, a loop over adapters in every linear: eager only."""
+    _no_experts(work)
     wrapped = _peft(shared_copy(work.model), work.bank, sorted(set(work.adapters))).eval()
     step = work.step_of(partial(wrapped, adapter_names=work.names))
     work.before()
     timed = Timed(partial(step, *work.inputs), step(*work.inputs), before=work.before, calls=2)
     return {"peft": timed}
+
+
+def _no_experts(work: Work) -> None:
+    if split(work.bank)[1]:
+        raise LookupError("built for models without expert weights: PEFT refuses mixed batches over them")
 
 
 def _peft(model: nn.Module, bank: Bank, indices: Sequence[int]) -> Any:
@@ -184,23 +191,22 @@ class _Leader(nn.Module):
     def __init__(self, layer: int, widths: Sequence[int]) -> None:
         super().__init__()
         self.layer, self.widths = layer, list(widths)
-        self.rest: list[torch.Tensor] = []
+        self.parts: tuple[torch.Tensor, ...] = ()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = torch.ops.fxlora_bench.vllm_linear(x, self.layer, sum(self.widths))
-        if len(self.widths) == 1:
-            return y
-        first, *self.rest = y.split(self.widths, dim=-1)
-        return first
+        self.parts = y.split(self.widths, dim=-1)
+        return self.parts[0]
 
 
 class _Follower(nn.Module):
-    def __init__(self, leader: _Leader) -> None:
+    def __init__(self, leader: _Leader, part: int) -> None:
         super().__init__()
         self.leaders = (leader,)  # in a tuple, so that it is no submodule here as well
+        self.part = part
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.leaders[0].rest.pop(0)
+        return self.leaders[0].parts[self.part]
 
 
 def _fused_paths(model: nn.Module) -> Iterator[list[str]]:
@@ -222,6 +228,7 @@ def build_vllm(work: Work) -> dict[str, Timed]:
     """The model under torch.compile with vLLM's fused linears and its LoRA ops in them."""
     if work.peers is None:
         raise LookupError("no --peers folder")
+    _no_experts(work)
     model = shared_copy(work.model)
     linears = linears_of(model)
     _layers.clear()
@@ -244,7 +251,7 @@ def build_vllm(work: Work) -> dict[str, Timed]:
         _layers.append((weight, bias, a, b))
         for i, path in enumerate(paths):
             owner, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, leader if not i else _Follower(leader))
+            setattr(model.get_submodule(owner), leaf, leader if not i else _Follower(leader, i))
     work.keep.append(list(_layers))
     return {"vllm": timed_step(work, compiled_step(work, model, own_compiler(work)))}
 

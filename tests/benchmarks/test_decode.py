@@ -88,6 +88,17 @@ def test_every_variant_runs_and_is_right(peers: Path, capsys: pytest.CaptureFixt
     assert len(decode.planned(decode.arguments_parser().parse_args([*arguments, "--again"]))) == 2
 
 
+def test_a_mixture(tmp_path: Path) -> None:
+    path = tmp_path / "decode.json"
+    arguments = ["--model", "tiny-moe", *SMALL[2:], "--batch", "3", "--prefill", "8", "--variants", "a,b"]
+    assert decode.main([*arguments, "--json", str(path)]) == 0
+    rows = decode.read_rows(path).values()
+    assert {row["variant"] for row in rows} == {"base", "ours", "ours_none"}
+    assert all(row["error"] < PRESETS["tiny-moe"].tolerance for row in rows)
+    sites = {row["sites"] for row in rows if row["variant"] == "ours"}
+    assert sites == {7}  # q, k, v, o, two expert weights, lm_head
+
+
 def test_a_variant_that_fails_leaves_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,6 +128,9 @@ def test_a_batch_without_effect_is_red() -> None:
     assert judge("base", bare, truth, 1e-4) == (0.0, "")
     assert "not finite" in judge("base", bare / 0, truth, 1e-4)[1]
     assert "relative error" in judge("base", 2 * bare, truth, 1e-4)[1]
+    half = torch.cat([bare[:1], 2 * bare[1:]])
+    assert judge("base", half, truth, 1e-4, share=0.5) == (0.0, "")
+    assert judge("base", half, truth, 1e-4)[1]
 
 
 def test_shapes() -> None:
