@@ -99,6 +99,8 @@ def may_write(node: fx.Node) -> bool:
     name = op_name(node)
     if is_write(node) or name in KEEPS_STATISTICS or node.kwargs.get("out") is not None:
         return True
+    if node.op == "call_function" and not node.all_input_nodes:
+        return False  # it is handed nothing of the graph: dynamo leaves questions about the device in it
     return not (is_known(name) or name in VIEWS or _has_schema(node))
 
 

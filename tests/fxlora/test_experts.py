@@ -245,3 +245,19 @@ def test_modules_that_peft_turns_into_parameters(tmp_path: Path) -> None:
     assert [pools[leaf].rank.tolist()[:2] for leaf in ("gate_up_proj", "down_proj")] == [[4, 6], [2, 3]]
     inputs, names = entry.inputs(batch=4, seed=3), ["a", "b", None, "b"]
     Oracle(build, adapters).check(lora(**inputs, adapters=names), inputs, names)
+
+
+def test_questions_about_the_device_stand_between_the_calls() -> None:
+    """Dynamo leaves some in the graph, as `torch.cuda.get_device_capability` that the grouped GEMM of transformers
+    asks for: they are handed nothing and change nothing."""
+    entry = ZOO["qwen3moe"]
+    gm = fxlora.capture(entry.build(), **entry.inputs())
+    plain = len(fxlora.apply(fxlora.capture(entry.build(), **entry.inputs()), targets="all").groups)
+    for node in list(gm.graph.nodes):
+        if node.op == "call_function":
+            with gm.graph.inserting_before(node):
+                gm.graph.call_function(torch.get_num_threads)
+    gm.recompile()
+    lora = fxlora.apply(gm, targets="all")
+    assert len(lora.groups) == plain
+    assert {node.target for node in gm.graph.nodes} > {torch.get_num_threads}
