@@ -31,17 +31,32 @@ def load_b(b_ptr, start, rank, first, cols, col_mask, num_cols, BR: tl.constexpr
 
 
 @triton.jit
+def add_block(acc, x_at, w_at, first, col_mask, num_features, BK: tl.constexpr, EVEN: tl.constexpr) -> tl.tensor:
+    """acc [BN, BK] and the products of BK in-features."""
+    inside = first + tl.arange(0, BK) < num_features
+    w_tile = load_w(w_at + first, col_mask, inside, EVEN)
+    x_tile = tl.load(x_at + first + tl.arange(0, BK), mask=inside, other=0.0)
+    return acc + w_tile.to(tl.float32) * x_tile.to(tl.float32)[None, :]
+
+
+@triton.jit
 def product(
     x_at, w_at, w_tile, col_mask, num_features, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr
 ) -> tl.tensor:
-    """[BN] fp32: a row of x times BN rows of W. All of W is asked for at once; w_tile is its first block."""
+    """[BN] fp32: a row of x times BN rows of W, of which w_tile is the first block.
+
+    All of W is asked for at once, up to as many blocks as registers still take; then eight blocks at a time.
+    """
+    STEP: tl.constexpr = 8 * BK
+    IN_STEPS: tl.constexpr = 0 if K <= 28 * BK else (K - BK) // STEP * STEP
     ks = tl.arange(0, BK)
-    acc = tl.zeros([BN, BK], tl.float32)
-    for first in tl.static_range(0, K, BK):
-        if first > 0:
-            w_tile = load_w(w_at + first, col_mask, first + ks < num_features, EVEN)
-        x_tile = tl.load(x_at + first + ks, mask=first + ks < num_features, other=0.0)
-        acc += w_tile.to(tl.float32) * x_tile.to(tl.float32)[None, :]
+    x_tile = tl.load(x_at + ks, mask=ks < num_features, other=0.0)
+    acc = w_tile.to(tl.float32) * x_tile.to(tl.float32)[None, :]
+    for begin in tl.range(BK, BK + IN_STEPS, STEP, num_stages=1):
+        for at in tl.static_range(0, STEP, BK):
+            acc = add_block(acc, x_at, w_at, begin + at, col_mask, num_features, BK, EVEN)
+    for first in tl.static_range(BK + IN_STEPS, K, BK):
+        acc = add_block(acc, x_at, w_at, first, col_mask, num_features, BK, EVEN)
     return tl.sum(acc, axis=1)
 
 

@@ -238,7 +238,7 @@ def prefill_tile(rows: int, columns: int, width: int) -> Tile:
 def expert_decode_tiles(entries: int, features: int, columns: int, dtype: torch.dtype) -> ExpertDecodeTiles:
     """Tiles of experts over few rows each. entries: T * J."""
     delta = DeltaTile(16, 1024, 512, 264, 132, 4) if entries <= 32 else DeltaTile(16, 256, 512, 264, 4096, 4)
-    block_k = min(delta.BK, max(32, next_power_of_2(features)))
+    block_k = min(delta.BK, 512) if features > 2048 else min(delta.BK, max(32, next_power_of_2(features)))
     delta = replace(delta, BK=block_k, BN=min(delta.BN, max(32, next_power_of_2(columns))))
     if dtype == torch.float32:
         return ExpertDecodeTiles(delta, ExpertGemmTile(64, 32, False, 1056, 4, 3))

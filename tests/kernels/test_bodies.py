@@ -201,6 +201,15 @@ def test_gemv_tiles(rows: int, tiles: str) -> None:
     check("gemv", case, GEMV[tiles], bare=False)
 
 
+@pytest.mark.parametrize("body", ["gemv", "decode"])
+def test_more_in_features_than_are_loaded_at_once(body: str) -> None:
+    """Loops of several loads, and the loads left over behind them: 24 and 47 blocks of 1500 in-features."""
+    case = small_case(rows=3, features=1500, outs=(24,), ranks=(8, 70), bias=True)
+    tall = VectorTile(64, 64, 2, 5, 4)
+    tile = GemvTile(8, 32, 1, tall) if body == "gemv" else replace(DECODE["swap"], shrink=tall)
+    check(body, case, tile)
+
+
 @pytest.mark.parametrize("body", BODIES)
 def test_a_row_keeps_its_bits_whatever_the_others_use(body: str) -> None:
     rows = 12 if INTERPRET and body == "gemv" else 35
