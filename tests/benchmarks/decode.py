@@ -8,14 +8,15 @@
     d  peft    PEFT's mixed batch, eager
     e  merged  one adapter merged by PEFT, under torch.compile
 
-Models have random weights; every linear and lm_head has an adapter, one per request, rank 16. A step takes one token of
-each request over a static cache of --context tokens. Prefill takes prompts of --request-tokens each, one adapter each,
-without a CUDA graph. What a variant computes is compared first with plain arithmetic on the eager model; a red one has
-no time. Variants of one batch take turns in random order, and ratios to `base` are taken round by round.
+Models have random weights; every linear and lm_head, and every expert weight of a mixture, has an adapter, one per
+request, rank 16. A step takes one token of each request over a static cache of --context tokens. Prefill takes prompts
+of --request-tokens each, one adapter each, without a CUDA graph. What a variant computes is compared first with plain
+arithmetic on the eager model; a red one has no time. Variants of one batch take turns in random order, and ratios to
+`base` are taken round by round.
 
 Results are added to the JSON file; what is there is not run again (--again runs it). --max-seconds starts no
-measurement that late. --jobs N runs measurements in N processes at once, of which one has the GPU and the others
-compile: memory for N models is needed.
+measurement, and no further variant, that would end later. --jobs N runs measurements in N processes at once, of which
+one has the GPU and the others compile: memory for N models is needed.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,7 @@ from tests.benchmarks.decode_variants import LETTERS
 from tests.benchmarks.peers_adapter import load_peers, reason
 
 BUILD_S, COMPILE_S, PEFT_S = 20.0, 45.0, 60.0  # on one H200
+LAST_S = 80.0  # one more variant, and the times of all
 
 
 def arguments_parser() -> argparse.ArgumentParser:
@@ -150,7 +153,9 @@ def run(options: argparse.Namespace, plan: Sequence[tuple[Measurement, list[str]
             bank = make_bank(model, given.requests, given.rank)
             with torch.no_grad():
                 work = make_work(given, model, bank, options.compiler, turn, peers)
-            rows = run_measurement(given, work, variants, options.rounds, lambda text: print(text, flush=True))
+            last_build = None if deadline is None else deadline - LAST_S
+            report = partial(print, flush=True)
+            rows = run_measurement(given, work, variants, options.rounds, report, last_build)
         except Exception as error:
             rows = [given.row(name, "error", reason=reason(error)) for name in variants]
         if work is not None:
@@ -191,6 +196,7 @@ def run_jobs(options: argparse.Namespace, plan: Sequence[tuple[Measurement, list
             command += ["--request-tokens", str(given.request_tokens), "--rounds", str(options.rounds)]
             command += ["--compiler", options.compiler, "--json", str(options.json), "--lock", str(lock)]
             command += ["--again"] if options.again else []
+            command += [] if deadline is None else ["--max-seconds", str(deadline - time.monotonic())]
             command += ["--peers", str(options.peers)] if options.peers else []
             running.append(subprocess.Popen(command))
         time.sleep(0.2)

@@ -123,15 +123,22 @@ def judge(variant: str, got: torch.Tensor, truth: Truth, noise: float, share: fl
 
 @torch.no_grad()
 def run_measurement(
-    given: Measurement, work: Work, variants: Sequence[str], rounds: int, report: Any = lambda row: None
-) -> list[Row]:
-    """Build, check and time the variants of one measurement; what fails is a row, and the others go on."""
+    given: Measurement, work: Work, variants: Sequence[str], rounds: int, report: Any = lambda row: None,
+    last_build: float | None = None,
+) -> list[Row]:  # fmt: skip
+    """Build, check and time the variants of one measurement; what fails is a row, and the others go on.
+
+    last_build: of time.monotonic; variants not begun by then are left out, so that the others still get their times.
+    """
     rows: dict[str, Row] = {}
     steps: dict[str, Timed] = {}
     truth = Truth.of(work)
     noise = PRESETS[given.model].tolerance
     for builder in ["base", *(v for v in variants if v != "base")]:
         before, begin = _allocated(), time.monotonic()
+        if last_build is not None and rows and begin > last_build:
+            report(f"{given.name(builder)}: out of time")
+            continue
         try:
             built = BUILDERS[builder](work)
             for name, timed in built.items():

@@ -88,6 +88,17 @@ def test_every_variant_runs_and_is_right(peers: Path, capsys: pytest.CaptureFixt
     assert len(decode.planned(decode.arguments_parser().parse_args([*arguments, "--again"]))) == 2
 
 
+def test_time_that_runs_out_leaves_the_times_of_what_was_built(tmp_path: Path) -> None:
+    path = tmp_path / "decode.json"
+    arguments = [*SMALL, "--batch", "2", "--variants", "a,b", "--json", str(path)]
+    assert decode.main([*arguments, "--max-seconds", "79"]) == 0  # too late for a second variant, not for the first
+    rows = decode.read_rows(path)
+    assert [row["variant"] for row in rows.values()] == ["base"]
+    assert all(row["ms"]["median"] > 0 for row in rows.values())
+    left = decode.planned(decode.arguments_parser().parse_args(arguments))
+    assert [variants for _, variants in left] == [["ours"]]
+
+
 def test_a_mixture(tmp_path: Path) -> None:
     path = tmp_path / "decode.json"
     arguments = ["--model", "tiny-moe", *SMALL[2:], "--batch", "3", "--prefill", "8", "--variants", "a,b"]
