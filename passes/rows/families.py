@@ -51,6 +51,7 @@ LENDS_SHAPE = _words("expand_as view_as reshape_as type_as type to full_like new
 JOINS = _words(
     """
     _grouped_mm grouped_mm grouped_mm_fallback matmul mm bmm mv dot addmm baddbmm addmv einsum cat stack embedding
+    linalg_solve linalg_solve_triangular
     gather take_along_dim diff getitem index index_select slice select narrow scaled_dot_product_attention
     _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention
     _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention _scaled_dot_product_attention_math

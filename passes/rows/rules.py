@@ -291,6 +291,28 @@ def addmm(p: Prover, node: fx.Node) -> Rows:
     return join([product, shift(p.rows(bias), p.ndim(node) - p.ndim(bias))], p.ndim(node), p.count, op_name(node))
 
 
+@rule("linalg_solve_triangular", "linalg_solve")
+def solve(p: Prover, node: fx.Node) -> Rows:
+    """Systems of equations, one per batch element: the product of an inverse and the right sides."""
+    matrix, right = argument(node, 0, "A", "input", "self"), argument(node, 1, "B")
+    rows, name = p.rows(matrix), op_name(node)
+    if p.ndim(right) < 2 or (name == "linalg_solve" and p.ndim(right) < p.ndim(matrix)):
+        return Mixed(f"{name} with vectors on the right side")  # which of its dims is which, its shape decides
+    if isinstance(rows, Label) and any(d >= p.ndim(matrix) - 2 for d in rows.dims):
+        return Mixed(f"{name} of equations of several requests")
+    sides = (matrix, right) if argument(node, 3, "left", default=True) else (right, matrix)
+    return contractions.matmul(p, node, *sides)
+
+
+@rule("inverse", "linalg_inv", "linalg_pinv", "linalg_cholesky", "cholesky", "matrix_exp", "linalg_matrix_exp")
+def of_matrices(p: Prover, node: fx.Node) -> Rows:
+    """A matrix out of each matrix of a batch."""
+    rows = p.rows(operand(node))
+    if isinstance(rows, Label) and any(d >= p.ndim(operand(node)) - 2 for d in rows.dims):
+        return Mixed(f"{op_name(node)} of a matrix of several requests")
+    return rows
+
+
 @rule("einsum")
 def einsum(p: Prover, node: fx.Node) -> Rows:
     """Einstein sums."""

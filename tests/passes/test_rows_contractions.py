@@ -86,6 +86,19 @@ KEPT: dict[str, tuple[Body, tuple[int, ...]]] = {
     "more dims on the right": (lambda self, x: self.w @ x.unsqueeze(0).mT, (1,)),
     "addmm": (lambda self, x: torch.addmm(self.v, x[:, 0], self.w), (0,)),
     "baddbmm": (lambda self, x: torch.baddbmm(x[:, :1, :1], x, x.mT), (0,)),
+    "solve": (lambda self, x: torch.linalg.solve(gram(x), x), (0,)),
+    "solve by a weight": (lambda self, x: torch.linalg.solve(self.w, x.mT), (0,)),
+    "solve triangular": (lambda self, x: torch.linalg.solve_triangular(gram(x), x, upper=False), (0,)),
+    "solve from the right": (
+        lambda self, x: torch.linalg.solve_triangular(gram(x.mT), x, upper=True, left=False),
+        (0,),
+    ),
+    "right sides of requests": (
+        lambda self, x: torch.linalg.solve_triangular(self.w, x[:, 0].t(), upper=False, unitriangular=True),
+        (1,),
+    ),
+    "inverse": (lambda self, x: torch.linalg.inv(gram(x)) @ x, (0,)),
+    "cholesky": (lambda self, x: torch.linalg.cholesky(gram(x)) @ x, (0,)),
     "einsum linear": (lambda self, x: torch.einsum("bti,oi->bto", x, self.w), (0,)),
     "einsum moved": (lambda self, x: torch.einsum("bti,oi->otb", x, self.w), (2,)),
     "einsum batched": (lambda self, x: torch.einsum("bti,bsi->bts", x, x), (0,)),
@@ -101,6 +114,11 @@ KEPT: dict[str, tuple[Body, tuple[int, ...]]] = {
     ),
     "attention over shared keys": (lambda self, x: attend(x, self.k, self.k), (0,)),
 }
+
+
+def gram(x: torch.Tensor) -> torch.Tensor:
+    """A positive definite matrix for each of the leading dims."""
+    return x @ x.mT + torch.eye(x.shape[-2], device=x.device)
 
 
 def model_of(body: Body) -> nn.Module:
@@ -121,6 +139,17 @@ MIXED: dict[str, tuple[Body, str]] = {
     "dot": (lambda self, x: torch.dot(x[:, 0, 0], x[:, 0, 0]), "sums over the request dim"),
     "mv over the batch": (lambda self, x: torch.mv(x[:, 0].T, x[:, 0, 0]), "sums over the request dim"),
     "weight of a request": (lambda self, x: F.linear(self.w, x[:, 0]), "depend"),
+    "equations of all": (lambda self, x: torch.linalg.solve(gram(x[:, 0]), x[:, 0]), "different requests"),
+    "rows of all": (
+        lambda self, x: torch.linalg.solve_triangular(self.w, x[:6, 0], upper=False),
+        "sums over the request dim",
+    ),
+    "matrix of several": (
+        lambda self, x: torch.linalg.solve_triangular(x[:6, 0], self.w, upper=False),
+        "equations of several requests",
+    ),
+    "inverse of several": (lambda self, x: torch.linalg.inv(x[:6, 0]), "matrix of several requests"),
+    "solve for vectors": (lambda self, x: torch.linalg.solve(self.w, x[:6, 0, 0]), "vectors on the right side"),
     "einsum over the batch": (lambda self, x: torch.einsum("bti->ti", x), "sums over the request dim"),
     "einsum pair over the batch": (lambda self, x: torch.einsum("bti,bsi->ts", x, x), "sums over the request dim"),
     "einsum across": (lambda self, x: torch.einsum("ai,bi->ab", x[:, 0], x[:, 0]), "different requests"),
