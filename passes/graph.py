@@ -52,7 +52,8 @@ _SAME_OP = _spellings(
     cat: concat concatenate
     repeat: tile
     softmax: _softmax special_softmax
-    log_softmax: _log_softmax
+    log_softmax: _log_softmax special_log_softmax
+    logsumexp: special_logsumexp
     reshape: _reshape_alias
     chunk: unsafe_chunk
     split: unsafe_split split_with_sizes

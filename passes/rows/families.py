@@ -63,7 +63,7 @@ MAY_RETURN_OPERAND = _words(
     """
     dropout alpha_dropout feature_dropout dropout1d dropout2d dropout3d relu relu6 elu selu celu leaky_relu silu mish
     hardswish hardsigmoid hardtanh threshold rrelu positive pos conj resolve_conj resolve_neg long int bool float double
-    half bfloat16 short to type type_as contiguous cpu cuda detach alias data real
+    half bfloat16 short byte char chalf cfloat cdouble to type type_as contiguous cpu cuda detach alias data real
     """
 )
 # Ops whose result may share memory with their operand.
@@ -71,7 +71,7 @@ VIEWS = MAY_RETURN_OPERAND | _words(
     """
     view reshape flatten unflatten view_as reshape_as ravel squeeze unsqueeze expand expand_as transpose permute
     t T mT H moveaxis slice select narrow getitem chunk split unbind tensor_split unfold diagonal as_strided
-    view_as_real view_as_complex lift_fresh requires_grad_
+    view_as_real view_as_complex imag lift_fresh requires_grad_
     """
 )
 # Where `inplace` stands among positional arguments.
@@ -104,7 +104,9 @@ _POINTWISE = _words(
     elu selu celu leaky_relu mish softplus hardswish hardsigmoid hardtanh sigmoid tanh logsigmoid softsign
     tanhshrink threshold softshrink hardshrink prelu rrelu masked_fill where clamp clamp_min clamp_max lerp
     addcmul addcdiv pow rsub neg abs nan_to_num square isnan isinf isfinite cpu cuda positive real bernoulli
-    maximum minimum fill logical_and logical_or bitwise_and bitwise_or log_sigmoid_forward pos exp2
+    maximum minimum fill logical_and logical_or bitwise_and bitwise_or log_sigmoid_forward log_sigmoid pos exp2
+    arccos arccosh arcsin arcsinh arctan arctanh expit short byte char chalf cfloat cdouble float_power isclose isreal
+    conj polar complex imag ndtr log_ndtr erfcx gammainc gammaincc gammaln multigammaln
     """
 )
 # Ops that combine or move elements along one dim or a few, and the dim they take by default (None: it must be given).
@@ -147,4 +149,5 @@ def _tagged() -> frozenset[str]:
 
 def is_pointwise(name: str) -> bool:
     """True for ops whose output element depends on the operands' elements at the same (broadcast) place alone."""
-    return name in _POINTWISE or name in _tagged()
+    plain = name.removeprefix("special_")
+    return plain in _POINTWISE or plain in _tagged() or name in _tagged()

@@ -304,13 +304,22 @@ def solve(p: Prover, node: fx.Node) -> Rows:
     return contractions.matmul(p, node, *sides)
 
 
-@rule("inverse", "linalg_inv", "linalg_pinv", "linalg_cholesky", "cholesky", "matrix_exp", "linalg_matrix_exp")
+@rule(
+    "inverse", "linalg_inv", "linalg_pinv", "linalg_cholesky", "cholesky", "matrix_exp", "linalg_matrix_exp",
+    "matrix_power", "linalg_matrix_power", "det", "linalg_det", "logdet",
+)  # fmt: skip
 def of_matrices(p: Prover, node: fx.Node) -> Rows:
-    """A matrix out of each matrix of a batch."""
+    """A matrix or a number out of each matrix of a batch."""
     rows = p.rows(operand(node))
     if isinstance(rows, Label) and any(d >= p.ndim(operand(node)) - 2 for d in rows.dims):
         return Mixed(f"{op_name(node)} of a matrix of several requests")
     return rows
+
+
+@rule("bucketize", "isin")
+def looked_up(p: Prover, node: fx.Node) -> Rows:
+    """Where each element stands among values that are no request's."""
+    return p.rows(operand(node))
 
 
 @rule("einsum")

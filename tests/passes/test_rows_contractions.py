@@ -209,3 +209,31 @@ def test_per_request_nothing_is_assumed() -> None:
 )
 def test_packed_sequences_of_one_batch_do_not_see_each_other(body: Body) -> None:
     reason_of(rows_of(body, torch.randn(3, 5, 6), batch_dims=(0, 1)))
+
+
+ELEMENTWISE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "logsigmoid": F.logsigmoid,
+    "expit": torch.special.expit,
+    "special erf": torch.special.erf,
+    "special ndtr": torch.special.ndtr,
+    "special xlogy": lambda x: torch.special.xlogy(x, x),
+    "special logsumexp": lambda x: torch.special.logsumexp(x, dim=-1, keepdim=True),
+    "special log_softmax": lambda x: torch.special.log_softmax(x, dim=-1),
+    "arccos": lambda x: torch.arccos(x.tanh()),
+    "float_power": lambda x: torch.float_power(x, 2.0).float(),
+    "isclose": lambda x: torch.isclose(x, x + 1).float(),
+    "polar": lambda x: torch.view_as_real(torch.polar(x, x)).flatten(-2),
+    "complex": lambda x: torch.complex(x, x).abs(),
+    "conj": lambda x: torch.complex(x, x).conj().imag,
+    "byte": lambda x: x.abs().byte().float(),
+    "bucketize": lambda x: torch.bucketize(x, torch.arange(3.0, device=x.device)).float(),
+    "isin": lambda x: torch.isin(x.round(), torch.arange(3.0, device=x.device)).float(),
+    "det": lambda x: torch.linalg.det(gram(x)),
+    "matrix_power": lambda x: torch.linalg.matrix_power(gram(x), 2),
+}
+
+
+@pytest.mark.parametrize("op", ELEMENTWISE)
+def test_each_request_alone(op: str) -> None:
+    rows = rows_of(model_of(lambda self, x: ELEMENTWISE[op](x)), torch.randn(4, 5, 6))
+    assert mapping_of(rows) == ((0,), list(range(B)))
