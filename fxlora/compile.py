@@ -208,7 +208,7 @@ class _Generates(_Compiled):
 
 def _compiled_forward(model: nn.Module, backend: functools.partial[Callable[..., Any]]) -> Callable[..., Any]:
     """The forward of a module as whole graphs of dynamic batch and length."""
-    from torch._dynamo.exc import Unsupported
+    from torch._dynamo.exc import Unsupported, UserError
 
     original = model.forward
 
@@ -228,7 +228,7 @@ def _compiled_forward(model: nn.Module, backend: functools.partial[Callable[...,
         with _tracing:
             try:
                 return compiled(*args, **kwargs)
-            except Unsupported as error:
+            except (Unsupported, UserError) as error:
                 raise GraphBreakError(
                     f"the forward of this {type(model).__name__} is no single graph, and nothing can be proven "
                     f"across a graph break: {error}"

@@ -206,6 +206,8 @@ def _of_the_one_request(prover: Prover, node: fx.Node) -> Label:
 def _plan_uses(prover: Prover, site: Site, reader: Reader) -> tuple[list[PlannedUse], str]:
     planned = []
     for node in site.uses:
+        if node in prover.vmapped:
+            return [], "it is computed inside torch.vmap, which hides one of its dims"
         read = reader.read_as(node, site.kind)
         rows = prover.rows(read.x)
         alone = rows is not None and _is_alone(prover)

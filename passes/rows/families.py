@@ -40,7 +40,7 @@ NO_DATA = _words(
     ones_like rand_like randn_like new_empty new_zeros new_ones new_empty_strided
     storage_offset is_cuda result_type isinstance hasattr len _assert_tensor_metadata _assert_async
     _log_api_usage_once _check _check_is_size sym_constrain_range sym_constrain_range_for_size data_ptr
-    _assert_scalar
+    _assert_scalar lazy_load_decompositions _vmap_increment_nesting _vmap_decrement_nesting
     """
 )
 # Ops that fill a tensor with a value.
@@ -51,7 +51,7 @@ LENDS_SHAPE = _words("expand_as view_as reshape_as type_as type to full_like new
 JOINS = _words(
     """
     _grouped_mm grouped_mm grouped_mm_fallback matmul mm bmm mv dot addmm baddbmm addmv einsum cat stack embedding
-    linalg_solve linalg_solve_triangular
+    linalg_solve linalg_solve_triangular associative_scan
     gather take_along_dim diff getitem index index_select slice select narrow scaled_dot_product_attention
     _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention
     _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention _scaled_dot_product_attention_math
@@ -71,7 +71,7 @@ VIEWS = MAY_RETURN_OPERAND | _words(
     """
     view reshape flatten unflatten view_as reshape_as ravel squeeze unsqueeze expand expand_as transpose permute
     t T mT H moveaxis slice select narrow getitem chunk split unbind tensor_split unfold diagonal as_strided
-    view_as_real view_as_complex imag lift_fresh requires_grad_
+    view_as_real view_as_complex imag lift_fresh requires_grad_ _add_batch_dim _remove_batch_dim
     """
 )
 # Where `inplace` stands among positional arguments.

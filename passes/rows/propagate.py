@@ -12,6 +12,7 @@ from fxlora.passes.graph import attribute, describe, fake_value, op_name, operan
 from fxlora.passes.rows.families import VIEWS
 from fxlora.passes.rows.integers import Integers
 from fxlora.passes.rows.labels import Label, MapTable, Mixed, RowMap, Rows
+from fxlora.passes.rows.mapped import inside_vmap
 from fxlora.passes.rows.rules import is_known, rows_of
 from fxlora.passes.rows.worlds import Sizing, TensorFacts, UnknownShapeError
 from fxlora.passes.rows.writes import FUNCTIONAL, apply_write, is_write, mark_statistics, written
@@ -31,6 +32,7 @@ class Prover:
 
     Attributes:
         labels: Rows of every node (a tuple for ops with several results); absent means None.
+        vmapped: Calls inside a torch.vmap.
         assumed: Nodes whose isolation is the mask's job, with the words for it.
         reasons: Where each ``Mixed`` first arose.
     """
@@ -52,6 +54,7 @@ class Prover:
         order: dict[fx.Node | None, int] = {None: -1, **{n: i for i, n in enumerate(gm.graph.nodes)}}
         self.table = MapTable(order)
         self.labels: dict[fx.Node, Any] = {}
+        self.vmapped = inside_vmap(gm.graph)
         self.roots: dict[fx.Node, fx.Node] = {}
         self.members: dict[fx.Node, list[fx.Node]] = {}
         self.assumed: dict[fx.Node, str] = {}

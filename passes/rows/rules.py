@@ -13,7 +13,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fxlora.passes.graph import argument, fake_value, op_name, operand, varargs
-from fxlora.passes.rows import contractions, indexing, moves, views  # noqa: F401  views registers its rules
+from fxlora.passes.rows import contractions, indexing, mapped, moves, views  # noqa: F401  views registers its rules
 from fxlora.passes.rows.families import (
     ALONG_DIM,
     CREATIONS,
@@ -80,6 +80,8 @@ def _apply_rule(p: Prover, node: fx.Node, name: str) -> Any:
     if name in CREATIONS:
         return Mixed(f"{name} of values that depend on requests")
     found = RULES.get(name)
+    if node in p.vmapped and not mapped.is_followed(name):
+        return Mixed(f"{name.lstrip('?')} inside vmap")
     if name not in JOINS and not is_pointwise(name) and not only_operand(p, node):
         return Mixed(f"{name} with other operands than the first that depend on requests")
     if found is not None:

@@ -230,6 +230,19 @@ def test_a_model_with_a_graph_break_is_refused() -> None:
         compiled(torch.randn(3, 6))
 
 
+def test_a_loop_over_what_the_data_holds() -> None:
+    class Loops(Toy):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for i in (x.sum(-1) > 0).nonzero():
+                x = x + self.fc(x)[i]
+            return x
+
+    torch._dynamo.reset()
+    compiled: Any = fxlora.compile(Loops(), max_adapters=1, max_rank=4, backend="eager")
+    with pytest.raises(GraphBreakError, match="the forward of this Loops is no single graph"):
+        compiled(torch.randn(3, 6))
+
+
 def test_compiled_models_of_one_class(tmp_path: Path) -> None:
     """As many models as dynamo would allow graphs of one function: each has its own, and its own adapters."""
     torch._dynamo.reset()
