@@ -8,7 +8,7 @@ Letters: T tokens, k experts of a token, S adapters, E experts, R rank, K in-fea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -70,7 +70,9 @@ def plain_experts(model: nn.Module, bank: ExpertBank, chosen: torch.Tensor) -> I
             del module.forward
 
 
-def _plain_forward(module: nn.Module, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], chosen: torch.Tensor):  # noqa: ANN202
+def _plain_forward(
+    module: nn.Module, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], chosen: torch.Tensor
+) -> Callable[..., torch.Tensor]:
     def product(x: torch.Tensor, which: int, expert: int, slots: torch.Tensor) -> torch.Tensor:
         a_SERK, b_SENR = pairs[which]
         y = nn.functional.linear(x, getattr(module, NAMES[which])[expert])
