@@ -20,6 +20,7 @@ from fxlora.passes.decompose import decompose_calls, opaque_calls
 from fxlora.passes.diff import Snapshot, graph_diff
 from fxlora.passes.errors import VerifyError
 from fxlora.passes.graph import output_leaves
+from fxlora.passes.inplace_views import functional_views
 from fxlora.passes.logits import mark_logits
 from fxlora.passes.normalize import count_weight_nodes, inline_modules, refuse_applied, unify_weights
 from fxlora.passes.plan import AdapterShape, Plan, Targets, check_targets, plan_graph
@@ -27,7 +28,7 @@ from fxlora.passes.reads import Reader
 from fxlora.passes.rewrite import rewrite_sites
 from fxlora.passes.rows.integers import settle_worlds
 from fxlora.passes.rows.propagate import Prover, constant_integers
-from fxlora.passes.rows.seeds import BatchDims, choose_seeds
+from fxlora.passes.rows.seeds import BatchDims, choose_seeds, trusted_inputs
 from fxlora.passes.rows.worlds import GraphInput, Sizing, World, size_worlds
 from fxlora.passes.siblings import group_siblings
 from fxlora.passes.sites import Site, Skipped, find_sites
@@ -96,6 +97,7 @@ def normalize(job: Job) -> None:
     refuse_applied(job.gm)
     opaque = inline_modules(job.gm)
     unify_weights(job.gm)
+    functional_views(job.gm)
     doubled = [c for c in count_weight_nodes(job.gm).values() if c > 1]
     if doubled:
         raise VerifyError(f"{len(doubled)} weights are still read through more than one node")
@@ -132,7 +134,9 @@ def find_linear_sites(job: Job) -> None:
 
 def prove_rows(job: Job) -> None:
     """Label every tensor with the requests its rows belong to."""
-    job.prover = Prover(job.gm, job.sizing, job.seeds, job.primary, job.bound).run()
+    known = {*job.seeds, *trusted_inputs(job.inputs, job.batch_dims)}
+    strangers = {inp.node: inp.name for inp in job.inputs if inp.node not in known}
+    job.prover = Prover(job.gm, job.sizing, job.seeds, job.primary, job.bound, strangers).run()
 
 
 def make_plan(job: Job) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from difflib import get_close_matches
 
@@ -18,6 +18,7 @@ from fxlora.passes.memory import Memory
 from fxlora.passes.reads import Reader
 from fxlora.passes.rows import moves
 from fxlora.passes.rows.labels import Label, Mixed, RowMap
+from fxlora.passes.rows.masked import Guard
 from fxlora.passes.rows.propagate import Prover
 from fxlora.passes.sites import Role, Site, Skipped
 
@@ -78,6 +79,7 @@ class Plan:
         digest: 32 bits over sites, shapes, dtypes, slots, pool rows and groups: part of the compile key.
         assumed: Where isolation is taken on trust (packed attention), in words.
         mixed_outputs: Graph outputs that combine requests, with the op that did it.
+        guards: Calls whose rows are checked as the graph runs.
     """
 
     sites: tuple[Site, ...]
@@ -88,6 +90,7 @@ class Plan:
     digest: int
     assumed: tuple[str, ...] = ()
     mixed_outputs: tuple[str, ...] = field(default=())
+    guards: Mapping[fx.Node, Guard] = field(default_factory=dict, repr=False)
 
     @property
     def site_groups(self) -> tuple[tuple[Site, ...], ...]:
@@ -135,7 +138,7 @@ def plan_graph(
     assumed = tuple(dict.fromkeys(prover.assumed.values()))
     groups = tuple(Group((use,), "linears are not grouped") for use in uses)
     digest = digest_of(chosen, shape, groups)
-    return Plan(tuple(chosen), tuple(uses), groups, tuple(left), shape, digest, assumed, mixed)
+    return Plan(tuple(chosen), tuple(uses), groups, tuple(left), shape, digest, assumed, mixed, dict(prover.guards))
 
 
 def check_targets(targets: Targets, sites: Sequence[Site], skipped: Sequence[Skipped]) -> None:
@@ -223,7 +226,7 @@ def _plan_uses(prover: Prover, site: Site, reader: Reader) -> tuple[list[Planned
         if isinstance(rows, Label) and read.x_order is not None and not alone:
             rows = moves.permute(prover, read.x, rows, read.x_order)
         if rows is None:
-            return [], "its rows are shared by the whole batch: they carry no request (positions, constants)"
+            return [], _no_request(prover, read.x)
         if isinstance(rows, Mixed):
             return [], f"its rows mix requests: {rows.reason}"
         if any(d >= lead for d in rows.dims):
@@ -231,6 +234,14 @@ def _plan_uses(prover: Prover, site: Site, reader: Reader) -> tuple[list[Planned
         flat = moves.flat_rows(prover, read.x, rows, lead, read.x_order)
         planned.append(PlannedUse(node, site, flat, tuple(node.users)))
     return planned, ""
+
+
+def _no_request(prover: Prover, x: fx.Node) -> str:
+    """Why rows carry no request, and what would change that."""
+    shared = "its rows are shared by the whole batch: they carry no request"
+    if strangers := prover.strangers_behind(x):
+        return f"{shared} (they come from {', '.join(strangers)}: batch_dims can name the request dim of an input)"
+    return f"{shared} (positions, constants)"
 
 
 class _Targets:

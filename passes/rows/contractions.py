@@ -8,6 +8,7 @@ as assumed.
 
 from __future__ import annotations
 
+import string
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
@@ -17,6 +18,8 @@ from fxlora.passes.rows.labels import Label, Mixed, Rows, join
 
 if TYPE_CHECKING:
     from fxlora.passes.rows.propagate import Prover
+
+_LETTERS = string.ascii_uppercase + string.ascii_lowercase
 
 
 def matmul(p: Prover, node: fx.Node, left: fx.Node, right: fx.Node) -> Rows:
@@ -36,6 +39,17 @@ def matmul(p: Prover, node: fx.Node, left: fx.Node, right: fx.Node) -> Rows:
     if n_r > 1:
         place_r[n_r - 1] = out - 1
     return _contract(p, node, rows_l, rows_r, {summed_l}, {summed_r}, place_l, place_r)
+
+
+def pairs(p: Prover, node: fx.Node, left: fx.Node, right: fx.Node) -> Rows:
+    """Rows of what is computed for each pair of a row of [*, M, K] and one of [*, N, K], over K."""
+    for r in (p.rows(left), p.rows(right)):
+        if isinstance(r, Mixed):
+            return r
+    out, n_l, n_r = p.ndim(node), p.ndim(left), p.ndim(right)
+    place_l = {d: d + out - n_l for d in range(n_l - 1)}
+    place_r = {**{d: d + out - n_r for d in range(n_r - 2)}, n_r - 2: out - 1}
+    return _contract(p, node, p.rows(left), p.rows(right), {n_l - 1}, {n_r - 1}, place_l, place_r)
 
 
 def einsum(p: Prover, node: fx.Node) -> Rows:
@@ -71,11 +85,12 @@ def einsum(p: Prover, node: fx.Node) -> Rows:
 
 
 def parse_einsum(p: Prover, node: fx.Node) -> tuple[list[str], str, list[fx.Node]] | None:
-    """Terms, result and operands of an einsum; an ellipsis becomes capital letters. None where it is given in lists."""
-    equation = operand(node) if not isinstance(operand(node), fx.Node) else None
+    """Terms, result and operands of an einsum; an ellipsis becomes digits. None where it is neither form of one."""
+    equation, given = operand(node), node.args[1:]
+    if isinstance(equation, fx.Node):
+        equation, given = _lettered(node.args)
     if not isinstance(equation, str):
         return None
-    given = node.args[1:]
     operands: list[Any] = list(given[0]) if len(given) == 1 and isinstance(given[0], list | tuple) else list(given)
     equation = equation.replace(" ", "")
     left, arrow, result = equation.partition("->")
@@ -96,6 +111,18 @@ def parse_einsum(p: Prover, node: fx.Node) -> tuple[list[str], str, list[fx.Node
         )
     result = result.replace("...", spare[8 - width :] if width else "")
     return terms, result, operands
+
+
+def _lettered(args: tuple[Any, ...]) -> tuple[str | None, tuple[Any, ...]]:
+    """`einsum(x, [0, 1], y, [1, 2], [0, 2])` as an equation and its operands."""
+    lists = [*args[1::2], *(args[-1:] if len(args) % 2 else [])]
+    if not all(isinstance(item, list | tuple) for item in lists):
+        return None, ()
+    if not all(n is Ellipsis or (type(n) is int and 0 <= n < 52) for item in lists for n in item):
+        return None, ()
+    terms = ["".join("..." if n is Ellipsis else _LETTERS[n] for n in item) for item in lists]
+    count = len(args) // 2
+    return ",".join(terms[:count]) + ("->" + terms[-1] if len(args) % 2 else ""), args[0 : 2 * count : 2]
 
 
 def _contract(

@@ -51,10 +51,13 @@ LENDS_SHAPE = _words("expand_as view_as reshape_as type_as type to full_like new
 JOINS = _words(
     """
     _grouped_mm grouped_mm grouped_mm_fallback matmul mm bmm mv dot addmm baddbmm addmv einsum cat stack embedding
+    vstack hstack dstack column_stack
     linalg_solve linalg_solve_triangular associative_scan
     gather take_along_dim diff getitem index index_select slice select narrow scaled_dot_product_attention
     _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention
     _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention _scaled_dot_product_attention_math
+    cholesky_solve cdist _cdist_forward bilinear searchsorted grid_sample grid_sampler grid_sampler_2d grid_sampler_3d
+    max_unpool2d max_unpool3d lstm gru rnn_tanh rnn_relu masked_scatter
     max min expand_as view_as reshape_as view reshape expand flatten unflatten repeat split paged_cache_update
     """
 )
@@ -107,15 +110,23 @@ _POINTWISE = _words(
     maximum minimum fill logical_and logical_or bitwise_and bitwise_or log_sigmoid_forward log_sigmoid pos exp2
     arccos arccosh arcsin arcsinh arctan arctanh expit short byte char chalf cfloat cdouble float_power isclose isreal
     conj polar complex imag ndtr log_ndtr erfcx gammainc gammaincc gammaln multigammaln
+    _conj _conj_physical frexp feature_dropout dropout1d dropout2d dropout3d
     """
 )
 # Ops that combine or move elements along one dim or a few, and the dim they take by default (None: it must be given).
 ALONG_DIM: dict[str, int | None] = {
     **dict.fromkeys(
-        _words("softmax log_softmax softmin cumsum cumprod cummax cummin logcumsumexp flip roll rot90 _safe_softmax")
+        _words(
+            """
+            softmax log_softmax softmin cumsum cumprod cummax cummin logcumsumexp flip roll rot90 _safe_softmax
+            _fft_c2c _fft_r2c _fft_c2r
+            """
+        )
     ),
     "glu": -1,
     "normalize": 1,
+    "multinomial": -1,
+    "gumbel_softmax": -1,
 }
 REDUCTIONS = _words(
     """
@@ -130,7 +141,8 @@ PER_SAMPLE = _words(
     native_group_norm max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
     adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d adaptive_max_pool2d interpolate
     upsample_nearest2d upsample_bilinear2d upsample_bicubic2d upsample_nearest1d upsample_linear1d pixel_shuffle
-    pixel_unshuffle instance_norm max_pool2d_with_indices local_response_norm
+    pixel_unshuffle instance_norm max_pool2d_with_indices local_response_norm channel_shuffle native_channel_shuffle
+    fold im2col col2im stft fractional_max_pool2d fractional_max_pool3d max_pool3d_with_indices
     """
 )
 

@@ -196,9 +196,12 @@ def cat(p: Prover, node: fx.Node, parts: Sequence[fx.Node], dim: int) -> Rows:
     labels = [r for r in rows if isinstance(r, Label)]
     if not labels:
         return None
-    if not any(dim in label.dims for label in labels):
-        return join(rows, p.ndim(node), p.count, op_name(node))
     wanted = max(labels, key=lambda label: len(label.dims)).dims
+    if not any(dim in label.dims for label in labels):
+        joined = join(rows, p.ndim(node), p.count, op_name(node))
+        if not isinstance(joined, Mixed) or len(labels) < len(parts):
+            return joined
+        wanted = tuple(sorted({*wanted, dim}))  # each part is one request's along this dim, but not all the same one's
     full = [_spread(p, x, r, wanted) for x, r in zip(parts, rows, strict=True)]
     if any(f is None for f in full):
         return Mixed("cat along the request dim of rows with and without a request")
@@ -212,6 +215,26 @@ def cat(p: Prover, node: fx.Node, parts: Sequence[fx.Node], dim: int) -> Rows:
         f"cat(dim={position})",
     )
     return Label(made, wanted)
+
+
+def stack(p: Prover, node: fx.Node, parts: Sequence[fx.Node], dim: int) -> Rows:
+    """Rows after stacking along a new dim, which tells requests apart where the parts are of different ones."""
+    rows = [remap(p.rows(x), lambda d: d + (d >= dim)) for x in parts]
+    joined = join(rows, p.ndim(node), p.count, "stack")
+    labels = [r for r in rows if isinstance(r, Label)]
+    if not isinstance(joined, Mixed) or len(labels) < len(parts) or any(r.dims != labels[0].dims for r in labels):
+        return joined
+    dims = tuple(sorted({*labels[0].dims, dim}))
+    position = dims.index(dim)
+    ids = [torch.stack([label.map.ids[w] for label in labels], position) for w in range(p.count)]
+    made = p.table.intern(
+        ids,
+        [label.map for label in labels],
+        node,
+        lambda emit, parents: emit(torch.stack, list(parents), position),
+        f"stack(dim={position})",
+    )
+    return Label(made, dims)
 
 
 def _spread(p: Prover, x: fx.Node, rows: Rows, dims: tuple[int, ...]) -> Label | None:

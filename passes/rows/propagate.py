@@ -10,9 +10,11 @@ from torch import fx
 
 from fxlora.passes.graph import attribute, describe, fake_value, op_name, operand
 from fxlora.passes.rows.families import VIEWS
+from fxlora.passes.rows.inside import look_inside
 from fxlora.passes.rows.integers import Integers
 from fxlora.passes.rows.labels import Label, MapTable, Mixed, RowMap, Rows
 from fxlora.passes.rows.mapped import inside_vmap
+from fxlora.passes.rows.masked import Guard
 from fxlora.passes.rows.rules import is_known, rows_of
 from fxlora.passes.rows.worlds import Sizing, TensorFacts, UnknownShapeError
 from fxlora.passes.rows.writes import FUNCTIONAL, apply_write, is_write, mark_statistics, written
@@ -29,10 +31,13 @@ class Prover:
         seeds: Input node to its request dims: ``(0,)``, or ``(0, 1)`` where adapters are chosen per token.
         primary: The seeded input whose request dims give ``adapter_slots`` its shape.
         bound: Tensors behind placeholders that are weights or buffers.
+        strangers: Names of inputs of which nothing is known: neither request dims, nor that they follow the requests.
 
     Attributes:
+        looks_inside: Whether ops without a rule are taken apart.
         labels: Rows of every node (a tuple for ops with several results); absent means None.
         vmapped: Calls inside a torch.vmap.
+        guards: Calls whose rows are checked as the graph runs.
         assumed: Nodes whose isolation is the mask's job, with the words for it.
         reasons: Where each ``Mixed`` first arose.
     """
@@ -42,13 +47,15 @@ class Prover:
         gm: fx.GraphModule,
         sizing: Sizing,
         seeds: Mapping[fx.Node, tuple[int, ...]],
-        primary: fx.Node,
+        primary: fx.Node | None,
         bound: Mapping[fx.Node, torch.Tensor] | None = None,
+        strangers: Mapping[fx.Node, str] | None = None,
     ) -> None:
         self.graph = gm.graph
         self.worlds = sizing.worlds
         self.frozen = sizing.frozen
         self.count = len(sizing.worlds)
+        self.looks_inside = True
         self.packed = any(len(dims) > 1 for dims in seeds.values())
         self.integers = Integers(gm, self.worlds, constant_integers(gm, bound or {}))
         order: dict[fx.Node | None, int] = {None: -1, **{n: i for i, n in enumerate(gm.graph.nodes)}}
@@ -58,8 +65,14 @@ class Prover:
         self.roots: dict[fx.Node, fx.Node] = {}
         self.members: dict[fx.Node, list[fx.Node]] = {}
         self.assumed: dict[fx.Node, str] = {}
+        self.guards: dict[fx.Node, Guard] = {}
+        if strangers is None:
+            unbound = (n for n in gm.graph.nodes if n.op == "placeholder" and n not in (bound or {}))
+            strangers = {n: str(n.target) for n in unbound if n not in seeds}
+        self._strangers = strangers
         self._row_length: list[int] = []
-        self.seed = self._seed(seeds, primary)
+        if primary is not None:
+            self.seed = self._seed(seeds, primary)
 
     def _seed(self, seeds: Mapping[fx.Node, tuple[int, ...]], primary: fx.Node) -> RowMap:
         ids = []
@@ -98,6 +111,25 @@ class Prover:
             if rows is not None:
                 self.labels[node] = self._checked(node, rows)
         return self
+
+    def inside(
+        self,
+        gm: fx.GraphModule,
+        sizing: Sizing,
+        labels: Mapping[fx.Node, Rows],
+        values: Mapping[fx.Node, torch.Tensor],
+        world: int,
+    ) -> Prover:
+        """The prover of what one call does, in one of the worlds: ``labels`` and ``values`` of its placeholders."""
+        inner = Prover(gm, sizing, {}, None, values)
+        inner.looks_inside, inner.packed = False, self.packed
+        inner._row_length = [self._row_length[world]]
+        inner.labels.update({node: rows for node, rows in labels.items() if rows is not None})
+        return inner
+
+    def look_inside(self, node: fx.Node) -> Any:
+        """Rows of a call that no rule names, by the ops it is made of."""
+        return look_inside(self, node, is_known)
 
     def _rows_after(self, node: fx.Node) -> Any:
         if is_write(node):
@@ -165,6 +197,15 @@ class Prover:
         traced = getattr(fake_value(node), "shape", None)
         is_open = traced is not None and len(traced) > dim and isinstance(traced[dim], torch.SymInt)
         return sizes.pop() if len(sizes) == 1 and not is_open else emit(torch.ops.aten.sym_size.int, node, dim)
+
+    def strangers_behind(self, node: fx.Node) -> list[str]:
+        """The inputs of which nothing is known that a value is computed from."""
+        seen, queue = {node}, [node]
+        for n in queue:
+            new = [m for m in n.all_input_nodes if m not in seen and self.is_tensor(m)]
+            seen |= set(new)
+            queue += new
+        return sorted(self._strangers[n] for n in queue if n in self._strangers)
 
     def assume(self, node: fx.Node, words: str) -> None:
         self.assumed.setdefault(node, words)

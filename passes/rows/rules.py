@@ -13,14 +13,13 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fxlora.passes.graph import argument, fake_value, op_name, operand, varargs
-from fxlora.passes.rows import contractions, indexing, mapped, moves, views  # noqa: F401  views registers its rules
+from fxlora.passes.rows import contractions, indexing, mapped, masked, matrices, moves, samples, views  # noqa: F401  rules
 from fxlora.passes.rows.families import (
     ALONG_DIM,
     CREATIONS,
     JOINS,
     LENDS_SHAPE,
     NO_DATA,
-    PER_SAMPLE,
     REDUCTIONS,
     RULES,
     SCALARS,
@@ -82,14 +81,17 @@ def _apply_rule(p: Prover, node: fx.Node, name: str) -> Any:
     found = RULES.get(name)
     if node in p.vmapped and not mapped.is_followed(name):
         return Mixed(f"{name.lstrip('?')} inside vmap")
+    if not is_known(name):
+        return p.look_inside(node)
     if name not in JOINS and not is_pointwise(name) and not only_operand(p, node):
+        rows = p.look_inside(node)
+        if not isinstance(rows, Mixed):
+            return rows
         return Mixed(f"{name} with other operands than the first that depend on requests")
     if found is not None:
         return found(p, node)
     if not isinstance(operand(node), fx.Node) and not is_pointwise(name):
         return Mixed(f"{name} of several tensors")
-    if name in PER_SAMPLE:
-        return per_sample(p, node)
     if name in REDUCTIONS:
         return reduce(p, node)
     if name in ALONG_DIM:
@@ -108,7 +110,7 @@ def _of_first(p: Prover, node: fx.Node, name: str) -> Rows:
 
 def is_known(name: str) -> bool:
     """True for ops that some rule speaks of."""
-    listed = name in RULES or name in NO_DATA or name in PER_SAMPLE or name in REDUCTIONS or name in ALONG_DIM
+    listed = name in RULES or name in NO_DATA or name in REDUCTIONS or name in ALONG_DIM
     return listed or is_pointwise(name)
 
 
@@ -124,9 +126,10 @@ def _flat(rows: Any) -> list[Rows]:
     return list(rows) if isinstance(rows, tuple) else [rows]
 
 
-def pointwise(p: Prover, node: fx.Node) -> Rows:
+def pointwise(p: Prover, node: fx.Node) -> Any:
     """Elementwise ops: the operands must agree wherever they meet."""
-    out = p.ndim(node)
+    facts = p.worlds[0].facts(node)
+    out = len(facts[0].shape) if isinstance(facts, tuple) else p.ndim(node)
     parts: list[Rows] = []
     nodes = [operand(node)] if op_name(node) in ("to", "type_as", "type") else node.all_input_nodes
     for n in nodes:
@@ -134,7 +137,8 @@ def pointwise(p: Prover, node: fx.Node) -> Rows:
         if isinstance(rows, Label) and p.ndim(n) > out:
             return Mixed(f"{op_name(node)} of a larger tensor")
         parts.append(shift(rows, out - p.ndim(n)) if isinstance(rows, Label) else rows)
-    return moves.fit(p, join(parts, out, p.count, op_name(node)), node)
+    joined = join(parts, out, p.count, op_name(node))
+    return (joined,) * len(facts) if isinstance(facts, tuple) else moves.fit(p, joined, node)
 
 
 def dims_of(p: Prover, node: fx.Node, position: int) -> list[int] | None:
@@ -177,7 +181,7 @@ def reduce(p: Prover, node: fx.Node) -> Any:
     return remap(rows, lambda d: d - sum(r < d for r in reduced))
 
 
-def along_dim(p: Prover, node: fx.Node) -> Rows:
+def along_dim(p: Prover, node: fx.Node) -> Any:
     """Ops that combine or move elements along given dims only (softmax, cumsum, roll, flip, ...)."""
     name, rows = op_name(node), p.rows(operand(node))
     if not isinstance(rows, Label):
@@ -193,25 +197,8 @@ def along_dim(p: Prover, node: fx.Node) -> Rows:
         dims = [default % p.ndim(operand(node))]
     if dims is None or any(d in rows.dims for d in dims):
         return Mixed(f"{name} along the request dim mixes requests")
-    return moves.fit(p, rows, node)
-
-
-def per_sample(p: Prover, node: fx.Node) -> Rows:
-    """Ops over [batch, channel, ...]: each sample for itself, where the input has a batch dim and only it tells
-    requests.
-    """
-    x, name = operand(node), op_name(node)
-    own = p.rows(x)
-    if not isinstance(own, Label):
-        return own
-    if "conv" in name:
-        batched = p.ndim(x) == p.ndim(argument(node, 1, "weight"))
-    else:
-        spatial = {"1": 3, "2": 4, "3": 5}.get(name.rstrip("d")[-1] if name.endswith("d") else "")
-        batched = p.ndim(x) == spatial if spatial else p.ndim(x) >= 3 or "norm" in name
-    if own.dims != (0,) or not batched:
-        return Mixed(f"{name} mixes rows along a channel or spatial dim")
-    return own
+    facts = p.worlds[0].facts(node)
+    return (rows,) * len(facts) if isinstance(facts, tuple) else moves.fit(p, rows, node)
 
 
 @rule("where", "nonzero", "argwhere", "nonzero_numpy")
@@ -231,24 +218,6 @@ def layer_norm(p: Prover, node: fx.Node) -> Any:
     over = len(argument(node, 1, "normalized_shape"))
     if isinstance(rows, Label) and any(d >= p.ndim(operand(node)) - over for d in rows.dims):
         return Mixed(f"{op_name(node)} over the request dim mixes requests")
-    return rows
-
-
-@rule(
-    "batch_norm",
-    "native_batch_norm",
-    "_native_batch_norm_legit",
-    "_native_batch_norm_legit_no_training",
-    "cudnn_batch_norm",
-)
-def batch_norm(p: Prover, node: fx.Node) -> Any:
-    """Batch norm: per channel, and over the batch only in training."""
-    rows = p.rows(operand(node))
-    training = False if "no_training" in str(node.target) else argument(node, 5, "training", default=False)
-    if training is not False:
-        return Mixed("batch_norm in training mode takes its statistics over all requests")
-    if isinstance(rows, Label) and rows.dims != (0,):
-        return Mixed("batch_norm over rows of requests")
     return rows
 
 
@@ -291,31 +260,6 @@ def addmm(p: Prover, node: fx.Node) -> Rows:
     )
     bias = operand(node)
     return join([product, shift(p.rows(bias), p.ndim(node) - p.ndim(bias))], p.ndim(node), p.count, op_name(node))
-
-
-@rule("linalg_solve_triangular", "linalg_solve")
-def solve(p: Prover, node: fx.Node) -> Rows:
-    """Systems of equations, one per batch element: the product of an inverse and the right sides."""
-    matrix, right = argument(node, 0, "A", "input", "self"), argument(node, 1, "B")
-    rows, name = p.rows(matrix), op_name(node)
-    if p.ndim(right) < 2 or (name == "linalg_solve" and p.ndim(right) < p.ndim(matrix)):
-        return Mixed(f"{name} with vectors on the right side")  # which of its dims is which, its shape decides
-    if isinstance(rows, Label) and any(d >= p.ndim(matrix) - 2 for d in rows.dims):
-        return Mixed(f"{name} of equations of several requests")
-    sides = (matrix, right) if argument(node, 3, "left", default=True) else (right, matrix)
-    return contractions.matmul(p, node, *sides)
-
-
-@rule(
-    "inverse", "linalg_inv", "linalg_pinv", "linalg_cholesky", "cholesky", "matrix_exp", "linalg_matrix_exp",
-    "matrix_power", "linalg_matrix_power", "det", "linalg_det", "logdet",
-)  # fmt: skip
-def of_matrices(p: Prover, node: fx.Node) -> Rows:
-    """A matrix or a number out of each matrix of a batch."""
-    rows = p.rows(operand(node))
-    if isinstance(rows, Label) and any(d >= p.ndim(operand(node)) - 2 for d in rows.dims):
-        return Mixed(f"{op_name(node)} of a matrix of several requests")
-    return rows
 
 
 @rule("bucketize", "isin")

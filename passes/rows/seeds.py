@@ -10,7 +10,7 @@ from torch import fx
 from fxlora.passes.errors import AmbiguousRequestsError, BatchDimsError
 from fxlora.passes.rows.worlds import GraphInput
 
-BatchDims = int | tuple[int, ...] | Mapping[str, int | tuple[int, ...]] | None
+BatchDims = int | tuple[int, ...] | Mapping[str, int | tuple[int, ...] | None] | None
 
 
 def choose_seeds(inputs: Sequence[GraphInput], batch_dims: BatchDims) -> tuple[dict[fx.Node, tuple[int, ...]], fx.Node]:
@@ -22,13 +22,16 @@ def choose_seeds(inputs: Sequence[GraphInput], batch_dims: BatchDims) -> tuple[d
         chosen per
             token. A mapping names inputs: ``{"input_ids": 0}``, ``{"input_ids": (0, 1)}``; other inputs follow where
             they share
-            the dim.
+            the dim. None for an input says that it holds what belongs to the requests in their order, along no dim of
+        theirs (see :func:`trusted_inputs`).
 
     Raises:
         BatchDimsError: A name or dim that no input has.
         AmbiguousRequestsError: No tensor input with a dim to tell requests by.
     """
     tensors = [inp for inp in inputs if inp.dtype is not None and inp.sizes]
+    trusted = trusted_inputs(inputs, batch_dims)
+    tensors = [inp for inp in tensors if inp.node not in trusted]
     named = _named(tensors, batch_dims)
     if named:
         primary = next(inp for inp in tensors if inp.node in named)
@@ -54,20 +57,35 @@ def choose_seeds(inputs: Sequence[GraphInput], batch_dims: BatchDims) -> tuple[d
     return seeds, primary.node
 
 
+def trusted_inputs(inputs: Sequence[GraphInput], batch_dims: BatchDims) -> set[fx.Node]:
+    """Inputs that `batch_dims` gives None: several images of each request, say, one after another."""
+    if not isinstance(batch_dims, Mapping):
+        return set()
+    names = [name for name, given in batch_dims.items() if given is None]
+    return {inp.node for name in names for inp in _matching(inputs, name)}
+
+
+def _matching(inputs: Sequence[GraphInput], name: str) -> list[GraphInput]:
+    """The inputs a name means: by its whole path, or by its first part."""
+    tensors = [inp for inp in inputs if inp.dtype is not None and inp.sizes]
+    exact = [inp for inp in tensors if inp.name == name]
+    matches = exact or [
+        inp for inp in tensors if name in (inp.name, inp.name.split(".")[0], re.sub(r"_\d+$", "", inp.name))
+    ]
+    if not matches:
+        raise BatchDimsError(
+            f"batch_dims names the input {name!r}; the graph's tensor inputs are {[inp.name for inp in tensors]}"
+        )
+    return matches
+
+
 def _named(tensors: Sequence[GraphInput], batch_dims: BatchDims) -> dict[fx.Node, tuple[int, ...]]:
     if not isinstance(batch_dims, Mapping):
         return {}
     named: dict[fx.Node, tuple[int, ...]] = {}
     for name, given in batch_dims.items():
-        exact = [inp for inp in tensors if inp.name == name]
-        matches = exact or [
-            inp for inp in tensors if name in (inp.name, inp.name.split(".")[0], re.sub(r"_\d+$", "", inp.name))
-        ]
-        if not matches:
-            raise BatchDimsError(
-                f"batch_dims names the input {name!r}; the graph's tensor inputs are {[inp.name for inp in tensors]}"
-            )
-        named |= {inp.node: _as_dims(given, inp) for inp in matches}
+        if given is not None:
+            named |= {inp.node: _as_dims(given, inp) for inp in _matching(tensors, name)}
     if len({len(dims) for dims in named.values()}) > 1:
         raise BatchDimsError(
             f"batch_dims mixes inputs with one and with two request dims: {dict(batch_dims)}; give all one kind"

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fxlora.passes.graph import argument, op_name, operand
-from fxlora.passes.rows import indexing, moves
+from fxlora.passes.rows import indexing, moves, samples
 from fxlora.passes.rows.families import rule
 from fxlora.passes.rows.labels import Label, Mixed, Rows, join, remap, shift
 
@@ -102,18 +102,24 @@ def ranking(p: Prover, node: fx.Node) -> Any:
     return (moves.derive(p, node, rows, ids, (0,), build, f"{name} order"), order)
 
 
-@rule("cat", "stack", "vstack", "hstack")
+@rule("cat", "stack")
 def cat(p: Prover, node: fx.Node) -> Rows:
     """Concatenation and stacking."""
     parts: Sequence[fx.Node] = operand(node)
     dim = argument(node, 1, "dim", "axis", default=0)
-    if op_name(node) in ("vstack", "hstack"):
-        return Mixed(f"no row rule for {op_name(node)}")
     if op_name(node) == "stack":
-        dim %= p.ndim(node)
-        rows = [remap(p.rows(x), lambda d: d + (d >= dim)) for x in parts]
-        return join(rows, p.ndim(node), p.count, "stack")
+        return moves.stack(p, node, parts, dim % p.ndim(node))
     return moves.cat(p, node, parts, dim % p.ndim(node))
+
+
+@rule("vstack", "hstack", "dstack", "column_stack")
+def stack_along(p: Prover, node: fx.Node) -> Rows:
+    """Concatenation along a dim that the op names, of operands that have it."""
+    parts: Sequence[fx.Node] = operand(node)
+    dim = {"vstack": 0, "dstack": 2}.get(op_name(node), 1)
+    if any(p.ndim(x) != p.ndim(node) or p.ndim(x) <= dim for x in parts):
+        return Mixed(f"{op_name(node)} of operands of too few dims")
+    return moves.cat(p, node, parts, dim)
 
 
 @rule("diff")
@@ -188,7 +194,7 @@ def unfold(p: Prover, node: fx.Node) -> Rows:
     """Sliding windows along a dim."""
     rows, dim = p.rows(operand(node)), argument(node, 1, "dimension")
     if node.target is torch.nn.functional.unfold:
-        return Mixed("no row rule for the patch form of unfold")
+        return samples.per_sample(p, node)
     if isinstance(rows, Label) and dim % p.ndim(operand(node)) in rows.dims:
         return Mixed("unfold along the request dim")
     return rows
@@ -204,6 +210,17 @@ def pad(p: Prover, node: fx.Node) -> Rows:
         if isinstance(rows, Label) and dim in rows.dims and (widths[i] != 0 or widths[i + 1] != 0):
             return Mixed("pad along the request dim")
     return rows
+
+
+@rule("diagonal", "linalg_diagonal")
+def diagonal(p: Prover, node: fx.Node) -> Rows:
+    """The diagonal over two dims, which becomes the last dim."""
+    x, rows = operand(node), p.rows(operand(node))
+    defaults = (-2, -1) if op_name(node) == "linalg_diagonal" else (0, 1)
+    over = [argument(node, 2 + i, f"dim{i + 1}", default=d) % p.ndim(x) for i, d in enumerate(defaults)]
+    if isinstance(rows, Label) and any(d in over for d in rows.dims):
+        return Mixed("diagonal over the request dim")
+    return remap(rows, lambda d: d - sum(o < d for o in over))
 
 
 @rule("tril", "triu", "one_hot")

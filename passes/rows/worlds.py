@@ -8,8 +8,7 @@ tensors. A graph that runs at no other sizes is *frozen*: proven, and callable, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,10 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxlora.passes.errors import RowsNotProvenError
 from fxlora.passes.graph import fake_value
+from fxlora.passes.rows.fake_run import GraphInput, TensorFacts, run_fake
 
 log = logging.getLogger(__name__)
 
@@ -38,36 +37,6 @@ _TORCH_FOLDER = str(Path(torch.__file__).parent)
 
 class UnknownShapeError(Exception):
     """A node's shape depends on data, or was never recorded."""
-
-
-@dataclass(frozen=True)
-class GraphInput:
-    """One tensor or number the caller passes (weights are no inputs).
-
-    Attributes:
-        node: Its placeholder.
-        name: The path in the caller's arguments: ``input_ids``, ``past_key_values.0``.
-        sizes: Per dim the traced size, hints for symbolic ones; empty for numbers.
-        symbols: Per dim the symbol (after unification), None where the size is fixed.
-        dtype: None for numbers.
-        value: What the caller passed at tracing where it was no tensor; for tensors the example, if there is one.
-    """
-
-    node: fx.Node
-    name: str
-    sizes: tuple[int, ...]
-    symbols: tuple[Any, ...]
-    dtype: torch.dtype | None
-    value: Any = None
-
-
-@dataclass(frozen=True)
-class TensorFacts:
-    """Shape, dtype and device of a tensor in one world."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
 
 
 @dataclass
@@ -171,13 +140,15 @@ def size_worlds(
     """Choose the worlds for a graph whose request dims are ``batch`` (per seeded input)."""
     env = shape_env_of(gm)
     if env is not None and has_all_values(gm):
-        for sizes, count in ((_BATCH_SIZES, WORLDS), (_SMALL_BATCH_SIZES, _FIXED_WORLDS)):
+        held = _held_batch(inputs, batch)
+        chances = ((_BATCH_SIZES, WORLDS), (_SMALL_BATCH_SIZES, _FIXED_WORLDS))
+        for sizes, count in (((held,), _FIXED_WORLDS),) if held is not None else chances:
             sets = [_symbol_sizes(env, inputs, batch, world, sizes[world % len(sizes)]) for world in range(count)]
             if all(s is not None for s in sets):
                 if all(inp.symbols[dims[0]] is None for inp in inputs if (dims := batch.get(inp.node))):
                     sets = [sets[i % WORLDS] for i in range(_FIXED_WORLDS)]
                 worlds = tuple(World(symbols=s, generator=_generator(i)) for i, s in enumerate(sets))
-                return Sizing(worlds, False, fixed_sizes(inputs), model_guards(env))
+                return Sizing(worlds, False, fixed_sizes(inputs, batch, held), model_guards(env))
         log.info("no sizes but the traced ones satisfy the graph's guards: proven for these alone")
     else:
         opaque = any(n.op == "call_module" and n.users for n in gm.graph.nodes)  # may check sizes only when opened
@@ -187,7 +158,7 @@ def size_worlds(
                 guards = () if env is None else model_guards(env)
                 return Sizing(sized, False, _held_sizes(inputs, batch, dims), guards)
     try:
-        values = _run_fake(gm, inputs, {inp.node: inp.sizes for inp in inputs}, bound)
+        values = run_fake(gm, inputs, {inp.node: inp.sizes for inp in inputs}, bound)
     except Exception as error:
         raise RowsNotProvenError(
             "the graph does not run on shapes alone (a size or a choice depends on data), so no row can be proven: "
@@ -211,9 +182,21 @@ def model_guards(env: Any) -> tuple[Any, ...]:
     return tuple(guards)
 
 
-def fixed_sizes(inputs: Sequence[GraphInput]) -> dict[fx.Node, dict[int, int]]:
-    """Dims that tracing made plain numbers."""
-    return {inp.node: {d: n for d, n in enumerate(inp.sizes) if inp.symbols[d] is None} for inp in inputs}
+def _held_batch(inputs: Sequence[GraphInput], batch: Mapping[fx.Node, tuple[int, ...]]) -> int | None:
+    """How many requests there are, where tracing fixed that for some inputs and left it open for others."""
+    seeded = [(inp, batch[inp.node][0]) for inp in inputs if batch.get(inp.node)]
+    fixed = {inp.sizes[d] for inp, d in seeded if inp.symbols[d] is None}
+    return fixed.pop() if len(fixed) == 1 and any(inp.symbols[d] is not None for inp, d in seeded) else None
+
+
+def fixed_sizes(
+    inputs: Sequence[GraphInput], batch: Mapping[fx.Node, tuple[int, ...]], held: int | None
+) -> dict[fx.Node, dict[int, int]]:
+    """Dims that tracing made plain numbers, and the request dims, where those of some input are."""
+    fixed = {inp.node: {d: n for d, n in enumerate(inp.sizes) if inp.symbols[d] is None} for inp in inputs}
+    for node, dims in batch.items():
+        fixed[node] |= {} if held is None else {dims[0]: held}
+    return fixed
 
 
 def _held_sizes(
@@ -303,7 +286,7 @@ def _refaked(
     for index in range(WORLDS):
         shapes = _input_shapes(inputs, batch, free, index)
         try:
-            values = _run_fake(gm, inputs, shapes, bound)
+            values = run_fake(gm, inputs, shapes, bound)
         except Exception as error:
             log.debug("the graph does not run with %s dims free: %s", free, error)
             return None
@@ -335,65 +318,3 @@ def _input_shapes(
             shape.append(sizes[key])
         shapes[inp.node] = tuple(shape)
     return shapes
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps what every node gave."""
-
-    def __init__(self, gm: fx.GraphModule) -> None:
-        super().__init__(gm, garbage_collect_values=False)
-        self.values: dict[fx.Node, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        self.values[n] = _fixed(result)
-        return result
-
-
-def _fixed(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return TensorFacts(tuple(int(s) for s in value.shape), value.dtype, value.device)
-    if isinstance(value, list | tuple):
-        return tuple(_fixed(item) for item in value)
-    return value
-
-
-def _run_fake(
-    gm: fx.GraphModule,
-    inputs: Sequence[GraphInput],
-    shapes: Mapping[fx.Node, tuple[int, ...]],
-    bound: Mapping[fx.Node, torch.Tensor],
-) -> dict[fx.Node, Any]:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    by_node = {inp.node: inp for inp in inputs}
-    arguments: list[Any] = []
-    with mode, torch.no_grad():
-        for node in gm.graph.nodes:
-            if node.op != "placeholder":
-                continue
-            inp = by_node.get(node)
-            if inp is None:
-                tensor = bound.get(node)
-                arguments.append(mode.from_tensor(tensor) if tensor is not None else None)
-            elif inp.dtype is None:
-                arguments.append(inp.value)
-            else:
-                traced = inp.value if isinstance(inp.value, torch.Tensor) else fake_value(node)
-                device = getattr(traced, "device", "cpu")
-                arguments.append(torch.empty(shapes[node], dtype=inp.dtype, device=device))
-        recorder = _Recorder(gm)
-        with _quiet():
-            recorder.run(*arguments, enable_io_processing=False)
-    return recorder.values
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Sizes that a graph rejects are an answer here, not an error to log."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fxlora.passes.graph import argument, op_name, operand
-from fxlora.passes.rows import indexing, moves
+from fxlora.passes.rows import indexing, masked, moves
 from fxlora.passes.rows.families import INPLACE_AT, KEEPS_STATISTICS, is_pointwise
 from fxlora.passes.rows.labels import Label, Mixed, Rows, broadcast_ids, join, shift
 from fxlora.passes.rows.worlds import UnknownShapeError
@@ -100,10 +100,14 @@ def written(p: Prover, node: fx.Node, target: fx.Node) -> Rows:
     name = op_name(node)
     if not name.endswith("_") and name != "setitem":
         name += "_"
+    if name == "setitem" and (key := _key(argument(node, 1))) and any(indexing.is_mask(p, i) for i in key):
+        return masked.write(p, node, target, key, argument(node, 2))
     if name == "setitem":
         return store(p, node, target, _items(p, target, argument(node, 1)), argument(node, 2))
     if name in ("index_put_", "_unsafe_index_put_"):
         indices = [slice(None) if i is None else i for i in argument(node, 1, "indices")]
+        if any(indexing.is_mask(p, i) for i in indices):
+            return masked.write(p, node, target, indices, argument(node, 2, "values"))
         return store(p, node, target, _items(p, target, tuple(indices)), argument(node, 2, "values"))
     if name in _ALONG:
         return _along(p, node, target)
@@ -115,11 +119,16 @@ def written(p: Prover, node: fx.Node, target: fx.Node) -> Rows:
                 return Mixed(f"{name} of a larger tensor")
             rows.append(shift(p.rows(n), ndim - p.ndim(n)) if p.is_tensor(n) else p.rows(n))
         return moves.fit(p, join(rows, ndim, p.count, name), target)
-    return Mixed(f"no row rule for the in-place op {op_name(node).lstrip('?')}")
+    seen = p.look_inside(node)
+    return Mixed(f"{seen.reason}, in place") if isinstance(seen, Mixed) else seen
+
+
+def _key(key: Any) -> list[Any]:
+    return list(key) if isinstance(key, tuple) else [key]
 
 
 def _items(p: Prover, target: fx.Node, key: Any) -> list[Any]:
-    return indexing.expand_items(list(key) if isinstance(key, tuple) else [key], p.ndim(target))
+    return indexing.expand_items(_key(key), p.ndim(target))
 
 
 def _along(p: Prover, node: fx.Node, target: fx.Node) -> Rows:
@@ -152,7 +161,7 @@ def store(p: Prover, node: fx.Node, target: fx.Node, items: Sequence[Any], value
     """Rows of ``target`` after ``target[items] = value``; ``value_rows`` overrides the value's rows."""
     by_source = [item for item in items if item is not None]
     if any(indexing.is_mask(p, i) for i in items):
-        return Mixed("a write through a mask")
+        return Mixed("a write through a view that a mask picked")
     where, start, width = indexing.layout(p, items)
     out = len(where) + width + sum(item is None for item in items)
     own = p.rows(target)

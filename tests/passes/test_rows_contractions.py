@@ -67,14 +67,23 @@ def test_operands_may_come_as_a_list() -> None:
     assert [n.name for n in parsed[2]] == ["x", "y"]
 
 
-def test_other_equations_are_not_read() -> None:
+def test_equations_given_in_lists() -> None:
     graph = fx.Graph()
-    listed = graph.call_function(torch.einsum, (graph.placeholder("x"), [0, 1], [0]))
-    assert parse_einsum(Dims({"x": 2}), listed) is None
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    dims = Dims({"x": 3, "y": 2})
+    one = graph.call_function(torch.einsum, (x, [..., 0, 30], [30, ...]))
+    assert parse_einsum(dims, one) == (["7Ae"], "e7", [x])
+    two = graph.call_function(torch.einsum, (x, [0, 1, 2], y, [2, 3]))
+    assert parse_einsum(dims, two) == (["ABC", "CD"], "ABD", [x, y])
+    assert parse_einsum(dims, graph.call_function(torch.einsum, (x, [0, 1, 60], [0]))) is None
+
+
+def test_other_equations_are_not_read() -> None:
     assert parse_einsum(Dims({"x": 2}), returned(traced(lambda x: torch.einsum("ij,jk", x)).graph)) is None
 
 
 KEPT: dict[str, tuple[Body, tuple[int, ...]]] = {
+    "rows as a weight": (lambda self, x: F.linear(self.w, x[:, 0]), (1,)),
     "x @ w": (lambda self, x: x @ self.w, (0,)),
     "w @ x": (lambda self, x: self.w @ x.transpose(1, 2), (0,)),
     "w @ rows": (lambda self, x: self.w @ x[:, 0].t(), (1,)),
@@ -138,7 +147,7 @@ MIXED: dict[str, tuple[Body, str]] = {
     "rolled": (lambda self, x: x @ x[torch.arange(x.shape[0], device=x.device).roll(1)].mT, "different requests"),
     "dot": (lambda self, x: torch.dot(x[:, 0, 0], x[:, 0, 0]), "sums over the request dim"),
     "mv over the batch": (lambda self, x: torch.mv(x[:, 0].T, x[:, 0, 0]), "sums over the request dim"),
-    "weight of a request": (lambda self, x: F.linear(self.w, x[:, 0]), "depend"),
+    "weight of a request": (lambda self, x: F.linear(x[0, :6, :6], x[:, 0]), "depend"),
     "equations of all": (lambda self, x: torch.linalg.solve(gram(x[:, 0]), x[:, 0]), "different requests"),
     "rows of all": (
         lambda self, x: torch.linalg.solve_triangular(self.w, x[:6, 0], upper=False),

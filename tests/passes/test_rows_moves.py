@@ -136,6 +136,10 @@ MADE: dict[str, tuple[Body, tuple[int, ...], Callable[[int], list[int]]]] = {
     "negative dim": (lambda x: torch.repeat_interleave(x, 2, dim=-3), (0,), lambda t: repeated(2)),
     "cat": (lambda x: torch.cat([x, x]), (0,), lambda t: list(range(B)) * 2),
     "cat of halves": (lambda x: torch.cat([x[1:], x[:1]]), (0,), lambda t: [*range(1, B), 0]),
+    "vstack": (lambda x: torch.vstack([x, x]), (0,), lambda t: list(range(B)) * 2),
+    "stack of requests": (lambda x: torch.stack([x[3], x[0]]), (0,), lambda t: [3, 0]),
+    "stack of parts": (lambda x: torch.stack([x[1:], x[:-1]]), (0, 1), lambda t: [*range(1, B), *range(B - 1)]),
+    "cat of requests": (lambda x: torch.cat([x[3], x[0]]), (0,), lambda t: [3] * t + [0] * t),
     "beams": (lambda x: x.unsqueeze(1).expand(-1, 2, -1, -1).reshape(-1, 5, 6), (0,), lambda t: repeated(2)),
 }
 
@@ -180,9 +184,10 @@ def test_equal_maps_by_different_ways_are_one_map() -> None:
         (lambda x: torch.cat([x, torch.zeros_like(x)]), "with and without a request"),
         (lambda x: x.repeat_interleave(2), "flattened rows"),
         (lambda x: torch.stack([x, x.flip(0)]), "flip along the request dim"),
-        (lambda x: torch.stack([x[1:], x[:-1]]), "different requests"),
-        (lambda x: torch.cat([x[1:], x[:-1]], 1), "different requests"),
-        (lambda x: torch.vstack([x, x]), "vstack"),
+        (lambda x: torch.stack([x[1:], torch.ones_like(x[1:])]) + x[1:] * x[:-1], "different requests"),
+        (lambda x: torch.stack([x[1:], x[:-1]]).sum(0), "over the request dim"),
+        (lambda x: torch.cat([x[1:], x[:-1]], 1).sum(1), "over the request dim"),
+        (lambda x: torch.vstack([x[0, 0], x[1, 0]]), "too few dims"),
         (lambda x: x.view(torch.int32), "another dtype"),
     ],
 )

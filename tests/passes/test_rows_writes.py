@@ -148,7 +148,7 @@ def test_one_requests_row_over_another_is_a_new_map_or_mixed() -> None:
     [
         (lambda x: x.clone().copy_(x.flip(0)), "flip along the request dim"),
         (lambda x: x.clone().add_(x.mean(0)), "mean over the request dim"),
-        (lambda x: x.clone().masked_scatter_(x > 0, x), "no row rule for the in-place op masked_scatter_"),
+        (lambda x: x.clone().masked_scatter_(x > 0, x), "masked_scatter of other than whole vectors"),
         (lambda x: torch.add(x, 1, out=torch.empty_like(x)), "an out= argument"),
     ],
 )
