@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from fxlora.kernels.checks import check_rows
-from fxlora.kernels.launch import Fixed, Launcher, Variant, raw_stream
+from fxlora.kernels.launch import Fixed, Launcher, Variant
 from fxlora.kernels.overlap import can_overlap
 from fxlora.kernels.registry import Group, SitePool
 from fxlora.kernels.triton_helpers import check_pool, expand_precision, strided
@@ -47,11 +47,6 @@ class PlannedCall:
     device_index: int
     plans: Plans
     signature: tuple[object, ...]
-
-    @property
-    def stream(self) -> int:
-        """Raw handle of the current stream; 0 on CPU (interpreted kernels)."""
-        return raw_stream(self.device_index) if self.device_index >= 0 else 0
 
     def plan(self, launcher: Launcher, tile: object, make: Callable[[], Plan], step: int = 0) -> Plan:
         """What one launch of the call does not owe to its tensors, made once for calls of this shape and tile.

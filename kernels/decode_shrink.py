@@ -46,7 +46,7 @@ def shrink_tile(
     J: tl.constexpr, PARTS: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     HAS_COEFFS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One part of one tile's h."""
+    """One part of one tile's h, whole groups of 16 ranks."""
     slot, first_position, end = tile_of(tile, segments_ptr, num_entries, max_adapters)
     rank, start, scaling = adapter_of(slot, site)
     positions = first_position + tl.arange(0, 16)
@@ -66,9 +66,9 @@ def shrink_tile(
             x_tile = tl.load(x_at[:, None] + ks[None, :] * x[2], mask=entry_mask[:, None] & inside, other=0.0)
             a = tl.load(a_at[:, None] + ks[None, :], mask=(ranks < rank)[:, None] & inside, other=0.0)
             acc = dot(x_tile, a.T, acc, "ieee")
-        tl.store(
-            h_at[:, None] + ranks[None, :], acc * factor[:, None], mask=entry_mask[:, None] & (ranks < rank)[None, :]
-        )
+        h = (acc * factor[:, None]).to(h_ptr.dtype.element_ty)  # zero beyond the rank
+        mask = entry_mask[:, None] & (ranks < (rank + 15) // 16 * 16)[None, :]
+        tl.store(h_at[:, None] + ranks[None, :], h, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_entries", "max_adapters"])

@@ -17,7 +17,6 @@ import torch
 
 from fxlora.kernels.errors import PoolWriteError
 from fxlora.kernels.extent import Extent, check_slot, extent_of, finite_as
-from fxlora.kernels.workspace import prepare
 
 
 class ExpertExtent(NamedTuple):
@@ -87,7 +86,6 @@ class ExpertPool:
         max_rank: int | None = None,
     ) -> ExpertPool:
         """Empty pool: every slot has rank 0. An ordinary adapter takes E * rank rows of each, a shared one rank."""
-        prepare(torch.device(device))
         a_start, a_step, b_start, b_step, rank = (
             torch.zeros(max_adapters, dtype=torch.int32, device=device) for _ in range(5)
         )

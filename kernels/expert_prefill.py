@@ -23,9 +23,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fxlora.kernels.expert_call import ExpertCall, rows_of, tile_item, tiles_in_use
 from fxlora.kernels.expert_prefill_shrink import adapters_of, shrink_tiles
+from fxlora.kernels.groups import FIELDS, load_b, load_groups, load_h
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
-from fxlora.kernels.prefill import load_b, load_h
-from fxlora.kernels.prefill_shrink import FIELDS, load_groups
 from fxlora.kernels.tiles import ExpertPrefillTile
 from fxlora.kernels.triton_helpers import INTERPRET, cdiv, dot, strided
 

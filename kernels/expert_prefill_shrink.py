@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 
 from fxlora.kernels.expert_call import ExpertCall, rows_of, tile_record, tiles_in_use
+from fxlora.kernels.groups import FIELDS, MOST, slots_of, spread
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
-from fxlora.kernels.prefill_shrink import FIELDS, MOST, slots_of, spread
 from fxlora.kernels.tiles import ExpertPrefillTile
 from fxlora.kernels.triton_helpers import cdiv, dot, next_power_of_2
 

@@ -4,7 +4,8 @@ Stage: run time. The choice follows from shapes, strides and dtypes alone, so a 
 holds:
     one row, or a few over few columns     gemv.py      shrink, matrix-vector products
     up to DECODE_ROWS rows                 decode.py    base product with the shrink beside it, expand
-    more rows, where TMA can read it all   prefill.py   one persistent launch for each member
+        many of them, or many columns      fused.py     shrink, base product that takes the expand along
+    more rows, where TMA can read it all   prefill.py   shrink, one persistent launch for each member
     everything else                        general.py
 
 Letters: T rows, J slots per row, K in-features, N out-features, V vocabulary.
@@ -21,17 +22,19 @@ import torch
 from fxlora.kernels.call import LinearCall, Members
 from fxlora.kernels.checks import check_members
 from fxlora.kernels.decode import decode
+from fxlora.kernels.fused import fused
 from fxlora.kernels.gemv import gemv
 from fxlora.kernels.general import general
-from fxlora.kernels.handshake import COUNTERS
 from fxlora.kernels.prefill import prefill
 from fxlora.kernels.registry import Group, derived_of, pools_of
-from fxlora.kernels.tiles import decode_tiles, gemv_tile, prefill_tile
+from fxlora.kernels.tiles import WIDE, FusedTiles, decode_tiles, fused_tiles, gemv_tile, prefill_tile
 from fxlora.kernels.triton_helpers import INTERPRET, device_of
-from fxlora.kernels.workspace import counters
 
 DECODE_ROWS = 256
-"""Most rows of decode.py."""
+"""Most rows of decode.py and fused.py."""
+
+FEW_ROWS = 64
+"""Most rows of a batch over very many columns whose tiles are those of few rows."""
 
 GEMV_ROWS, GEMV_COLUMNS = 16, 512
 """Most rows and columns of a batch that matrix-vector products serve; one row is served whatever its columns."""
@@ -73,9 +76,17 @@ def body_of(call: LinearCall) -> Body:
     few = call.rows == 1 or (call.rows <= GEMV_ROWS and columns <= GEMV_COLUMNS)
     if few and all([weight.stride(1) == 1 for weight in call.weights]):
         return _gemv
-    if call.rows <= DECODE_ROWS:
-        return _decode
-    return _prefill if _tma_reads(call) else general
+    many = call.rows > DECODE_ROWS or (call.rows > FEW_ROWS and columns > WIDE and call.x.dtype == torch.bfloat16)
+    if many and _tma_reads(call):
+        return _prefill
+    if call.rows > DECODE_ROWS:
+        return general
+    return _fused if fused_tiles_of(call) else _decode
+
+
+def fused_tiles_of(call: LinearCall) -> FusedTiles | None:
+    """Tiles of fused.py if it serves a call of up to DECODE_ROWS rows. h has the dtype of x there: never fp16."""
+    return fused_tiles(call.rows, call.features, sum(call.widths)) if call.x.dtype == torch.bfloat16 else None
 
 
 def _gemv(call: LinearCall) -> list[torch.Tensor]:
@@ -86,12 +97,14 @@ def _decode(call: LinearCall) -> list[torch.Tensor]:
     return decode(call, decode_tiles(call.rows, call.features, sum(call.widths), call.x.dtype))
 
 
+def _fused(call: LinearCall) -> list[torch.Tensor]:
+    tiles = fused_tiles_of(call)
+    assert tiles is not None
+    return fused(call, tiles)
+
+
 def _prefill(call: LinearCall) -> list[torch.Tensor]:
-    words = counters(COUNTERS, call.x.device, call.stream)
-    tile = prefill_tile(call.rows, max(call.widths), call.members.h_width)
-    arguments = (call.row_slots, call.row_coeffs, call.members.pools, call.segments, tile, words)
-    outputs = prefill(call.x, call.weights, call.biases, *arguments)
-    return [y.view(*call.leading, y.shape[1]) for y in outputs]
+    return prefill(call, prefill_tile(call.rows, max(call.widths), call.members.h_width))
 
 
 def _tma_reads(call: LinearCall) -> bool:

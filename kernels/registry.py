@@ -20,7 +20,6 @@ import torch
 from fxlora.kernels.errors import OpInputError, PlanMismatchError, PoolWriteError, RuntimeGoneError
 from fxlora.kernels.expert_pool import ExpertPool
 from fxlora.kernels.extent import Extent, check_slot, extent_of, finite_as
-from fxlora.kernels.workspace import prepare
 
 T = TypeVar("T")
 PoolKind = Literal["linear", "embedding"]
@@ -78,7 +77,6 @@ class SitePool:
         max_rank: int | None = None,
     ) -> SitePool:
         """Empty pool: every slot has rank 0. `in_features` is K, or V for an embedding."""
-        prepare(torch.device(device))
         shape_a = (pool_rows, in_features) if kind == "linear" else (in_features, pool_rows)
         return cls(
             a=torch.zeros(shape_a, dtype=dtype, device=device),

@@ -87,6 +87,30 @@ class DecodeTiles:
 
 
 @dataclass(frozen=True)
+class FusedTiles:
+    """The two launches of fused.py; BR ranks are expanded at once, in a loop of so many stages."""
+
+    shrink: ShrinkTile
+    gemm: GemmTile
+    BR: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class PrefillTile:
+    """Of prefill.py: BR ranks are expanded with the base product, the others later[0] at once in later[1] stages."""
+
+    BM: int
+    BN: int
+    BK: int
+    BR: int
+    num_warps: int
+    num_stages: int
+    later: tuple[int, int]
+    shrink: ShrinkTile
+
+
+@dataclass(frozen=True)
 class GemvTile:
     """Of gemv.py."""
 
@@ -166,6 +190,7 @@ _SHRINK_ROWS = VectorTile(4, 2048, 16, 128, 4)
 _SHRINK_SHORT = VectorTile(8, 1024, 16, 128, 4)
 _SHRINK_TILES = ShrinkTile(64, 128, 4, 264, 4, 3)
 _SHRINK_TALL = ShrinkTile(64, 128, 8, 528, 4, 3)
+_SHRINK_ALONE = ShrinkTile(64, 256, 1, 264, 4, 4)
 _GEMV = {2048: GemvTile(4, 2048, 4, _VECTOR), 8192: GemvTile(4, 1024, 2, _VECTOR), None: GemvTile(8, 512, 2, _VECTOR)}
 _EXPAND, _EXPAND_MANY = ExpandTile(64, 256, 1056, 4), ExpandTile(64, 256, 528, 4)
 _FP32 = {16: GemmTile(16, 64, 32, 1, False, 4, 3), None: GemmTile(64, 64, 32, 1, False, 4, 3)}
@@ -227,11 +252,29 @@ def decode_tiles(rows: int, features: int, columns: int, dtype: torch.dtype) -> 
     return DecodeTiles(_SHRINK_TALL if tall else _SHRINK_TILES, _EXPAND_MANY, gemm)
 
 
-def prefill_tile(rows: int, columns: int, width: int) -> Tile:
+@cache
+def fused_tiles(rows: int, features: int, columns: int) -> FusedTiles | None:
+    """Tiles of a bf16 linear of few rows over N columns in all, None where decode_tiles serve it better."""
+    if rows <= 64:
+        if columns > WIDE:
+            gemm = GemmTile(16, 128, 128, 1, True, 4, 3) if rows <= 16 else GemmTile(64, 128, 64, 1, False, 4, 4)
+            return FusedTiles(_SHRINK_ALONE, gemm, 128, 2)
+        if rows <= 16 or columns < 6144:
+            return None
+        return FusedTiles(_SHRINK_ALONE, GemmTile(64, 64, 128, 1, True, 4, 4), 128, 3)
+    if columns <= 512:
+        return FusedTiles(_SHRINK_ALONE, GemmTile(16, 64, 128, 1, True, 4, 4), 128, 3)
+    if columns > WIDE or columns <= 2048 or features > TALL:
+        return None
+    return FusedTiles(_SHRINK_ALONE, GemmTile(64, 128, 64, 1, True, 4, 4), 64, 3)
+
+
+@cache
+def prefill_tile(rows: int, columns: int, width: int) -> PrefillTile:
     """Tile of a linear of many rows: the largest that gives every multiprocessor work. width: most ranks of a slot."""
     fits = (t for t in _PREFILL if -(-rows // t[0]) * -(-columns // t[1]) >= 120)
     bm, bn, warps, stages = next(fits, _PREFILL[-1])
-    return Tile(bm, bn, 64, 32 if width <= 64 else 64, warps, stages)
+    return PrefillTile(bm, bn, 64, 32 if width <= 64 else 64, warps, stages, (32, 5), _SHRINK_ALONE)
 
 
 @cache

@@ -7,11 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 
 from fxlora.kernels import ops, reference
 from fxlora.kernels.registry import PoolKind, SitePool, register_runtime, unregister_runtime
+
+if TYPE_CHECKING:
+    from fxlora.kernels.call import LinearCall
 
 DIGEST = 0xF01A
 HAS_CUDA = torch.cuda.is_available() and not ops.INTERPRET
@@ -192,3 +196,12 @@ def assert_right(case: Case) -> list[torch.Tensor]:
 
 def equal_bits(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor], rows: torch.Tensor | slice) -> bool:
     return all(torch.equal(a.flatten(0, -2)[rows], b.flatten(0, -2)[rows]) for a, b in zip(left, right, strict=True))
+
+
+def linear_call(case: Case) -> LinearCall:
+    """What the Triton bodies of a linear get."""
+    from fxlora.kernels.call import LinearCall, Members
+
+    segments = ops.segment_rows(case.row_slots, case.max_adapters)
+    rest = (case.row_slots, case.row_coeffs, segments, Members(case.pools))
+    return LinearCall(case.x, case.weights, case.biases, *rest)

@@ -13,7 +13,7 @@ import torch
 
 from tests.kernels.cases import HAS_CUDA, assert_right, make_case
 from tests.kernels.expert_cases import assert_experts_right, make_expert_case
-from tests.kernels.test_bodies import BODIES, DECODE, DEVICE, GEMV, check, small_case
+from tests.kernels.test_bodies import BODIES, DECODE, DEVICE, FUSED, GEMV, check, small_case
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -23,11 +23,11 @@ def body_calls() -> Iterator[Callable[[], object]]:
         for body in BODIES:
             if body == "prefill" and dtype == torch.float32:
                 continue
-            for tile in {"gemv": GEMV, "decode": DECODE}.get(body, {"its own": None}).values():
+            for tile in {"gemv": GEMV, "decode": DECODE, "fused": FUSED}.get(body, {"its own": None}).values():
                 for width in (1, 2):
                     options = {"dtype": dtype, "outs": (24, 40), "width": width, "bias": True, "ranks": (8, 0, 40, 3)}
                     yield lambda body=body, options=options, tile=tile: check(body, small_case(**options), tile)
-        for body in ("gemv", "decode", "general"):
+        for body in ("gemv", "decode", "fused", "general"):
             odd = {"dtype": dtype, "features": 37, "outs": (19, 5), "ranks": (5, 17)}
             yield lambda body=body, options=odd: check(body, small_case(**options))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -17,11 +17,27 @@ import torch
 from fxlora.kernels import ops
 from fxlora.kernels.ops import INTERPRET
 from fxlora.kernels.segments import segments_size
-from fxlora.kernels.tiles import DecodeTiles, ExpandTile, GemmTile, GemvTile, ShrinkTile, Tile, VectorTile
-from tests.kernels.cases import HAS_CUDA, TOLERANCE, Case, assert_right, equal_bits, make_case, registered, row_errors
-
-if TYPE_CHECKING:
-    from fxlora.kernels.call import LinearCall
+from fxlora.kernels.tiles import (
+    DecodeTiles,
+    ExpandTile,
+    FusedTiles,
+    GemmTile,
+    GemvTile,
+    PrefillTile,
+    ShrinkTile,
+    VectorTile,
+)
+from tests.kernels.cases import (
+    HAS_CUDA,
+    TOLERANCE,
+    Case,
+    assert_right,
+    equal_bits,
+    linear_call,
+    make_case,
+    registered,
+    row_errors,
+)
 
 pytestmark = [
     pytest.mark.interpreted,
@@ -42,41 +58,37 @@ DECODE = {
     "split": DecodeTiles(VECTORS, EXPAND, GemmTile(32, 16, 16, 2, False, 4, 2)),
     "split and swap": DecodeTiles(SHRINK, EXPAND, GemmTile(16, 16, 16, 2, True, 4, 2)),
 }
+ALONE = ShrinkTile(16, 16, 1, 3, 4, 2)
+FUSED = {
+    "plain": FusedTiles(ALONE, GemmTile(16, 16, 16, 1, False, 4, 2), 32, 2),
+    "one tile of rows": FusedTiles(ALONE, GemmTile(256, 16, 32, 1, False, 4, 2), 16, 3),
+    "swap": FusedTiles(replace(ALONE, BR=32), GemmTile(16, 64, 32, 1, True, 4, 2), 64, 3),
+}
 GEMV = {
     "one block": GemvTile(16, 64, 4, VectorTile(8, 64, 2, 5, 4)),
     "several blocks": GemvTile(8, 32, 1, VectorTile(4, 64, 3, 7, 4)),
 }
-PREFILL = Tile(32, 32, 32, 16, 4, 3) if INTERPRET else Tile(64, 64, 64, 16, 4, 3)
+PREFILL = PrefillTile(*((32, 32, 32) if INTERPRET else (64, 64, 64)), 16, 4, 3, (32, 2), ALONE)
 
-BODIES = ("gemv", "decode", "prefill", "general")
-ANY_STRIDE = ("decode", "general")
-ANY_WIDTH = ("gemv", "decode", "general")
-
-
-def linear_call(case: Case) -> LinearCall:
-    from fxlora.kernels.call import LinearCall, Members
-
-    segments = ops.segment_rows(case.row_slots, case.max_adapters)
-    rest = (case.row_slots, case.row_coeffs, segments, Members(case.pools))
-    return LinearCall(case.x, case.weights, case.biases, *rest)
+BODIES = ("gemv", "decode", "fused", "prefill", "general")
+ANY_STRIDE = ("decode", "fused", "general")
+ANY_WIDTH = ("gemv", "decode", "fused", "general")
 
 
 def run(body: str, case: Case, tile: Any = None) -> list[torch.Tensor]:
-    """The members' outputs; fails when counters are left behind."""
-    from fxlora.kernels import decode, gemv, general, handshake, prefill
+    """The members' outputs."""
+    from fxlora.kernels import decode, fused, gemv, general, prefill
 
     call = linear_call(case)
     if body == "gemv":
         return gemv.gemv(call, tile or GEMV["one block"])
     if body == "decode":
         return decode.decode(call, tile or DECODE["split"])
+    if body == "fused":
+        return fused.fused(call, tile or FUSED["plain"])
     if body == "general":
         return general.general(call)
-    words = torch.zeros(handshake.COUNTERS, dtype=torch.int32, device=DEVICE)
-    rest = (call.row_slots, call.row_coeffs, case.pools, call.segments, tile or PREFILL, words)
-    outputs = prefill.prefill(call.x, call.weights, call.biases, *rest)
-    assert not words.any()
-    return outputs
+    return prefill.prefill(call, tile or PREFILL)
 
 
 def assert_close(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], limit: float, name: str = "") -> None:
@@ -194,6 +206,16 @@ def test_decode_tiles(rows: int, tiles: str) -> None:
     check("decode", case, tile, bare=rows < 64)
 
 
+@pytest.mark.parametrize("tiles", FUSED)
+@pytest.mark.parametrize("rows", [1, 17, 65, 200])
+def test_fused_tiles(rows: int, tiles: str) -> None:
+    tile = FUSED[tiles]
+    if rows > 64 and tiles == "plain":  # fewer programs to interpret
+        tile = replace(tile, gemm=replace(tile.gemm, BM=64))
+    case = small_case(rows=rows, features=72, outs=(24, 40), ranks=(3, 0, 70), none_members=(0,), order="shuffled")
+    check("fused", case, tile, bare=rows < 64)
+
+
 @pytest.mark.parametrize("tiles", GEMV)
 @pytest.mark.parametrize("rows", [1, 16])
 def test_gemv_tiles(rows: int, tiles: str) -> None:
@@ -285,11 +307,14 @@ def test_which_body_serves_what() -> None:
     from fxlora.kernels.general import general
     from fxlora.kernels.overlap import can_overlap
 
-    gemv, decode = lora_linear._gemv, lora_linear._decode
+    gemv, decode, fused = lora_linear._gemv, lora_linear._decode, lora_linear._fused
     many = lora_linear._prefill if INTERPRET or can_overlap(torch.device(DEVICE)) else general
     for rows, outs, dtype, body in (
         (1, (4096,), BF16, gemv), (1, (5,), FP32, gemv), (16, (512,), BF16, gemv), (16, (256, 256), FP32, gemv),
         (16, (256, 257), BF16, decode), (17, (24,), BF16, decode), (256, (24,), FP32, decode),
+        (65, (512,), BF16, fused), (65, (512,), FP16, decode), (64, (6144,), BF16, fused), (16, (6144,), BF16, decode),
+        (2, (20008,), BF16, fused), (2, (20008,), FP16, decode), (65, (20007,), BF16, decode),
+        (65, (20008,), BF16, lora_linear._prefill if many is not general else decode),
         (257, (24,), FP32, general), (257, (24, 16), BF16, many), (257, (24,), FP16, many),
         (257, (24, 17), BF16, general),
     ):  # fmt: skip
@@ -312,32 +337,6 @@ def test_the_choice_does_not_follow_what_the_batch_holds() -> None:
         chosen = choice(case)
         for slot in range(-1, 4):
             assert choice(case.with_slots(torch.full_like(case.row_slots, slot))) is chosen
-
-
-def test_counters_are_zero_words_that_grow() -> None:
-    from fxlora.kernels.workspace import counters, prepare
-
-    device, stream = torch.device(DEVICE), 0 if DEVICE == "cpu" else torch.cuda.current_stream().cuda_stream
-    device = torch.device("cuda", torch.cuda.current_device()) if DEVICE == "cuda" else device
-    few = counters(3, device, stream)
-    assert few.dtype == torch.int32
-    assert few.numel() >= 3
-    assert counters(few.numel(), device, stream).data_ptr() == few.data_ptr()
-    more = counters(few.numel() + 1, device, stream)
-    assert more.numel() > few.numel()
-    assert not few.any()
-    assert not more.any()
-    assert counters(3, device, stream).data_ptr() == more.data_ptr()
-    prepare(device)
-
-
-@pytest.mark.skipif(not INTERPRET, reason="the CPU alone")
-def test_nothing_is_prepared_on_the_cpu() -> None:
-    from fxlora.kernels import workspace
-
-    before = (dict(workspace._free), list(workspace._kept))
-    workspace.prepare(torch.device("cpu"))
-    assert (workspace._free, workspace._kept) == before
 
 
 def test_what_a_call_finds_out_about_its_group_goes_with_the_handle() -> None:

@@ -1,0 +1,159 @@
+"""A linear over some rows whose tiles take their adapters' part along: y = x W^T + bias + h B in one pass.
+
+Stage: run time, between `lora_linear.py`, which picks the tiles, and the kernels. For many rows, or for columns so many
+that sums left in memory (decode.py) cost more than they save. Two launches: group_shrink.py lists the groups of each
+row tile and makes h while the second one, here, multiplies; that one reads both behind its last in-features, and adds
+h B as in-features more. A group's members share both. No program waits for another of its launch.
+
+Arithmetic: h = coeff * (scaling * (x A^T)) in fp32, rounded to the dtype of x; h B is accumulated onto the base result,
+16 ranks at a time, slots ascending. Rows of several tiles are taken in the order of their slots, so that a tile meets
+few adapters; a row's bits do not depend on where it lies. B has to be finite between `start` and `start + rank`.
+
+Letters: T rows, J slots per row, K in-features, N out-features.
+"""
+
+# ruff: noqa: ANN001, C419 (blocks have no static type; a list is cheaper; a choice at compile time is an `if`)
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fxlora.kernels.call import LinearCall, Plan
+from fxlora.kernels.decode_gemm import along_cols, along_rows, product
+from fxlora.kernels.group_shrink import Scratch, scratch_of, shrink_groups
+from fxlora.kernels.groups import FIELDS, Adapters, add_groups
+from fxlora.kernels.launch import Launcher
+from fxlora.kernels.overlap import let_later_start, wait_for_earlier
+from fxlora.kernels.tiles import FusedTiles
+from fxlora.kernels.triton_helpers import cdiv
+
+
+@triton.jit(do_not_specialize=["num_rows", "max_adapters"])
+def fused_kernel(
+    x,  # [T, K]: pointer, strides
+    weights,  # of each member: pointer to [N, K], strides
+    biases,  # of each member: pointer to [N], stride
+    ys,  # of each member: pointer to [T, N], contiguous
+    h_ptr,  # [members, T * J, W], like x
+    h_width,  # W
+    groups_ptr,  # int32 [members, row tiles, list_words(capacity)]
+    capacity,
+    segments_ptr,
+    slots_ptr,  # int32 [T, J], contiguous
+    sites,  # of each member: A [P, K], start, rank, scaling
+    b_ptrs,  # of each member: B [P, N]
+    widths,  # N of each member
+    num_rows,
+    num_features,
+    max_adapters,
+    J: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,  # ranks that are expanded at once
+    SWAP: tl.constexpr,
+    SORTED: tl.constexpr,  # rows are taken in the order of their slots
+    EVEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,  # one flag for each member
+    HAS_POOL: tl.constexpr,  # one flag for each member
+    STAGES: tl.constexpr,
+    EXPAND_STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+    FIRST: tl.constexpr,  # no launch of this call comes before
+) -> None:
+    """The members' tiles, one after another; row tiles first."""
+    if FIRST:
+        wait_for_earlier(PDL)
+    let_later_start(PDL)
+    tiles_m = tl.cdiv(num_rows, BM)
+    program, begin = tl.program_id(0), 0
+    for member in tl.static_range(len(HAS_POOL)):
+        end = begin + tl.cdiv(widths[member], BN) * tiles_m
+        if (program >= begin) & (program < end):
+            num_cols = widths[member]
+            row_tile = (program - begin) % tiles_m
+            cols = (program - begin) // tiles_m * BN + tl.arange(0, BN)
+            places = row_tile * BM + tl.arange(0, BM)
+            row_mask, col_mask = places < num_rows, cols < num_cols
+            rows = places.to(tl.int64)
+            if SORTED:
+                rows = tl.load(segments_ptr + places, mask=row_mask, other=num_rows).to(tl.int64)
+            weight, weight_row_stride, weight_col_stride = weights[member]
+            acc = product(
+                x[0] + rows * x[1], weight + cols.to(tl.int64) * weight_row_stride, x[2], weight_col_stride, row_mask,
+                col_mask, 0, num_features, num_features, BM, BN, BK, SWAP, EVEN, STAGES,
+            )  # fmt: skip
+            if HAS_BIAS[member]:
+                values = tl.load(biases[member][0] + cols * biases[member][1], mask=col_mask, other=0.0)
+                acc += along_cols(values.to(tl.float32), SWAP)
+            if HAS_POOL[member]:
+                wait_for_earlier(PDL)
+                a_ptr, start_ptr, rank_ptr, scaling_ptr = sites[member]
+                adapters = Adapters(
+                    a_ptr, b_ptrs[member], start_ptr, rank_ptr, scaling_ptr, max_adapters, slots_ptr, slots_ptr,
+                    h_ptr + member * num_rows.to(tl.int64) * J * h_width, h_width,
+                    groups_ptr + member * tiles_m * (FIELDS * capacity + 1), capacity,
+                )  # fmt: skip
+                acc = add_groups(
+                    acc, row_tile, 0, rows, cols, adapters, num_rows, num_cols, J, BM, BR, SWAP, EXPAND_STAGES
+                )
+            at = along_rows(rows * num_cols, SWAP) + along_cols(cols, SWAP)
+            mask = along_rows(row_mask, SWAP) & along_cols(col_mask, SWAP)
+            tl.store(ys[member] + at, acc.to(ys[member].dtype.element_ty), mask=mask)
+        begin = end
+    wait_for_earlier(PDL)
+
+
+_launcher = Launcher(fused_kernel)
+
+
+def fused(call: LinearCall, tiles: FusedTiles) -> list[torch.Tensor]:
+    """-> [..., N] of each member."""
+    outputs = tuple(call.new_outputs())
+    scratch = scratch_of(call, tiles.gemm.BM, sorts=True)
+    if call.members.has_pools:
+        shrink_groups(call, scratch, tiles.shrink)
+    plan = call.plan(_launcher, tiles, lambda: _plan(call, scratch, tiles))
+    plan.launch(
+        (call.x, *call.x.stride()),
+        call.strided_weights,
+        call.strided_biases,
+        outputs,
+        scratch.h,
+        scratch.width,
+        scratch.groups,
+        scratch.capacity,
+        call.segments,
+        scratch.slots,
+        call.members.a_pools,
+        call.members.b_pools,
+        call.widths,
+        *plan.numbers,
+    )
+    return list(outputs)
+
+
+def _plan(call: LinearCall, scratch: Scratch, tiles: FusedTiles) -> Plan:
+    tile = tiles.gemm
+    return call.planned(
+        _launcher,
+        (sum([cdiv(n, tile.BN) for n in call.widths]) * cdiv(call.rows, tile.BM),),
+        (call.rows, call.features, call.members.max_adapters),
+        tile.num_warps,
+        J=call.width,
+        BM=tile.BM,
+        BN=tile.BN,
+        BK=tile.BK,
+        BR=tiles.BR,
+        SWAP=tile.SWAP,
+        SORTED=scratch.is_sorted,
+        EVEN=call.features % tile.BK == 0 and not any([n % tile.BN for n in call.widths]),
+        HAS_BIAS=call.has_bias,
+        HAS_POOL=call.members.has_pool,
+        STAGES=tile.num_stages,
+        EXPAND_STAGES=tiles.stages,
+        PDL=call.overlap,
+        FIRST=not call.members.has_pools,
+    )

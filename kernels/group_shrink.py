@@ -1,0 +1,157 @@
+"""The launch before fused.py's and prefill.py's: groups of each row tile, h = coeff * scaling * (x A^T) of each entry.
+
+Stage: run time, beside the base product of the launch after it. The first programs list groups (groups.py), the others
+make h by the matrix unit, tiles of up to 16 entries of one slot: each A is read once for each tile, and only if its
+adapter is in the batch. An entry's bits follow from its own x and adapter alone.
+
+Letters: T rows, J slots per row, E = T * J entries, K in-features, W words of an entry's h, S slots.
+"""
+
+# ruff: noqa: ANN001, SIM102 (pointers and blocks have no static type; a choice at compile time is an `if` of its own)
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from fxlora.kernels.call import LinearCall, Plan
+from fxlora.kernels.decode_shrink import count_tiles, shrink_tile
+from fxlora.kernels.groups import FIELDS, Adapters, list_capacity, list_words, slots_of, write_groups
+from fxlora.kernels.launch import Launcher
+from fxlora.kernels.overlap import let_later_start, wait_for_earlier
+from fxlora.kernels.segments import TILE, tile_bound
+from fxlora.kernels.tiles import ShrinkTile
+from fxlora.kernels.triton_helpers import cdiv, next_power_of_2
+
+
+class Scratch(NamedTuple):
+    """What the two launches share, uninitialised, and the row map as they read it."""
+
+    h: torch.Tensor  # [members, E, W], like x
+    width: int  # W
+    groups: torch.Tensor  # int32 [members, row tiles, list_words(capacity)]
+    capacity: int
+    slots: torch.Tensor  # int32 [T, J], contiguous
+    block_rows: int  # rows of a tile
+    is_sorted: bool  # rows are taken in the order of their slots
+
+
+def scratch_of(call: LinearCall, block_rows: int, sorts: bool) -> Scratch:
+    """New scratch of a call. sorts: rows are taken in the order of their slots, where there are several tiles of rows,
+    and each row has one slot."""
+    width = max(16, next_power_of_2(call.members.h_width))
+    capacity = list_capacity(call.members.max_adapters, block_rows * call.width, width)
+    members = len(call.widths)
+    h = call.x.new_empty(members, call.entries, width)
+    groups = call.row_slots.new_empty(members, cdiv(call.rows, block_rows), list_words(capacity))
+    is_sorted = sorts and call.width == 1 and call.rows > block_rows
+    return Scratch(h, width, groups, capacity, call.row_slots.contiguous(), block_rows, is_sorted)
+
+
+@triton.jit
+def list_tile(
+    row_tile, adapters, segments_ptr, num_rows, J: tl.constexpr, JP: tl.constexpr, BM: tl.constexpr,
+    BINS: tl.constexpr, SORTED: tl.constexpr,
+) -> None:  # fmt: skip
+    """Lists the groups of one row tile."""
+    index = tl.arange(0, BM * JP)
+    rows = (row_tile * BM + index // JP).to(tl.int64)
+    if SORTED:
+        rows = tl.load(segments_ptr + rows, mask=rows < num_rows, other=num_rows).to(tl.int64)
+    write_groups(row_tile, slots_of(rows, index % JP, adapters, num_rows, J), adapters, BINS)
+
+
+@triton.jit(do_not_specialize=["num_rows", "max_adapters"])
+def group_shrink_kernel(
+    x,  # [T, K]: pointer, strides
+    h_ptr,  # [members, E, W], like x
+    h_width,  # W
+    groups_ptr,  # int32 [members, row tiles, list_words(capacity)]
+    capacity,
+    coeffs,  # fp32 [T, J]: pointer, strides
+    segments_ptr,
+    slots_ptr,  # int32 [T, J], contiguous
+    sites,  # of each member: A [P, K], start, rank, scaling
+    num_rows,
+    num_features,
+    max_adapters,
+    HAS_POOL: tl.constexpr,  # one flag for each member
+    J: tl.constexpr,
+    JP: tl.constexpr,  # power of two >= J
+    BM: tl.constexpr,
+    BINS: tl.constexpr,  # power of two above S
+    SORTED: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+    STAGES: tl.constexpr,
+    HAS_COEFFS: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """Program (row tile to list, or share of the work past those; member)."""
+    wait_for_earlier(PDL)
+    let_later_start(PDL)
+    tiles_m = tl.cdiv(num_rows, BM)
+    num_entries = num_rows * J
+    for member in tl.static_range(len(HAS_POOL)):
+        if HAS_POOL[member]:
+            if tl.program_id(1) == member:
+                site = sites[member]
+                h_at = h_ptr + member * num_entries.to(tl.int64) * h_width
+                if tl.program_id(0) < tiles_m:
+                    adapters = Adapters(
+                        site[0], site[0], site[1], site[2], site[3], max_adapters, slots_ptr, slots_ptr, h_at, h_width,
+                        groups_ptr + member * tiles_m * (FIELDS * capacity + 1), capacity,
+                    )  # fmt: skip
+                    list_tile(tl.program_id(0), adapters, segments_ptr, num_rows, J, JP, BM, BINS, SORTED)
+                else:
+                    count = count_tiles(segments_ptr, num_entries, max_adapters)
+                    for tile in tl.range(tl.program_id(0) - tiles_m, count, tl.num_programs(0) - tiles_m, num_stages=1):
+                        shrink_tile(
+                            tile, 0, x, h_at, h_width, coeffs, segments_ptr, site, num_entries, num_features,
+                            max_adapters, J, 1, BR, BK, STAGES, HAS_COEFFS,
+                        )  # fmt: skip
+
+
+_launcher = Launcher(group_shrink_kernel)
+
+
+def shrink_groups(call: LinearCall, scratch: Scratch, tile: ShrinkTile) -> None:
+    """Fills the lists of groups, and h of each entry: whole groups, zero beyond the rank. tile: of one part."""
+    plan = call.plan(_launcher, (tile, scratch.block_rows), lambda: _plan(call, scratch, tile))
+    plan.launch(
+        (call.x, *call.x.stride()),
+        scratch.h,
+        scratch.width,
+        scratch.groups,
+        scratch.capacity,
+        call.coeffs,
+        call.segments,
+        scratch.slots,
+        call.members.a_pools,
+        *plan.numbers,
+    )
+
+
+def _plan(call: LinearCall, scratch: Scratch, tile: ShrinkTile) -> Plan:
+    members = call.members
+    items = min(call.entries, tile_bound(call.entries, members.max_adapters, TILE))
+    return call.planned(
+        _launcher,
+        (cdiv(call.rows, scratch.block_rows) + min(items, tile.programs), len(call.widths)),
+        (call.rows, call.features, members.max_adapters),
+        tile.num_warps,
+        HAS_POOL=members.has_pool,
+        J=call.width,
+        JP=next_power_of_2(call.width),
+        BM=scratch.block_rows,
+        BINS=next_power_of_2(members.max_adapters + 1),
+        SORTED=scratch.is_sorted,
+        BR=max(16, min(tile.BR, scratch.width)),
+        BK=tile.BK,
+        STAGES=tile.num_stages,
+        HAS_COEFFS=call.has_coeffs,
+        PDL=call.overlap,
+    )
