@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -83,11 +84,11 @@ def _versions(record: Mapping[str, Any]) -> str:
 
 
 def saved(group: Mapping[str, Row]) -> float | None:
-    """(vllm - base) / (ours - base), of milliseconds."""
+    """(vllm - base) / (ours - base), of milliseconds; infinite where ours adds nothing."""
     base, ours, vllm = (_of(group, name, "ms", "median") for name in ("base", "ours", "vllm"))
-    if None in (base, ours, vllm) or ours <= base:
+    if None in (base, ours, vllm) or vllm <= base:
         return None
-    return (vllm - base) / (ours - base)
+    return (vllm - base) / (ours - base) if ours > base else math.inf
 
 
 def verdicts(record: Mapping[str, Any], model: str | None = None) -> list[str]:
