@@ -147,7 +147,7 @@ def _plan(call: LinearCall, scratch: Scratch, tile: ShrinkTile) -> Plan:
         J=call.width,
         JP=next_power_of_2(call.width),
         BM=scratch.block_rows,
-        BINS=next_power_of_2(members.max_adapters + 1),
+        BINS=max(32, next_power_of_2(members.max_adapters + 1)),
         SORTED=scratch.is_sorted,
         BR=max(16, min(tile.BR, scratch.width)),
         BK=tile.BK,

@@ -206,6 +206,18 @@ def test_decode_tiles(rows: int, tiles: str) -> None:
     check("decode", case, tile, bare=rows < 64)
 
 
+@pytest.mark.parametrize("slots", [1, 64, 256])
+@pytest.mark.parametrize("body", BODIES)
+def test_few_and_many_slots_with_ranks_up_to_256(body: str, slots: int) -> None:
+    """Rows use few of the slots; the others hold adapters of all ranks beside them."""
+    ranks = [(256, 1, 16, 0, 100, 8, 64)[slot % 7] for slot in range(slots)]
+    case = small_case(rows=18, ranks=ranks)
+    for seed in range(1 if INTERPRET else 4):
+        used = torch.randint(-1, slots, (3,), generator=torch.Generator().manual_seed(seed)).tolist()
+        drawn = torch.tensor([[used[row % 3] if row else 0] for row in range(18)])
+        check(body, case.with_slots(drawn.to(case.row_slots)))
+
+
 @pytest.mark.parametrize("tiles", FUSED)
 @pytest.mark.parametrize("rows", [1, 17, 65, 200])
 def test_fused_tiles(rows: int, tiles: str) -> None:

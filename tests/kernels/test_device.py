@@ -74,6 +74,25 @@ def test_a_captured_graph_serves_whatever_is_loaded_at_replay(kind: str, rows: i
             assert equal_bits(outputs, case.run(), slice(None))
 
 
+@pytest.mark.parametrize(
+    ("rows", "features", "outs"),
+    [(1, 136, (200, 72)), (16, 136, (200, 72)), (200, 136, (200, 72)), (200, 136, (4096,)), (16, 136, (20008,)),
+     (64, 136, (20008,)), (70, 136, (20008,)), (300, 136, (200, 72)), (200, 8200, (4096,))],
+)  # fmt: skip
+def test_a_captured_graph_of_every_half_precision_body(rows: int, features: int, outs: tuple[int, ...]) -> None:
+    """Replayed with other adapters, slots and rows: near the reference, and the bits of a call outside of a graph."""
+    case = make_case(rows=rows, features=features, outs=outs, ranks=(16,) * 5, dtype=BF16, device="cuda")
+    with registered(case.pools) as handle:
+        graph, outputs = capture(forward_of(case, handle))
+        for _ in range(4):
+            change_adapters(case)
+            case.row_slots.copy_(draw_slots(rows, 1, 5, "shuffled"))
+            case.x.normal_()
+            graph.replay()
+            assert_near(outputs, case.expected(), BF16)
+            assert equal_bits(outputs, case.run(), slice(None))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_op_on_two_streams_at_once(kind: str) -> None:
     cases = [make_case(kind, rows=64, features=520, outs=(512,), device="cuda", order="shuffled") for _ in range(2)]
