@@ -4,7 +4,7 @@ Stage: run time, first thing in the Triton body of `lora_experts`. Letters: T ro
 in-features, N out-features, S slots.
 """
 
-# ruff: noqa: ANN001 (pointers and blocks of a Triton kernel have no static type)
+# ruff: noqa: ANN001, RET505 (blocks have no static type; Triton compiles one branch of a constexpr, so both stay)
 
 from __future__ import annotations
 
@@ -124,3 +124,16 @@ def tile_item(item, tiles_n, table, HEIGHT: tl.constexpr) -> tl.tensor:
 def rows_of(positions, inside, table, IN_PLACE: tl.constexpr) -> tl.tensor:
     """Rows at these positions of row_order."""
     return positions if IN_PLACE else tl.load(table[0] + positions, mask=inside, other=0)
+
+
+@triton.jit
+def load_x(
+    x, x_desc, first, rows, row_mask, first_k, num_features, BK: tl.constexpr, EVEN_K: tl.constexpr
+) -> tl.tensor:
+    """[BM, BK] of x, through TMA where there is a descriptor."""
+    if x_desc is not None:
+        return x_desc.load([first, first_k])
+    else:
+        ks = first_k + tl.arange(0, BK)
+        mask = row_mask[:, None] if EVEN_K else row_mask[:, None] & (ks < num_features)[None, :]
+        return tl.load(x[0] + rows[:, None] * x[1] + ks[None, :], mask=mask, other=0.0)

@@ -1,14 +1,15 @@
 """Experts over few rows each: what the adapters add to every row, and beside it the base product.
 
-Stage: run time. Two launches that run at the same time, with the rules of overlap.py: the first one computes each
-entry's delta = coeff * scaling * (x A^T) B by vector products, both in one program, while the second one streams the
-weights of the experts in use and looks at delta only behind its in-features. An entry's delta follows from its own x
-and adapter alone; entries without an adapter get zeros.
+Stage: run time. Launches that run at the same time, with the rules of overlap.py: the first ones compute each entry's
+delta = coeff * scaling * (x A^T) B by vector products, h = coeff * scaling * (x A^T) in a launch of its own unless
+entries are so few that its start would cost more than h made anew in each program; the last one streams the weights of
+the experts in use. Programs of it that start beside the others look at delta behind their in-features, later ones ask
+for it ahead of them. An entry's delta follows from its own x and adapter alone; entries without an adapter get zeros.
 
-Letters: T rows, J slots per row, entries T * J, E experts, K in-features, N out-features.
+Letters: T rows, J slots per row, entries T * J, E experts, K in-features, N out-features, W columns of h.
 """
 
-# ruff: noqa: ANN001 (pointers and blocks of a Triton kernel have no static type)
+# ruff: noqa: ANN001 (blocks have no static type; Triton compiles one branch of a constexpr, so both stay)
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from fxlora.kernels.expert_call import ExpertCall, rows_of, tile_item, tiles_in_
 from fxlora.kernels.launch import Launcher
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
 from fxlora.kernels.shrink import factor_of, rank_products, slot_of
-from fxlora.kernels.tiles import DeltaTile, ExpertDecodeTiles, ExpertGemmTile
+from fxlora.kernels.tiles import DeltaTile, ExpertDecodeTiles, ExpertGemmTile, VectorTile
 from fxlora.kernels.triton_helpers import cdiv, strided
 
 
@@ -34,6 +35,61 @@ def pool_row(slot, expert, pool, known) -> tl.tensor:
 
 
 @triton.jit
+def adapter_at(entry, slots, table_ptr, num_rows, num_experts, max_adapters, J: tl.constexpr) -> tl.tensor:
+    """Slot and expert of an entry, and whether it has both."""
+    slot = slot_of(entry, slots, max_adapters, J)
+    expert = tl.load(table_ptr + num_rows + entry // J)
+    return slot, expert, (slot >= 0) & (expert < num_experts)
+
+
+@triton.jit
+def h_of_ranks(
+    entry, slot, expert, rank, first, known, x, coeffs, a_pool, num_features,
+    J: tl.constexpr, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, HAS_COEFFS: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """[BR] fp32: h of an entry at ranks first .. first + BR, zero beyond its rank."""
+    start = pool_row(slot, expert, a_pool, known)
+    factor = factor_of(entry, tl.load(a_pool[4] + slot, mask=known, other=0.0), coeffs, J, HAS_COEFFS)
+    x_at = x[0] + (entry // J).to(tl.int64) * x[1]
+    return rank_products(x_at, a_pool[0], start, rank, first, num_features, K, BR, BK) * factor
+
+
+@triton.jit(do_not_specialize=["num_rows", "max_adapters", "parts"])
+def expert_shrink_kernel(
+    x,  # [T, K]: pointer, row stride
+    h,  # fp32 [T * J, W]: pointer, W
+    slots,  # int32 [T, J]: pointer, strides
+    coeffs,  # fp32 [T, J]: pointer, strides
+    table_ptr,
+    a_pool,  # A [PA, K], start, step, rank, scaling
+    num_rows,
+    num_experts,
+    num_features,
+    max_adapters,
+    parts,  # programs that share the ranks of one entry
+    J: tl.constexpr,
+    K: tl.constexpr,  # num_features rounded up to a multiple of BK
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+    HAS_COEFFS: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """h of every entry as far as its rank: ranks part * BR .., (part + parts) * BR .., ..."""
+    wait_for_earlier(PDL)
+    let_later_start(PDL)
+    for item in tl.range(tl.program_id(0), num_rows * J * parts, tl.num_programs(0), num_stages=1):
+        entry, part = item // parts, item % parts
+        slot, expert, known = adapter_at(entry, slots, table_ptr, num_rows, num_experts, max_adapters, J)
+        rank = tl.load(a_pool[3] + slot, mask=known, other=0)
+        for first in range(part * BR, rank, parts * BR):
+            values = h_of_ranks(
+                entry, slot, expert, rank, first, known, x, coeffs, a_pool, num_features, J, K, BR, BK, HAS_COEFFS
+            )
+            ranks = first + tl.arange(0, BR)
+            tl.store(h[0] + entry.to(tl.int64) * h[1] + ranks, values, mask=ranks < rank)
+
+
+@triton.jit
 def b_rows(b_ptr, start, rank, first, cols, num_cols, BR: tl.constexpr) -> tl.tensor:
     """[BR, BN]: ranks first .. first + BR of B for these columns."""
     ranks = first + tl.arange(0, BR)
@@ -41,10 +97,11 @@ def b_rows(b_ptr, start, rank, first, cols, num_cols, BR: tl.constexpr) -> tl.te
     return tl.load(at, mask=(ranks < rank)[:, None] & (cols < num_cols)[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=["num_rows", "max_adapters", "parts"])
+@triton.jit(do_not_specialize=["num_rows", "max_adapters"])
 def expert_delta_kernel(
     delta_ptr,  # fp32 [T * J, N]
     x,  # [T, K]: pointer, row stride
+    h,  # fp32 [T * J, W]: pointer, W; never read where SHRINKS
     slots,  # int32 [T, J]: pointer, strides
     coeffs,  # fp32 [T, J]: pointer, strides
     table_ptr,
@@ -55,47 +112,56 @@ def expert_delta_kernel(
     num_features,
     num_cols,
     max_adapters,
-    parts,  # programs that share the columns of one entry
     J: tl.constexpr,
     K: tl.constexpr,  # num_features rounded up to a multiple of BK
     BR: tl.constexpr,
     BK: tl.constexpr,
     BN: tl.constexpr,
+    SHRINKS: tl.constexpr,  # no launch before this one makes h
     HAS_COEFFS: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """delta of every entry, columns part * BN .., (part + parts) * BN .., ...; zeros where it has no adapter."""
-    wait_for_earlier(PDL)
+    """delta of every entry, BN columns at a time; zeros where it has no adapter."""
+    if SHRINKS:
+        wait_for_earlier(PDL)
     let_later_start(PDL)
-    lanes = tl.arange(0, BN)
+    parts = tl.cdiv(num_cols, BN)
     for item in tl.range(tl.program_id(0), num_rows * J * parts, tl.num_programs(0), num_stages=1):
         entry, part = item // parts, item % parts
-        slot = slot_of(entry, slots, max_adapters, J)
-        expert = tl.load(table_ptr + num_rows + entry // J)
-        known = (slot >= 0) & (expert < num_experts)
-        rank = tl.load(a_pool[3] + slot, mask=known, other=0)
-        delta_at = delta_ptr + entry.to(tl.int64) * num_cols
-        if rank > 0:
-            a_row, b_row = pool_row(slot, expert, a_pool, known), pool_row(slot, expert, b_pool, known)
-            factor = factor_of(entry, tl.load(a_pool[4] + slot), coeffs, J, HAS_COEFFS)
-            x_at = x[0] + (entry // J).to(tl.int64) * x[1]
-            for first in range(0, rank, BR):
-                cols = part * BN + lanes
-                b = b_rows(b_pool[0], b_row, rank, first, cols, num_cols, BR)  # on its way during the shrink
-                h = rank_products(x_at, a_pool[0], a_row, rank, first, num_features, K, BR, BK) * factor
-                if first > 0:
-                    tl.debug_barrier()  # what this program wrote before is read below
-                for _ in range(part * BN, num_cols, parts * BN):
-                    next_b = b_rows(b_pool[0], b_row, rank, first, cols + parts * BN, num_cols, BR)
-                    values = tl.sum(h[:, None] * b.to(tl.float32), axis=0)
-                    if first > 0:
-                        values += tl.load(delta_at + cols, mask=cols < num_cols, other=0.0)
-                    tl.store(delta_at + cols, values, mask=cols < num_cols)
-                    b = next_b
-                    cols += parts * BN
-        else:
-            for first_col in range(part * BN, num_cols, parts * BN):
-                tl.store(delta_at + first_col + lanes, tl.zeros([BN], tl.float32), mask=first_col + lanes < num_cols)
+        slot, expert, known = adapter_at(entry, slots, table_ptr, num_rows, num_experts, max_adapters, J)
+        rank = tl.load(b_pool[3] + slot, mask=known, other=0)
+        b_row = pool_row(slot, expert, b_pool, known)
+        cols = part * BN + tl.arange(0, BN)
+        b = b_rows(b_pool[0], b_row, rank, 0, cols, num_cols, BR)  # on its way until h is there
+        values = tl.zeros([BN], tl.float32)
+        if not SHRINKS:
+            wait_for_earlier(PDL)
+        for first in range(0, rank, BR):
+            if SHRINKS:
+                h_ranks = h_of_ranks(
+                    entry, slot, expert, rank, first, known, x, coeffs, a_pool, num_features, J, K, BR, BK, HAS_COEFFS
+                )
+            else:
+                ranks = first + tl.arange(0, BR)
+                h_ranks = tl.load(h[0] + entry.to(tl.int64) * h[1] + ranks, mask=ranks < rank, other=0.0)
+            next_b = b_rows(b_pool[0], b_row, rank, first + BR, cols, num_cols, BR)
+            values += tl.sum(h_ranks[:, None] * b.to(tl.float32), axis=0)
+            b = next_b
+        tl.store(delta_ptr + entry.to(tl.int64) * num_cols + cols, values, mask=cols < num_cols)
+    wait_for_earlier(PDL)
+
+
+@triton.jit
+def sum_of_deltas(
+    delta_ptr, rows, cols, num_cols, mask,
+    J: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SWAP: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """What the adapters add to a tile of y, zero outside the mask."""
+    at = along_rows(rows * J * num_cols, SWAP) + along_cols(cols, SWAP)
+    total = tl.zeros([BN, BM] if SWAP else [BM, BN], tl.float32)
+    for i in tl.static_range(J):
+        total += tl.load(delta_ptr + at + i * num_cols, mask=mask, other=0.0, cache_modifier=".cg")
+    return total
 
 
 @triton.jit(do_not_specialize=["num_rows", "bound"])
@@ -112,6 +178,7 @@ def expert_gemm_kernel(
     num_features,
     num_cols,
     J: tl.constexpr,  # deltas of a row; 0 without a pool
+    FIRST: tl.constexpr,  # programs that start beside those of delta
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -136,51 +203,82 @@ def expert_gemm_kernel(
         mask = along_rows(row_mask, SWAP) & along_cols(col_mask, SWAP)
         w_at = w[0] + expert.to(tl.int64) * w[1] + cols.to(tl.int64) * w[2]
         last = tl.where(expert < num_experts, num_features, 0)
+        late = (item == tl.program_id(0)) & (item < FIRST)
+        if not late:
+            wait_for_earlier(PDL)
+        wanted = mask & (expert < num_experts)
+        early = sum_of_deltas(delta_ptr, rows, cols, num_cols, wanted & (not late), J, BM, BN, SWAP)
         acc = product(
             x[0] + rows * x[1], w_at, 1, w[3], row_mask, col_mask, 0, last, num_features, BM, BN, BK, SWAP, EVEN, STAGES
         )
-        wait_for_earlier(PDL)
-        if expert < num_experts:
-            if HAS_BIAS:
-                bias_at = bias[0] + expert.to(tl.int64) * bias[1] + cols.to(tl.int64) * bias[2]
-                acc += along_cols(tl.load(bias_at, mask=col_mask, other=0.0).to(tl.float32), SWAP)
-            for i in tl.static_range(J):
-                at = along_rows((rows * J + i) * num_cols, SWAP) + along_cols(cols, SWAP)
-                acc += tl.load(delta_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
+        if late:
+            wait_for_earlier(PDL)
+        if J > 0:
+            acc += early + sum_of_deltas(delta_ptr, rows, cols, num_cols, wanted & late, J, BM, BN, SWAP)
+        if HAS_BIAS:
+            bias_at = bias[0] + expert.to(tl.int64) * bias[1] + cols.to(tl.int64) * bias[2]
+            bias_mask = col_mask & (expert < num_experts)
+            acc += along_cols(tl.load(bias_at, mask=bias_mask, other=0.0).to(tl.float32), SWAP)
         y_at = y_ptr + along_rows(rows * num_cols, SWAP) + along_cols(cols, SWAP)
         tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=mask)
     wait_for_earlier(PDL)
 
 
-_delta, _gemm = Launcher(expert_delta_kernel), Launcher(expert_gemm_kernel)
+_shrink, _delta, _gemm = Launcher(expert_shrink_kernel), Launcher(expert_delta_kernel), Launcher(expert_gemm_kernel)
 
 
 def decode(call: ExpertCall, tiles: ExpertDecodeTiles) -> torch.Tensor:
     """y [T, N] for `call`."""
-    site, table, x = call.site, call.segments, (call.x, call.x.stride(0))
-    delta = call.segments
-    if call.has_pool:
-        delta = call.x.new_empty(call.entries * call.columns, dtype=torch.float32)
-        plan = call.plan(_delta, tiles.delta, lambda: _delta_plan(call, tiles.delta))
-        plan.launch(delta, x, call.slots, call.coeffs, table, site.a_pool, site.b_pool, *plan.numbers)
+    table, x = call.segments, (call.x, call.x.stride(0))
+    delta = _delta_of(call, tiles) if call.has_pool else table
     y = call.x.new_empty(call.rows, call.columns)
     plan = call.plan(_gemm, tiles.gemm, lambda: _gemm_plan(call, tiles.gemm))
     plan.launch(x, strided(call.weight), call.strided_bias, y, delta, table, *plan.numbers)
     return y
 
 
-def _delta_plan(call: ExpertCall, tile: DeltaTile) -> Plan:
-    parts = max(1, min(tile.programs // call.entries, cdiv(call.columns, tile.BN)))
+def _delta_of(call: ExpertCall, tiles: ExpertDecodeTiles) -> torch.Tensor:
+    """fp32 [T * J, N], filled."""
+    site, table, x = call.site, call.segments, (call.x, call.x.stride(0))
+    shrink, delta = tiles.shrink, call.x.new_empty(call.entries, call.columns, dtype=torch.float32)
+    h = (delta, 0)
+    if shrink:
+        h = (call.x.new_empty(call.entries, site.h_width, dtype=torch.float32), site.h_width)
+        plan = call.plan(_shrink, shrink, lambda: _shrink_plan(call, shrink))
+        plan.launch(x, h, call.slots, call.coeffs, table, site.a_pool, *plan.numbers)
+    plan = call.plan(_delta, tiles, lambda: _delta_plan(call, tiles.delta, not shrink))
+    plan.launch(delta, x, h, call.slots, call.coeffs, table, site.a_pool, site.b_pool, *plan.numbers)
+    return delta
+
+
+def _shrink_plan(call: ExpertCall, tile: VectorTile) -> Plan:
+    parts = min(cdiv(call.site.h_width, tile.BR), tile.parts)
+    return call.planned(
+        _shrink,
+        (min(call.entries * parts, tile.programs),),
+        (call.rows, call.num_experts, call.features, call.site.max_adapters, parts),
+        tile.num_warps,
+        J=call.width,
+        K=cdiv(call.features, tile.BK) * tile.BK,
+        BR=tile.BR,
+        BK=tile.BK,
+        HAS_COEFFS=call.has_coeffs,
+        PDL=call.overlap,
+    )
+
+
+def _delta_plan(call: ExpertCall, tile: DeltaTile, shrinks: bool) -> Plan:
     return call.planned(
         _delta,
-        (min(call.entries * parts, tile.most_programs),),
-        (call.rows, call.num_experts, call.features, call.columns, call.site.max_adapters, parts),
+        (min(call.entries * cdiv(call.columns, tile.BN), tile.programs),),
+        (call.rows, call.num_experts, call.features, call.columns, call.site.max_adapters),
         tile.num_warps,
         J=call.width,
         K=cdiv(call.features, tile.BK) * tile.BK,
         BR=tile.BR,
         BK=tile.BK,
         BN=tile.BN,
+        SHRINKS=shrinks,
         HAS_COEFFS=call.has_coeffs,
         PDL=call.overlap,
     )
@@ -193,6 +291,7 @@ def _gemm_plan(call: ExpertCall, tile: ExpertGemmTile) -> Plan:
         (call.rows, call.num_experts, call.bound, call.features, call.columns),
         tile.num_warps,
         J=call.width if call.has_pool else 0,
+        FIRST=tile.first,
         BM=call.height,
         BN=tile.BN,
         BK=tile.BK,

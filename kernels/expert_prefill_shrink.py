@@ -1,8 +1,8 @@
 """First launch of experts over many rows: h of every row tile, and the list of rank groups that the GEMM expands.
 
 Stage: run time, below expert_prefill.py. A tile's rows are of one expert and of the few slots its table lists; their
-ranks, 16 to a group, lie side by side in one tile of A, h or B (as in prefill_shrink.py), so the tensor cores compute
-h of all of them at once and a row keeps what is its own.
+ranks, 16 to a group, lie side by side in one tile of A, h or B (as in groups.py), so the tensor cores compute h of all
+of them at once and a row keeps what is its own.
 
 Letters: T rows, J slots per row, K in-features, N out-features, S slots, W columns of h, L slots of a row tile.
 """
@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fxlora.kernels.expert_call import ExpertCall, rows_of, tile_record, tiles_in_use
-from fxlora.kernels.groups import FIELDS, MOST, slots_of, spread
-from fxlora.kernels.overlap import let_later_start, wait_for_earlier
+from fxlora.kernels.expert_call import ExpertCall, load_x, rows_of, tile_record, tiles_in_use
+from fxlora.kernels.groups import FIELDS, MOST, list_capacity, list_words, slots_of, spread
 from fxlora.kernels.tiles import ExpertPrefillTile
 from fxlora.kernels.triton_helpers import cdiv, dot, next_power_of_2
+
+_REGISTERS = 168  # of a thread, so that three programs share a multiprocessor
 
 
 class ExpertAdapters(NamedTuple):
@@ -50,10 +52,8 @@ def adapters_of(call: ExpertCall) -> ExpertAdapters:
     assert pool is not None
     width = cdiv(pool.rank_bound, 16) * 16
     h_EW = call.x.new_empty(call.entries, width)
-    most_groups = min(call.site.max_adapters, call.height * call.width) * (width // 16)
-    capacity = cdiv(most_groups + MOST.value, 16) * 16
-    record = FIELDS.value * capacity + 1
-    groups = torch.empty(call.tiles, record, dtype=torch.int32, device=call.x.device)
+    capacity = list_capacity(call.site.max_adapters, call.height * call.width, width)
+    groups = torch.empty(call.tiles, list_words(capacity), dtype=torch.int32, device=call.x.device)
     slots = call.row_slots.contiguous()
     rows = (slots, slots if call.row_coeffs is None else call.row_coeffs.contiguous())
     table = (pool.a_start, pool.a_step, pool.b_start, pool.b_step, pool.rank, pool.scaling)
@@ -100,45 +100,24 @@ def write_groups(tile, expert, count, slots, begins, ends, adapters) -> None:
 
 @triton.jit
 def shrink_columns(
-    first_group, expert, rows, row_mask, slots, begins, ends, x, adapters, num_rows, num_features,
-    J: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+    first_group, expert, first, rows, row_mask, slots, begins, ends, x, x_desc, adapters, num_rows, num_features,
+    J: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EVEN_K: tl.constexpr,
     HAS_COEFFS: tl.constexpr,
 ) -> None:  # fmt: skip
     """h of these rows in the BR columns of the groups from first_group on: whole groups, zero beyond the rank."""
     lanes = tl.arange(0, BR) % 16
     col_slots, first_ranks = group_slots(first_group + tl.arange(0, BR) // 16, slots, begins, ends)
     known = col_slots >= 0
-    used = tl.zeros([BM, BR], tl.int1)
-    for j in tl.static_range(J):
-        used = used | (slots_of(rows, j, adapters, num_rows, J)[:, None] == col_slots[None, :])
-    if tl.max((used & row_mask[:, None] & known[None, :]).to(tl.int32)) > 0:
-        shrink_used_columns(
-            col_slots, first_ranks, lanes, expert, rows, row_mask, x, adapters, num_rows, num_features, J, BM, BR, BK,
-            STAGES, EVEN, HAS_COEFFS,
-        )  # fmt: skip
-
-
-@triton.jit
-def shrink_used_columns(
-    col_slots, first_ranks, lanes, expert, rows, row_mask, x, adapters, num_rows, num_features,
-    J: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
-    HAS_COEFFS: tl.constexpr,
-) -> None:  # fmt: skip
-    """h of these rows in these columns, of which some row uses one."""
-    known = col_slots >= 0
     ranks = tl.load(adapters.rank + col_slots, mask=known, other=0) - first_ranks
     a_rows = tl.load(adapters.a_start + col_slots, mask=known, other=0) + first_ranks + lanes
     a_rows += expert * tl.load(adapters.a_step + col_slots, mask=known, other=0)
     is_rank = known & (lanes < ranks)
     a_at = adapters.a + a_rows.to(tl.int64) * num_features
-    x_at = x[0] + rows * x[1]
     acc = tl.zeros([BM, BR], tl.float32)
     for first_k in tl.range(0, num_features, BK, num_stages=STAGES):
         ks = first_k + tl.arange(0, BK)
-        inside = ks < num_features
-        x_mask = row_mask[:, None] if EVEN else row_mask[:, None] & inside[None, :]
-        a_mask = is_rank[:, None] if EVEN else is_rank[:, None] & inside[None, :]
-        x_tile = tl.load(x_at[:, None] + ks[None, :], mask=x_mask, other=0.0)  # [BM, BK]
+        a_mask = is_rank[:, None] if EVEN_K else is_rank[:, None] & (ks < num_features)[None, :]
+        x_tile = load_x(x, x_desc, first, rows, row_mask, first_k, num_features, BK, EVEN_K)  # [BM, BK]
         a_tile = tl.load(a_at[:, None] + ks[None, :], mask=a_mask, other=0.0)  # [BR, BK]
         acc = dot(x_tile, a_tile.T, acc, "ieee")
     acc *= tl.load(adapters.scaling + col_slots, mask=known, other=0.0)[None, :]
@@ -155,6 +134,7 @@ def shrink_used_columns(
 @triton.jit(do_not_specialize=["num_rows", "bound"])
 def expert_shrink_tiles_kernel(
     x,  # [T, K]: pointer, row stride; columns adjacent
+    x_desc,  # the same, or None
     adapters,
     table_ptr,
     num_rows,
@@ -163,48 +143,44 @@ def expert_shrink_tiles_kernel(
     num_features,
     J: tl.constexpr,
     L: tl.constexpr,
+    HEIGHT: tl.constexpr,
     BM: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    PARTS: tl.constexpr,  # programs that share the columns of BM rows
     STAGES: tl.constexpr,
-    EVEN: tl.constexpr,
+    EVEN_K: tl.constexpr,
     IN_PLACE: tl.constexpr,
     HAS_COEFFS: tl.constexpr,
-    PDL: tl.constexpr,
 ) -> None:
-    """h and groups of all row tiles of the batch."""
-    wait_for_earlier(PDL)
-    let_later_start(PDL)
+    """Groups of all row tiles of the batch, and h of their rows, BM of them at a time."""
     table = (table_ptr, num_rows, num_experts, bound)
-    EACH: tl.constexpr = (HEIGHT // BM) * PARTS
-    for item in tl.range(tl.program_id(0), tiles_in_use(table) * EACH, tl.num_programs(0), num_stages=1):
-        tile, part = item // EACH, item % PARTS
+    PARTS: tl.constexpr = HEIGHT // BM
+    for item in tl.range(tl.program_id(0), tiles_in_use(table) * PARTS, tl.num_programs(0), num_stages=1):
+        tile, part = item // PARTS, item % PARTS
         expert, first, _, end = tile_record(tile, table)
-        first += item % EACH // PARTS * BM
+        first += part * BM
         if (expert < num_experts) & (first < end):
             slots, begins, ends = slots_of_tile(tile, table, adapters, L)
             count = tl.max(ends, axis=0)
-            if item % EACH == 0:
+            if part == 0:
                 write_groups(tile, expert, count, slots, begins, ends, adapters)
             positions = first + tl.arange(0, BM)
             row_mask = positions < end
             rows = rows_of(positions, row_mask, table, IN_PLACE).to(tl.int64)
-            for first_group in tl.range(part * (BR // 16), count, PARTS * (BR // 16), num_stages=1):
+            for first_group in tl.range(0, count, BR // 16, num_stages=1):
                 shrink_columns(
-                    first_group, expert, rows, row_mask, slots, begins, ends, x, adapters, num_rows, num_features,
-                    J, BM, BR, BK, STAGES, EVEN, HAS_COEFFS,
+                    first_group, expert, first, rows, row_mask, slots, begins, ends, x, x_desc, adapters, num_rows,
+                    num_features, J, BM, BR, BK, STAGES, EVEN_K, HAS_COEFFS,
                 )  # fmt: skip
 
 
-def shrink_tiles(call: ExpertCall, adapters: ExpertAdapters, tile: ExpertPrefillTile) -> None:
+def shrink_tiles(
+    call: ExpertCall, x_desc: TensorDescriptor | None, adapters: ExpertAdapters, tile: ExpertPrefillTile
+) -> None:
     """Fills h and the groups of `adapters`."""
-    listed = min(call.site.max_adapters, call.height * call.width)
-    keywords: dict[str, Any] = {"launch_pdl": True} if call.overlap else {}
-    items = call.tiles * (call.height // tile.shrink_BM) * tile.shrink_parts
-    expert_shrink_tiles_kernel[(min(items, tile.shrink_programs),)](
+    expert_shrink_tiles_kernel[(min(call.tiles * (call.height // tile.shrink_BM), tile.shrink_programs),)](
         (call.x, call.x.stride(0)),
+        x_desc,
         adapters,
         call.segments,
         call.rows,
@@ -212,17 +188,15 @@ def shrink_tiles(call: ExpertCall, adapters: ExpertAdapters, tile: ExpertPrefill
         call.bound,
         call.features,
         J=call.width,
-        L=next_power_of_2(listed),
+        L=next_power_of_2(min(call.site.max_adapters, call.height * call.width)),
+        HEIGHT=call.height,
         BM=tile.shrink_BM,
         BR=tile.shrink_BR,
         BK=tile.shrink_BK,
-        HEIGHT=call.height,
-        PARTS=tile.shrink_parts,
         STAGES=tile.shrink_stages,
-        EVEN=call.features % tile.shrink_BK == 0,
+        EVEN_K=call.features % tile.shrink_BK == 0,
         IN_PLACE=call.in_place,
         HAS_COEFFS=call.has_coeffs,
-        PDL=call.overlap,
         num_warps=tile.shrink_warps,
-        **keywords,
+        maxnreg=_REGISTERS,
     )

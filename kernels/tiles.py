@@ -122,39 +122,42 @@ class GemvTile:
 
 @dataclass(frozen=True)
 class DeltaTile:
-    """Of the adapters' part in expert_decode.py: programs share the columns of an entry until there are `programs`."""
+    """Of the adapters' part in expert_decode.py. Where each warp has its own columns (256 of them for half precision),
+    a thread has all BR ranks of its own and adds them up alone. BK: where no launch before it makes h."""
 
     BR: int
     BK: int
     BN: int
     programs: int
-    most_programs: int
     num_warps: int
 
 
 @dataclass(frozen=True)
 class ExpertGemmTile:
-    """Of the base product of expert_decode.py: so many programs share the tiles of the batch; SWAP as in GemmTile."""
+    """Of the base product of expert_decode.py: so many programs share the tiles of the batch, `first` of them start
+    beside those of the adapters' part; SWAP as in GemmTile."""
 
     BN: int
     BK: int
     SWAP: bool
     programs: int
+    first: int
     num_warps: int
     num_stages: int
 
 
 @dataclass(frozen=True)
 class ExpertDecodeTiles:
-    """The two launches of experts over few rows each."""
+    """The launches of experts over few rows each; without `shrink`, h is made where it is needed."""
 
+    shrink: VectorTile | None
     delta: DeltaTile
     gemm: ExpertGemmTile
 
 
 @dataclass(frozen=True)
 class ExpertPrefillTile:
-    """Of expert_prefill.py and its shrink, where `shrink_parts` programs share the columns of shrink_BM rows."""
+    """Of expert_prefill.py and its shrink, which takes shrink_BM rows and shrink_BR ranks at once."""
 
     BN: int
     BK: int
@@ -167,7 +170,6 @@ class ExpertPrefillTile:
     shrink_BM: int
     shrink_BR: int
     shrink_BK: int
-    shrink_parts: int
     shrink_programs: int
     shrink_warps: int
     shrink_stages: int
@@ -182,9 +184,10 @@ class ExpertPrefillTile:
 #     14336 x 4096     30.9 (31.3)   37.5 (32.9)         45.3 (36.5)                 88.7 (49.8)
 #     4096 x 28672     55.7 (54.8)   71.0 (61.8)         73.7 (62.5)                216.3 (95.5)   738 (680)
 #     2048 x 128        3.2 (4.8)     4.1 (4.9)
-# Experts beside torch._grouped_mm, 128 of them with 8 to a token, 8 adapters: 2048 x 1536 at 16 tokens 127 (176), at
-# 2048 tokens 448 (378); 768 x 2048 at 16 tokens 74 (108), at 2048 tokens 254 (210). 8 experts with 2 to a token, 16
-# adapters: 4096 x 28672 at 16 tokens 446 (673).
+# Experts beside torch._grouped_mm, 128 of them with 8 to a token, 8 adapters: 2048 x 1536 at 16 tokens 126 (178), at
+# 2048 tokens 383 (388); 768 x 2048 at 16 tokens 70 (108), at 2048 tokens 225 (210). 8 experts with 2 to a token, 16
+# adapters: 4096 x 28672 at 16 tokens 446 (673). 256 experts with 8 to a token, 16 adapters: 7168 x 4096 at 16 tokens
+# 1343 (1950).
 _VECTOR = VectorTile(4, 2048, 16, 528, 4)
 _SHRINK_ROWS = VectorTile(4, 2048, 16, 128, 4)
 _SHRINK_SHORT = VectorTile(8, 1024, 16, 128, 4)
@@ -280,24 +283,26 @@ def prefill_tile(rows: int, columns: int, width: int) -> PrefillTile:
 @cache
 def expert_decode_tiles(entries: int, features: int, columns: int, dtype: torch.dtype) -> ExpertDecodeTiles:
     """Tiles of experts over few rows each. entries: T * J."""
-    delta = DeltaTile(16, 1024, 512, 264, 132, 4) if entries <= 32 else DeltaTile(16, 256, 512, 264, 4096, 4)
-    block_k = min(delta.BK, 512) if features > 2048 else min(delta.BK, max(32, next_power_of_2(features)))
-    delta = replace(delta, BK=block_k, BN=min(delta.BN, max(32, next_power_of_2(columns))))
+    alone = entries <= 8 and 1024 < features <= 4096
+    shrink = None if alone else _narrow(VectorTile(4, 1024, 16, 4224, 4), features)
+    block_k = min(512, max(32, next_power_of_2(features)))
+    block_n = min(1024 if entries > 8 else 512 if alone else 256, max(32, next_power_of_2(columns)))
+    delta = DeltaTile(16, block_k, block_n, 2112, 4 if alone else max(1, block_n // 256))
     if dtype == torch.float32:
-        return ExpertDecodeTiles(delta, ExpertGemmTile(64, 32, False, 1056, 4, 3))
+        return ExpertDecodeTiles(shrink, delta, ExpertGemmTile(64, 32, False, 1056, 264, 4, 3))
     even = features % 128 == 0
-    return ExpertDecodeTiles(delta, ExpertGemmTile(64, 128 if even else 64, True, 1056, 4, 4 if even else 6))
+    gemm = ExpertGemmTile(64, 128 if even else 64, True, 1056, 264, 4, 4 if even else 6)
+    return ExpertDecodeTiles(shrink, delta, gemm)
 
 
 @cache
 def expert_prefill_tile(height: int, columns: int, dtype: torch.dtype) -> ExpertPrefillTile:
     """Tile of experts over many rows each. height: rows of a tile, 64 or 128."""
     if dtype == torch.float32:
-        return ExpertPrefillTile(64, 32, 16, 264, 8, 2, False, False, 32, 16, 32, 4, 528, 4, 2)
-    shrink = (64, 32, 64, 4, 264, 4, 4)
+        return ExpertPrefillTile(64, 32, 16, 264, 8, 2, False, False, 32, 16, 32, 528, 4, 2)
     if height < 128:
-        return ExpertPrefillTile(128, 64, 16, 396, 4, 3, True, True, *shrink)
-    return ExpertPrefillTile(256, 64, 32, 132, 8, 3, True, True, *shrink)
+        return ExpertPrefillTile(128, 64, 32, 396, 4, 3, True, True, 64, 128, 64, 396, 4, 3)
+    return ExpertPrefillTile(256, 64, 32, 132, 8, 3, True, True, 64, 64, 64, 264, 4, 5)
 
 
 def shrink_tile(rows: int) -> Tile:

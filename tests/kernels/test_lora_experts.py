@@ -55,11 +55,12 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expert_segments, "_HEIGHTS", ((4, 16), (16, 32), (48, 64)))
 
     def decode(entries: int, features: int, columns: int, dtype: torch.dtype) -> tiles.ExpertDecodeTiles:
-        delta = tiles.DeltaTile(8, 32, 16, 2 * entries if entries % 2 else 1, 5, 4)
-        return tiles.ExpertDecodeTiles(delta, tiles.ExpertGemmTile(16, 16, entries % 2 == 1, 3, 4, 2))
+        shrink = tiles.VectorTile(8, 32, 2, 5, 4) if entries % 2 else None
+        delta = tiles.DeltaTile(8, 32, 16, 5, 4)
+        return tiles.ExpertDecodeTiles(shrink, delta, tiles.ExpertGemmTile(16, 16, entries % 2 == 1, 3, 2, 4, 2))
 
     def prefill(height: int, columns: int, dtype: torch.dtype) -> tiles.ExpertPrefillTile:
-        return tiles.ExpertPrefillTile(16, 16, 16, 3, 4, 3, True, True, 32, 16, 32, 2, 3, 4, 2)
+        return tiles.ExpertPrefillTile(16, 16, 16, 3, 4, 3, True, True, 32, 16, 32, 3, 4, 2)
 
     monkeypatch.setattr(lora_experts, "expert_decode_tiles", decode)
     monkeypatch.setattr(lora_experts, "expert_prefill_tile", prefill)
@@ -97,6 +98,13 @@ def test_numbers_of_experts(rows: int, experts: int, device: str) -> None:
         assert_experts_right(
             make_expert_case(rows=rows, experts=experts, in_place=in_place, features=16, out=16, device=device)
         )
+
+
+@pytest.mark.parametrize(("rows", "experts"), [(150, 40), (600, 14), (1100, 2)])
+def test_one_expert_with_many_row_tiles(rows: int, experts: int, device: str) -> None:
+    """Tiles of 16, 64 and 128 rows."""
+    case = make_expert_case(rows=rows, experts=experts, empty=range(1, experts), device=device)
+    assert_experts_right(case)
 
 
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64, torch.int16, torch.uint8], ids=str)

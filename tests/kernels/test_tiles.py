@@ -42,11 +42,12 @@ def test_sides_of_the_decode_tiles_are_what_a_dot_accepts(rows: int) -> None:
 def test_sides_of_the_tiles_of_experts_are_what_a_dot_accepts(dtype: torch.dtype) -> None:
     for entries, features, columns in itertools.product((1, 32, 33, 4096), WIDTHS, WIDTHS):
         tiles = expert_decode_tiles(entries, features, columns, dtype)
-        delta, gemm = tiles.delta, tiles.gemm
+        shrink, delta, gemm = tiles.shrink, tiles.delta, tiles.gemm
         assert all(power_of_two(side) and side >= 16 for side in (gemm.BN, gemm.BK))
         assert all(power_of_two(side) for side in (delta.BR, delta.BK, delta.BN))
         assert max(64, 2 * features) > delta.BK
         assert max(64, 2 * columns) > delta.BN
+        assert shrink is None or (power_of_two(shrink.BR) and max(64, 2 * features) > shrink.BK)
     for height in (64, 128):
         tile = expert_prefill_tile(height, 4096, dtype)
         sides = (tile.BN, tile.BK, tile.BR, tile.shrink_BM, tile.shrink_BR, tile.shrink_BK)
