@@ -30,6 +30,34 @@ from fxlora.kernels.tiles import FusedTiles
 from fxlora.kernels.triton_helpers import cdiv
 
 
+@triton.jit
+def fused_tile(
+    row_tile, col_tile, x, weight, bias, y_ptr, adapters, segments_ptr, num_rows, num_features, num_cols,
+    J: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, SWAP: tl.constexpr,
+    SORTED: tl.constexpr, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POOL: tl.constexpr, STAGES: tl.constexpr,
+    EXPAND_STAGES: tl.constexpr, PDL: tl.constexpr,
+) -> None:  # fmt: skip
+    """One tile of one member's y: base product, bias, adapters, one store."""
+    places, cols = row_tile * BM + tl.arange(0, BM), col_tile * BN + tl.arange(0, BN)
+    row_mask, col_mask = places < num_rows, cols < num_cols
+    rows = places.to(tl.int64)
+    if SORTED:
+        rows = tl.load(segments_ptr + places, mask=row_mask, other=num_rows).to(tl.int64)
+    acc = product(
+        x[0] + rows * x[1], weight[0] + cols.to(tl.int64) * weight[1], x[2], weight[2], row_mask, col_mask, 0,
+        num_features, num_features, BM, BN, BK, SWAP, EVEN, STAGES,
+    )  # fmt: skip
+    if HAS_BIAS:
+        values = tl.load(bias[0] + cols * bias[1], mask=col_mask, other=0.0)
+        acc += along_cols(values.to(tl.float32), SWAP)
+    if HAS_POOL:
+        wait_for_earlier(PDL)
+        acc = add_groups(acc, row_tile, 0, rows, cols, adapters, num_rows, num_cols, J, BM, BR, SWAP, EXPAND_STAGES)
+    mask = along_rows(row_mask, SWAP) & along_cols(col_mask, SWAP)
+    at = along_rows(rows * num_cols, SWAP) + along_cols(cols, SWAP)
+    tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["num_rows", "max_adapters"])
 def fused_kernel(
     x,  # [T, K]: pointer, strides
@@ -72,36 +100,19 @@ def fused_kernel(
     for member in tl.static_range(len(HAS_POOL)):
         end = begin + tl.cdiv(widths[member], BN) * tiles_m
         if (program >= begin) & (program < end):
-            num_cols = widths[member]
-            row_tile = (program - begin) % tiles_m
-            cols = (program - begin) // tiles_m * BN + tl.arange(0, BN)
-            places = row_tile * BM + tl.arange(0, BM)
-            row_mask, col_mask = places < num_rows, cols < num_cols
-            rows = places.to(tl.int64)
-            if SORTED:
-                rows = tl.load(segments_ptr + places, mask=row_mask, other=num_rows).to(tl.int64)
-            weight, weight_row_stride, weight_col_stride = weights[member]
-            acc = product(
-                x[0] + rows * x[1], weight + cols.to(tl.int64) * weight_row_stride, x[2], weight_col_stride, row_mask,
-                col_mask, 0, num_features, num_features, BM, BN, BK, SWAP, EVEN, STAGES,
-            )  # fmt: skip
-            if HAS_BIAS[member]:
-                values = tl.load(biases[member][0] + cols * biases[member][1], mask=col_mask, other=0.0)
-                acc += along_cols(values.to(tl.float32), SWAP)
+            adapters = None
             if HAS_POOL[member]:
-                wait_for_earlier(PDL)
                 a_ptr, start_ptr, rank_ptr, scaling_ptr = sites[member]
                 adapters = Adapters(
                     a_ptr, b_ptrs[member], start_ptr, rank_ptr, scaling_ptr, max_adapters, slots_ptr, slots_ptr,
                     h_ptr + member * num_rows.to(tl.int64) * J * h_width, h_width,
                     groups_ptr + member * tiles_m * (FIELDS * capacity + 1), capacity,
                 )  # fmt: skip
-                acc = add_groups(
-                    acc, row_tile, 0, rows, cols, adapters, num_rows, num_cols, J, BM, BR, SWAP, EXPAND_STAGES
-                )
-            at = along_rows(rows * num_cols, SWAP) + along_cols(cols, SWAP)
-            mask = along_rows(row_mask, SWAP) & along_cols(col_mask, SWAP)
-            tl.store(ys[member] + at, acc.to(ys[member].dtype.element_ty), mask=mask)
+            fused_tile(
+                (program - begin) % tiles_m, (program - begin) // tiles_m, x, weights[member], biases[member],
+                ys[member], adapters, segments_ptr, num_rows, num_features, widths[member], J, BM, BN, BK, BR, SWAP,
+                SORTED, EVEN, HAS_BIAS[member], HAS_POOL[member], STAGES, EXPAND_STAGES, PDL,
+            )  # fmt: skip
         begin = end
     wait_for_earlier(PDL)
 

@@ -43,25 +43,10 @@ def tile_rows(row_tile, BM: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def adapted_tile(
-    x_desc,
-    w_desc,
-    row_tile,
-    col_tile,
-    adapters,
-    num_rows,
-    num_cols,
-    steps,
-    J: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    BR: tl.constexpr,
-    STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
-    DEPTH: tl.constexpr,
-    LATER: tl.constexpr,
-    PDL: tl.constexpr,
-) -> tl.tensor:
+    x_desc, w_desc, row_tile, col_tile, adapters, num_rows, num_cols, steps, J: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    DEPTH: tl.constexpr, LATER: tl.constexpr, PDL: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """x W^T + h B of one tile of y.
 
     The loads of the first DEPTH times BR ranks hide behind the last steps of the base GEMM: AHEAD steps before the end

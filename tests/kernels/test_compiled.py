@@ -1,0 +1,32 @@
+"""The kernels of large calls, compiled for a Hopper GPU that is not there: none spills, all fit its shared memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MOST_SHARED_BYTES = 227 << 10
+MOST_STACK_BYTES = 64
+"""A few addresses; a kernel that keeps its sums there takes several times as long."""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+def test_large_calls_compile_without_spills() -> None:
+    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.compiled"]
+    done = subprocess.run(command, cwd=ROOT, env=plain, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    launches = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {"gemv_kernel", "gemm_kernel", "fused_kernel", "prefill_kernel"} <= {found["kernel"] for found in launches}
+    assert not [
+        found
+        for found in launches
+        if found["stack_bytes"] > MOST_STACK_BYTES or found["shared_bytes"] > MOST_SHARED_BYTES
+    ]
