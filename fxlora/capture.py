@@ -15,6 +15,7 @@ from fxlora.errors import CaptureError
 from fxlora.passes.weights import Weights, tensor_key
 from fxlora.renames import renames_of
 from fxlora.signature import META_KEY, constant_leaves, supply_builtins, tensor_leaves
+from fxlora.tracing import call_once, capture_settings
 
 _log = logging.getLogger(__name__)
 
@@ -41,30 +42,43 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
     Weights.refuse_peft([name for name, _ in model.named_parameters(remove_duplicate=False)])
     args, kwargs = _by_name(model, args, kwargs)
     _refuse_unknown_containers(args, kwargs)
-    args, kwargs = pytree.tree_map(lambda t: t.detach() if type(t) is torch.Tensor else t, (args, kwargs))
-    for _, tensor in tensor_leaves((args, kwargs)):
-        for d, size in enumerate(tensor.shape):
-            if size > 1:
-                torch._dynamo.maybe_mark_dynamic(tensor, d)
     failures = []
-    for tracer in (_dynamo, _export):
+    # Image sizes, kernels and the like may be more than a tracer can leave open: then batch and length alone are.
+    attempts = (
+        ("dynamo", _dynamo, None),
+        ("dynamo", _dynamo_after_a_call, None),
+        ("dynamo", _dynamo, 2),
+        ("export", _export, None),
+    )
+    for name, tracer, dims in attempts:
+        args, kwargs = _with_open_dims(args, kwargs, dims)
         try:
             # Nothing of an earlier capture of the same class may decide what is symbolic here; numbers stay numbers.
-            config = torch._dynamo.config.patch(automatic_dynamic_shapes=False, specialize_float=True)
+            config = torch._dynamo.config.patch({"automatic_dynamic_shapes": False, **capture_settings()})
             with config, torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 gm = tracer(model, args, kwargs)
         except Exception as error:
-            failures.append(f"{tracer.__name__.strip('_')}: {type(error).__name__}: {error}")
-            _log.debug("%s could not capture the model", tracer.__name__, exc_info=True)
+            failures.append(f"{name}: {type(error).__name__}: {error}")
+            _log.debug("%s could not capture the model", name, exc_info=True)
             continue
         supply_builtins(gm)
         _remember(gm, model, args, kwargs)
         return gm
     raise CaptureError(
         "no whole graph of the model could be captured, and nothing can be proven across a graph break.\n"
-        + "\n".join(failures)
+        + "\n".join(dict.fromkeys(failures))
     )
+
+
+def _with_open_dims(args: Any, kwargs: Any, dims: int | None) -> tuple[Any, Any]:
+    """The arguments over the same memory, the first dims of each marked as dynamic (None: all of them)."""
+    args, kwargs = pytree.tree_map(lambda t: t.detach() if type(t) is torch.Tensor else t, (args, kwargs))
+    for _, tensor in tensor_leaves((args, kwargs)):
+        for d, size in enumerate(tensor.shape[:dims]):
+            if size > 1:
+                torch._dynamo.maybe_mark_dynamic(tensor, d)
+    return args, kwargs
 
 
 def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -103,6 +117,11 @@ def _dynamo(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     from torch._dynamo.functional_export import dynamo_graph_capture_for_export
 
     return dynamo_graph_capture_for_export(model)(*args, **kwargs)
+
+
+def _dynamo_after_a_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    call_once(model, args, kwargs)
+    return _dynamo(model, args, kwargs)
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -17,7 +16,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
-from torch.fx.experimental import _config as shape_config
 
 from fxlora.adapter import AdapterSource
 from fxlora.attach import attach
@@ -28,6 +26,7 @@ from fxlora.passes.rows.seeds import BatchDims
 from fxlora.passes.sites import Site, Skipped
 from fxlora.replays import WITHOUT_GRAPHS, Replays
 from fxlora.runtime import Runtime
+from fxlora.tracing import Tracing, call_once
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -223,12 +222,17 @@ def _compiled_forward(model: nn.Module, backend: functools.partial[Callable[...,
     )
     compiled = torch.compile(own, backend=backend, fullgraph=True, dynamic=True, **limit)
 
+    untried = [True]
+
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
         with _tracing:
             try:
                 return compiled(*args, **kwargs)
             except (Unsupported, UserError) as error:
+                if untried and untried.pop():
+                    call_once(original, args, kwargs)
+                    return call(*args, **kwargs)
                 raise GraphBreakError(
                     f"the forward of this {type(model).__name__} is no single graph, and nothing can be proven "
                     f"across a graph break: {error}"
@@ -237,39 +241,4 @@ def _compiled_forward(model: nn.Module, backend: functools.partial[Callable[...,
     return call
 
 
-class _Tracing:
-    """How dynamo traces the calls inside.
-
-    Equal sizes stay two sizes: a batch as large as its requests are long, or as the model has heads, would else be one
-    with them, and the next batch compile a further graph. Floats of the model (a scaling, an epsilon) are constants:
-    as inputs, which they are for dynamic graphs, inductor of torch 2.11 packs them with integers under CUDA graphs and
-    then refuses its own indices.
-
-    `patch` of the two configs does the same in 42 us and more; a call enters here in 7 (one CPU core).
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._before = (True, False)
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._inside:
-                self._before = (shape_config.use_duck_shape, torch._dynamo.config.specialize_float)
-                self._set(False, True)
-            self._inside += 1
-
-    def __exit__(self, *exception: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                self._set(*self._before)
-
-    @staticmethod
-    def _set(duck_shape: bool, floats: bool) -> None:
-        shape_config.use_duck_shape = duck_shape
-        torch._dynamo.config.specialize_float = floats
-
-
-_tracing = _Tracing()
+_tracing = Tracing()

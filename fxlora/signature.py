@@ -245,10 +245,10 @@ def source_text(node: fx.Node) -> str:
 
 
 def _source_path(node: fx.Node) -> str:
-    """`L['self']._modules['head']._parameters['weight']` -> `head.weight`; empty for other inputs."""
+    """`L['self']._modules['head'].__dict__._parameters['weight']` -> `head.weight`; empty for other inputs."""
     parts = re.findall(r"\['([^']+)'\]|\.(\w+)", source_text(node))[1:]
     names = [a or b for a, b in parts]
-    return ".".join(n for n in names if n not in ("_modules", "_parameters", "_buffers"))
+    return ".".join(n for n in names if n not in ("_modules", "_parameters", "_buffers", "__dict__"))
 
 
 def _display(node: fx.Node) -> str:

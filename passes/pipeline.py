@@ -136,7 +136,9 @@ def prove_rows(job: Job) -> None:
     """Label every tensor with the requests its rows belong to."""
     known = {*job.seeds, *trusted_inputs(job.inputs, job.batch_dims)}
     strangers = {inp.node: inp.name for inp in job.inputs if inp.node not in known}
-    job.prover = Prover(job.gm, job.sizing, job.seeds, job.primary, job.bound, strangers).run()
+    uses = [(node, job.reader.read_as(node, site.kind)) for site in job.sites for node in site.uses]
+    reads = {node: read.x for node, read in uses if read.product is None}
+    job.prover = Prover(job.gm, job.sizing, job.seeds, job.primary, job.bound, strangers, reads).run()
 
 
 def make_plan(job: Job) -> None:

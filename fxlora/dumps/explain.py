@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fxlora.batch import slots_of
 from fxlora.dumps.record import Record
 from fxlora.dumps.tree import fold_names
-from fxlora.errors import BatchSizeError
+from fxlora.errors import BatchSizeError, BatchTypeError
 from fxlora.passes.sites import Site
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def explain(record: Record, row: int | tuple[int, ...] | None, adapters: Any, re
     """The text of `LoraModule.explain`."""
     pool = record.pool
     assert pool is not None
-    where = () if row is None else (row,) if isinstance(row, int) else tuple(row)
+    where = _where(row, request_dims)
     sizes = _sizes(adapters, request_dims, where)
     if any(not 0 <= i < n for i, n in zip(where, sizes, strict=False)) or len(where) > request_dims:
         raise BatchSizeError(f"row {row} is outside of a batch of {list(sizes)} requests")
@@ -33,6 +34,17 @@ def explain(record: Record, row: int | tuple[int, ...] | None, adapters: Any, re
         for slot in found:
             lines += _request(record, pool, index, slot, names.get(slot))
     return "\n".join(lines + _skipped(record)) + "\n"
+
+
+def _where(row: Any, request_dims: int) -> tuple[int, ...]:
+    """The request, and perhaps the token, that `row` names."""
+    where = () if row is None else tuple(row) if isinstance(row, list | tuple) else (row,)
+    try:
+        return tuple(map(operator.index, where))
+    except TypeError:
+        wanted = "the number of a request" + (", or (request, token)" if request_dims > 1 else "")
+        adapter = "; the adapters of the batch are named by adapters=" if isinstance(row, str) else ""
+        raise BatchTypeError(f"row is {row!r}; expected {wanted}, or None for every request{adapter}") from None
 
 
 def _sizes(adapters: Any, request_dims: int, where: tuple[int, ...]) -> tuple[int, ...]:

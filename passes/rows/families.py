@@ -138,11 +138,19 @@ REDUCTIONS = _words(
 PER_SAMPLE = _words(
     """
     conv1d conv2d conv3d convolution _convolution conv_transpose1d conv_transpose2d conv_transpose3d group_norm
-    native_group_norm max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
-    adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d adaptive_max_pool2d interpolate
-    upsample_nearest2d upsample_bilinear2d upsample_bicubic2d upsample_nearest1d upsample_linear1d pixel_shuffle
-    pixel_unshuffle instance_norm max_pool2d_with_indices local_response_norm channel_shuffle native_channel_shuffle
-    fold im2col col2im stft fractional_max_pool2d fractional_max_pool3d max_pool3d_with_indices
+    native_group_norm pixel_shuffle pixel_unshuffle instance_norm local_response_norm channel_shuffle
+    native_channel_shuffle fold im2col col2im stft
+    """
+)
+# Ops over [..., space] that treat each plane for itself: all dims before those of space stay apart.
+PER_PLANE = _words(
+    """
+    max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d lp_pool1d lp_pool2d lp_pool3d
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d
+    adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool2d_with_indices max_pool3d_with_indices
+    fractional_max_pool2d fractional_max_pool3d interpolate upsample upsample_nearest upsample_bilinear
+    upsample_nearest1d upsample_linear1d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d
+    _upsample_bilinear2d_aa _upsample_bicubic2d_aa upsample_nearest3d upsample_trilinear3d
     """
 )
 

@@ -316,11 +316,13 @@ def repeat_interleave(p: Prover, node: fx.Node, rows: Rows) -> Rows:
     repeats, dim = argument(node, 1, "repeats"), argument(node, 2, "dim")
     if not isinstance(rows, Label):
         return rows
-    if dim is None or p.is_tensor(repeats):
-        return Mixed("repeat_interleave by a tensor, or of flattened rows")
+    if dim is None:
+        return Mixed("repeat_interleave of flattened rows")
     dim %= p.ndim(operand(node))
     if dim not in rows.dims:
-        return rows
+        return fit(p, rows, node)
+    if p.is_tensor(repeats):
+        return Mixed("repeat_interleave along the request dim by a tensor")
     position = rows.dims.index(dim)
     ids = [i.repeat_interleave(int(p.number(repeats, w)), position) for w, i in enumerate(rows.map.ids)]
     return derive(

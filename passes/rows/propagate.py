@@ -31,6 +31,7 @@ class Prover:
         seeds: Input node to its request dims: ``(0,)``, or ``(0, 1)`` where adapters are chosen per token.
         primary: The seeded input whose request dims give ``adapter_slots`` its shape.
         bound: Tensors behind placeholders that are weights or buffers.
+        reads: Calls that adapters may change, each with what it takes beside its weight.
         strangers: Names of inputs of which nothing is known: neither request dims, nor that they follow the requests.
 
     Attributes:
@@ -50,6 +51,7 @@ class Prover:
         primary: fx.Node | None,
         bound: Mapping[fx.Node, torch.Tensor] | None = None,
         strangers: Mapping[fx.Node, str] | None = None,
+        reads: Mapping[fx.Node, fx.Node] | None = None,
     ) -> None:
         self.graph = gm.graph
         self.worlds = sizing.worlds
@@ -69,7 +71,7 @@ class Prover:
         if strangers is None:
             unbound = (n for n in gm.graph.nodes if n.op == "placeholder" and n not in (bound or {}))
             strangers = {n: str(n.target) for n in unbound if n not in seeds}
-        self._strangers = strangers
+        self._strangers, self._reads = strangers, reads or {}
         self._row_length: list[int] = []
         if primary is not None:
             self.seed = self._seed(seeds, primary)
@@ -98,6 +100,8 @@ class Prover:
                 continue
             self.integers.visit(node)
             self._track_memory(node)
+            if node in self._reads and self.labels.get(self._reads[node]) is None:
+                self._share_out(self._reads[node])
             if not any(self.labels.get(n) is not None for n in node.all_input_nodes):
                 continue
             try:
@@ -111,6 +115,17 @@ class Prover:
             if rows is not None:
                 self.labels[node] = self._checked(node, rows)
         return self
+
+    def _share_out(self, x: fx.Node) -> None:
+        """What is repeated for each request (learned queries) is each request's own, once an adapter has changed it."""
+        if not self.is_tensor(x) or len({ids.numel() for ids in self.seed.ids}) == 1 or self.seed.ids[0].dim() > 1:
+            return
+        shapes = [self.shape(x, w) for w in range(self.count)]
+        dims = [
+            d for d in range(len(shapes[0])) if all(shapes[w][d] == self.seed.ids[w].numel() for w in range(self.count))
+        ]
+        if len(dims) == 1:
+            self.labels[x] = Label(self.seed, (dims[0],))
 
     def inside(
         self,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from fxlora.passes.graph import argument, op_name, operand
-from fxlora.passes.rows.families import PER_SAMPLE, rule
+from fxlora.passes.rows.families import PER_PLANE, PER_SAMPLE, rule
 from fxlora.passes.rows.labels import Label, Mixed, Rows
 
 if TYPE_CHECKING:
@@ -38,8 +38,19 @@ def per_sample(p: Prover, node: fx.Node) -> Any:
         batched = p.ndim(x) == spatial if spatial else p.ndim(x) >= 3 or "norm" in name
     if own.dims != (0,) or not batched:
         return Mixed(f"{name} mixes rows along a channel or spatial dim")
-    several = isinstance(p.worlds[0].facts(node), tuple)
-    return (own,) * len(p.worlds[0].facts(node)) if several else own
+    return own
+
+
+@rule(*PER_PLANE)
+def per_plane(p: Prover, node: fx.Node) -> Any:
+    """Pooling and resizing of each plane of an image by itself."""
+    x, name = operand(node), op_name(node)
+    rows = p.rows(x)
+    space = next((int(digit) for digit in "123" if f"{digit}d" in name), p.ndim(x) - 2)
+    if isinstance(rows, Label) and any(d >= p.ndim(x) - space for d in rows.dims):
+        return Mixed(f"{name} along the request dim")
+    facts = p.worlds[0].facts(node)
+    return (rows,) * len(facts) if isinstance(facts, tuple) else rows
 
 
 @rule(

@@ -140,15 +140,17 @@ def size_worlds(
     """Choose the worlds for a graph whose request dims are ``batch`` (per seeded input)."""
     env = shape_env_of(gm)
     if env is not None and has_all_values(gm):
+        traced = next(inp.sizes[dims[0]] for inp in inputs if (dims := batch.get(inp.node)))
         held = _held_batch(inputs, batch)
-        chances = ((_BATCH_SIZES, WORLDS), (_SMALL_BATCH_SIZES, _FIXED_WORLDS))
-        for sizes, count in (((held,), _FIXED_WORLDS),) if held is not None else chances:
+        free = ((_BATCH_SIZES, WORLDS), (_SMALL_BATCH_SIZES, _FIXED_WORLDS)) if held is None else ()
+        for sizes, count in (*free, ((traced if held is None else held,), _FIXED_WORLDS)):
             sets = [_symbol_sizes(env, inputs, batch, world, sizes[world % len(sizes)]) for world in range(count)]
             if all(s is not None for s in sets):
                 if all(inp.symbols[dims[0]] is None for inp in inputs if (dims := batch.get(inp.node))):
                     sets = [sets[i % WORLDS] for i in range(_FIXED_WORLDS)]
                 worlds = tuple(World(symbols=s, generator=_generator(i)) for i, s in enumerate(sets))
-                return Sizing(worlds, False, fixed_sizes(inputs, batch, held), model_guards(env))
+                only = sizes[0] if len(sizes) == 1 else None
+                return Sizing(worlds, False, fixed_sizes(inputs, batch, only), model_guards(env))
         log.info("no sizes but the traced ones satisfy the graph's guards: proven for these alone")
     else:
         opaque = any(n.op == "call_module" and n.users for n in gm.graph.nodes)  # may check sizes only when opened
@@ -192,7 +194,7 @@ def _held_batch(inputs: Sequence[GraphInput], batch: Mapping[fx.Node, tuple[int,
 def fixed_sizes(
     inputs: Sequence[GraphInput], batch: Mapping[fx.Node, tuple[int, ...]], held: int | None
 ) -> dict[fx.Node, dict[int, int]]:
-    """Dims that tracing made plain numbers, and the request dims, where those of some input are."""
+    """Dims that tracing made plain numbers, and the request dims, where they are held."""
     fixed = {inp.node: {d: n for d, n in enumerate(inp.sizes) if inp.symbols[d] is None} for inp in inputs}
     for node, dims in batch.items():
         fixed[node] |= {} if held is None else {dims[0]: held}

@@ -242,6 +242,10 @@ def _store_ids(
         results.append(ids)
     dims = [d for d in range(ndim) if d not in idle]
     covered = all(bool((ids != _FREE).all()) for ids in results)
+    same = [d for d in dims if all(bool((ids == ids.narrow(d, 0, 1)).all()) for ids in results)]
+    if covered and len(same) < len(dims):  # along these dims the whole tensor is written alike
+        dims = [d for d in dims if d not in same]
+        results = [ids[tuple(slice(0, 1) if d in same else slice(None) for d in range(ndim))] for ids in results]
     if covered:
         squeezed = [ids.reshape([ids.shape[d] for d in dims]) for ids in results]
         found = p.table.find(squeezed, node)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fxlora.dumps.folder import dump_if_asked
 from fxlora.errors import (
     AlreadyAppliedError,
     BatchSizeError,
+    BatchTypeError,
     DumpPathError,
     FxloraError,
     RowsNotProvenError,
@@ -178,3 +180,19 @@ def test_explain_per_token() -> None:
 def test_explain_refuses_what_a_call_would(row: Any, adapters: Any, error: type[FxloraError]) -> None:
     with pytest.raises(error):
         shared().explain(row, adapters)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("plain", "row is 'plain'; expected the number of a request, or None for every request; the adapters"),
+        (1.5, "row is 1.5; expected the number of a request"),
+        ({"row": 1}, "expected the number of a request"),
+        ((0, "a"), "row is (0, 'a')"),
+    ],
+)
+def test_what_is_no_row_to_explain(row: Any, words: str) -> None:
+    x = torch.randn(3, 4)
+    lora = fxlora.apply(torch.fx.symbolic_trace(nn.Linear(4, 4)), max_adapters=1, max_rank=2, example_inputs=x)
+    with pytest.raises(BatchTypeError, match=re.escape(words)):
+        lora.explain(row)
