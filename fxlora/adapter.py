@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,28 +26,35 @@ AdapterSource: TypeAlias = "str | os.PathLike[str] | tuple[Mapping[str, Any], Ma
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
 PICKLE_NAME = "adapter_model.bin"
 
 
 class AdapterTensors(Mapping[str, torch.Tensor]):
     """Adapter tensors by key, read when asked for and checked on the way: floating point and finite.
 
-    Over a safetensors file (a Path) the file is opened at the first read and let go by `close`.
+    Over safetensors files (Paths) a file is opened at its first read, and all are let go by `close`.
     """
 
-    def __init__(self, source: Path | Mapping[str, torch.Tensor]) -> None:
-        self._path = source if isinstance(source, Path) else None
-        self._given = {} if isinstance(source, Path) else dict(source)
-        self._file: Any = None
-        self._keys = dict.fromkeys(self._given if self._path is None else self._opened(self._path).keys())
+    def __init__(self, source: Sequence[Path] | Mapping[str, torch.Tensor]) -> None:
+        self._given = dict(source) if isinstance(source, Mapping) else {}
+        self._files: dict[Path, Any] = {}
+        self._keys: dict[str, Path | None] = dict.fromkeys(self._given)
+        for path in () if isinstance(source, Mapping) else source:
+            own = dict.fromkeys(self._opened(path).keys(), path)
+            if twice := sorted(own.keys() & self._keys.keys()):
+                raise AdapterFormatError(f"{path} holds {twice}, which another file of the adapter holds too")
+            self._keys |= own
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        """The tensor, where it is stored. Raises KeyError, AdapterDtypeError or NonFiniteError, naming the key."""
-        if key not in self._keys:
-            raise KeyError(key)
-        tensor = self._given[key].detach() if self._path is None else self._opened(self._path).get_tensor(key)
+        """The tensor, where it is stored. Raises KeyError, AdapterError or one of its kind, naming the key."""
+        path = self._keys[key]
+        tensor = self._given[key].detach() if path is None else self._opened(path).get_tensor(key)
         if not tensor.is_floating_point():
             raise AdapterDtypeError(f"adapter tensor {key} is {tensor.dtype}; expected a floating-point dtype")
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            kind = "on the meta device, without values" if tensor.is_meta else f"stored as {tensor.layout}"
+            raise AdapterFormatError(f"adapter tensor {key} is {kind}; expected a dense tensor with its values")
         if bad := count_nonfinite(tensor):
             raise NonFiniteError(f"adapter tensor {key} holds {bad} NaN or infinite values among {tensor.numel()}")
         return tensor
@@ -58,17 +65,22 @@ class AdapterTensors(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._keys)
 
+    def file_of(self, key: str) -> str | None:
+        """The name of the file that holds a tensor, if one does."""
+        path = self._keys.get(key)
+        return None if path is None else path.name
+
     def close(self) -> None:
-        """Lets the file go; a later read opens it again. A tensor read before stays valid (it may map the file)."""
-        self._file = None
+        """Lets the files go; a later read opens them again. A tensor read before stays valid (it may map its file)."""
+        self._files.clear()
 
     def _opened(self, path: Path) -> Any:
-        if self._file is None:
+        if path not in self._files:
             try:
-                self._file = safe_open(path, framework="pt", device="cpu")
+                self._files[path] = safe_open(path, framework="pt", device="cpu")
             except (SafetensorError, OSError) as error:
                 raise AdapterFormatError(f"{path} is not a readable safetensors file: {error}") from error
-        return self._file
+        return self._files[path]
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,7 @@ class Adapter:
 
 
 def read_adapter(source: AdapterSource) -> Adapter:
-    """Reads a PEFT folder (adapter_config.json, adapter_model.safetensors), or a pair (config, tensors by key).
+    """Reads a PEFT folder, its weights in adapter_model.safetensors or in shards, or a pair (config, tensors by key).
 
     Config and tensor names are checked here, values when a tensor is read. In a `with` the file is let go at the end.
     Raises AdapterFileError, PickledAdapterError, AdapterFormatError, AdapterConfigError, NonFiniteError, RankError or
@@ -135,6 +147,8 @@ def _from_folder(folder: Path) -> tuple[Mapping[str, Any], AdapterTensors]:
         nested = [name for name in files if (folder / name / CONFIG_NAME).is_file()]
         hint = f"; its folders {nested} have one" if nested else ""
         raise AdapterFileError(f"{folder} has no {CONFIG_NAME}{hint}; found {files}")
+    if WEIGHTS_NAME not in files and INDEX_NAME in files:
+        return _read_json(folder / CONFIG_NAME), _from_index(folder / INDEX_NAME)
     if WEIGHTS_NAME not in files:
         if PICKLE_NAME in files:
             raise PickledAdapterError(
@@ -142,7 +156,23 @@ def _from_folder(folder: Path) -> tuple[Mapping[str, Any], AdapterTensors]:
                 f"save it again with safe_serialization=True to get {WEIGHTS_NAME}"
             )
         raise AdapterFileError(f"{folder} has no {WEIGHTS_NAME}; found {files}")
-    return _read_json(folder / CONFIG_NAME), AdapterTensors(folder / WEIGHTS_NAME)
+    return _read_json(folder / CONFIG_NAME), AdapterTensors([folder / WEIGHTS_NAME])
+
+
+def _from_index(index: Path) -> AdapterTensors:
+    """Tensors in several files of one folder: all that the index names, each in the file it names."""
+    listed = _read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise AdapterFormatError(f"{index} has no weight_map of tensor names and files")
+    names = sorted(set(listed.values()))
+    if outside := [name for name in names if Path(name).name != name]:
+        raise AdapterFormatError(f"{index} names files that are not beside it: {outside}")
+    tensors = AdapterTensors([index.parent / name for name in names])
+    wrong = [key for key, name in listed.items() if tensors.file_of(key) != name]
+    unlisted = [key for key in tensors if key not in listed]
+    if wrong or unlisted:
+        raise AdapterFormatError(f"{index} and its files differ: not where it says {wrong}, not listed {unlisted}")
+    return tensors
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fxlora.errors import AdapterFormatError
 
 _PREFIX = "base_model.model."
+_PARALLEL = "module."
 _WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 _NESTING = "base_layer"
 _HALVES = {"lora_A": "a", "lora_B": "b", "lora_embedding_A": "a", "lora_embedding_B": "b"}
@@ -53,8 +54,9 @@ class PlainKey:
 
 
 def clean_path(name: str) -> str:
-    """A dotted name without the segments that torch's own wrappers (compile, FSDP, checkpointing) put in."""
-    return ".".join(segment for segment in name.split(".") if segment not in _WRAPPERS)
+    """A dotted name without what torch's own wrappers (compile, FSDP, checkpointing, DDP in front of PEFT) put in."""
+    bare = ".".join(segment for segment in name.split(".") if segment not in _WRAPPERS)
+    return bare.removeprefix(_PARALLEL) if bare.startswith(_PARALLEL + _PREFIX) else bare
 
 
 def group_keys(keys: Iterable[str]) -> tuple[list[LoraKey], list[PlainKey]]:

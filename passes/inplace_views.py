@@ -79,10 +79,7 @@ def _replace(graph: fx.Graph, node: fx.Node) -> None:
     x, base = operand(node), op_name(node).removesuffix("_")
     after = _after(node)
     with graph.inserting_before(node):
-        if isinstance(node.target, torch._ops.OpOverload):
-            made = graph.call_function(getattr(getattr(torch.ops.aten, base), node.target._overloadname), node.args)
-        else:
-            made = graph.call_method(base, node.args, node.kwargs)
+        made = graph.call_method(base, node.args, node.kwargs)
     made.meta = dict(node.meta)
     if fake_value(node) is not None:
         args, kwargs = fx.map_arg((made.args, dict(made.kwargs)), fake_value)

@@ -71,7 +71,7 @@ class Prover:
         if strangers is None:
             unbound = (n for n in gm.graph.nodes if n.op == "placeholder" and n not in (bound or {}))
             strangers = {n: str(n.target) for n in unbound if n not in seeds}
-        self._strangers, self._reads = strangers, reads or {}
+        self._strangers, self._reads, self._bound = strangers, reads or {}, bound or {}
         self._row_length: list[int] = []
         if primary is not None:
             self.seed = self._seed(seeds, primary)
@@ -119,6 +119,8 @@ class Prover:
     def _share_out(self, x: fx.Node) -> None:
         """What is repeated for each request (learned queries) is each request's own, once an adapter has changed it."""
         if not self.is_tensor(x) or len({ids.numel() for ids in self.seed.ids}) == 1 or self.seed.ids[0].dim() > 1:
+            return
+        if any(n not in self._bound for n in self._inputs_behind(x)):
             return
         shapes = [self.shape(x, w) for w in range(self.count)]
         dims = [
@@ -215,12 +217,16 @@ class Prover:
 
     def strangers_behind(self, node: fx.Node) -> list[str]:
         """The inputs of which nothing is known that a value is computed from."""
+        return sorted(self._strangers[n] for n in self._inputs_behind(node) if n in self._strangers)
+
+    def _inputs_behind(self, node: fx.Node) -> list[fx.Node]:
+        """The placeholders whose values, and not only whose sizes, a value is computed from."""
         seen, queue = {node}, [node]
         for n in queue:
             new = [m for m in n.all_input_nodes if m not in seen and self.is_tensor(m)]
             seen |= set(new)
             queue += new
-        return sorted(self._strangers[n] for n in queue if n in self._strangers)
+        return [n for n in queue if n.op == "placeholder"]
 
     def assume(self, node: fx.Node, words: str) -> None:
         self.assumed.setdefault(node, words)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
-from fxlora.adapter import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, count_nonfinite, read_adapter
+from fxlora.adapter import CONFIG_NAME, INDEX_NAME, PICKLE_NAME, WEIGHTS_NAME, count_nonfinite, read_adapter
 from fxlora.adapter_config import INERT_KEYS, READ_KEYS, REFUSED_KEYS, AdapterConfig, pattern_key
 from fxlora.errors import (
     AdapterConfigError,
@@ -314,3 +314,46 @@ def test_scaling_is_alpha_over_r_or_over_its_root() -> None:
     rooted = AdapterConfig.from_mapping({**MINIMAL, **patterns, "use_rslora": True})
     assert [plain.scaling_of(f"x.{name}_proj") for name in "qkv"] == [8 / 9, 2.5 / 4, 2.0]
     assert [rooted.scaling_of(f"x.{name}_proj") for name in "qkv"] == [8 / 3, 1.25, 4.0]
+
+
+def shards(folder: Path, files: Mapping[str, list[str]], listed: Mapping[str, str]) -> Path:
+    """A folder whose tensors stand in several files beside an index."""
+    write(folder)
+    (folder / WEIGHTS_NAME).unlink()
+    for name, keys in files.items():
+        save_file({key: tensors()[key] for key in keys}, folder / name)
+    (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+    return folder
+
+
+def test_tensors_in_several_files(tmp_path: Path) -> None:
+    files = {"adapter_model-1.safetensors": [KEYS[0]], "adapter_model-2.safetensors": [KEYS[1]]}
+    listed = {key: name for name, keys in files.items() for key in keys}
+    with read_adapter(shards(tmp_path, files, listed)) as adapter:
+        assert {key: list(adapter.tensors[key].shape) for key in adapter.tensors} == {KEYS[0]: [4, 6], KEYS[1]: [5, 4]}
+
+
+@pytest.mark.parametrize(
+    ("files", "listed", "words"),
+    [
+        ({"a": [KEYS[0]], "b": [KEYS[0]]}, {KEYS[0]: "a", KEYS[1]: "b"}, "another file of the adapter holds too"),
+        ({"a": [KEYS[0]]}, {KEYS[0]: "a", KEYS[1]: "a"}, "not where it says"),
+        ({"a": list(KEYS)}, {KEYS[0]: "a"}, "not listed"),
+        ({"a": [KEYS[0]]}, {KEYS[0]: "a", KEYS[1]: "b"}, "is not a readable safetensors file"),
+        ({}, {KEYS[0]: "../a"}, "not beside it"),
+        ({}, {KEYS[0]: 3}, "no weight_map"),
+    ],
+)
+def test_an_index_that_does_not_fit_its_files(files: Any, listed: Any, words: str, tmp_path: Path) -> None:
+    with pytest.raises(AdapterFormatError, match=words):
+        read_adapter(shards(tmp_path, files, listed))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(torch.Tensor.to_sparse, "stored as torch.sparse_coo"), (lambda t: t.to("meta"), "on the meta device")],
+)
+def test_tensors_that_hold_no_dense_values(change: Any, words: str) -> None:
+    adapter = read_adapter((MINIMAL, {key: change(tensor) for key, tensor in tensors().items()}))
+    with pytest.raises(AdapterFormatError, match=f"{KEYS[0]} is {words}"):
+        adapter.tensors[KEYS[0]]

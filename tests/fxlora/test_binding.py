@@ -133,6 +133,7 @@ def pair(path: str, in_features: int, out_features: int, rank: int = 4, embeddin
         lambda key: key,
         lambda key: f"base_model.model._orig_mod.{key}",
         lambda key: f"_orig_mod.base_model.model.{key}",
+        lambda key: f"module.base_model.model.{key}",
         lambda key: f"base_model.model._fsdp_wrapped_module.{key}",
         lambda key: key.replace(".weight", ".default.weight"),
         lambda key: key.replace(".weight", ""),
