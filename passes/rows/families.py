@@ -74,6 +74,7 @@ VIEWS = MAY_RETURN_OPERAND | _words(
     """
     view reshape flatten unflatten view_as reshape_as ravel squeeze unsqueeze expand expand_as transpose permute
     t T mT H moveaxis slice select narrow getitem chunk split unbind tensor_split unfold diagonal as_strided
+    linalg_diagonal _conj _neg_view pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle
     view_as_real view_as_complex imag lift_fresh requires_grad_ _add_batch_dim _remove_batch_dim
     """
 )
@@ -125,7 +126,7 @@ ALONG_DIM: dict[str, int | None] = {
     ),
     "glu": -1,
     "normalize": 1,
-    "multinomial": -1,
+    "multinomial": None,
     "gumbel_softmax": -1,
 }
 REDUCTIONS = _words(

@@ -50,7 +50,10 @@ def look_inside(p: Prover, node: fx.Node, is_known: Callable[[str], bool]) -> An
         inner = graphs[key]
         if inner is None or _is_whole(inner, name):
             return unknown
-        found.append(_rows_inside(p, node, inner, operands, w))
+        parts = _rows_inside(p, node, inner, operands, w)
+        if isinstance(parts, Mixed):
+            return parts
+        found.append(parts)
     made = [_known(p, node, parts) for parts in zip(*found, strict=True)]
     return tuple(made) if isinstance(p.worlds[0].facts(node), tuple) else made[0]
 
@@ -103,7 +106,9 @@ def _is_whole(inner: fx.GraphModule, name: str) -> bool:
     return len(calls) > _MAX_NODES or name in calls
 
 
-def _rows_inside(p: Prover, node: fx.Node, inner: fx.GraphModule, operands: Sequence[fx.Node], w: int) -> list[Rows]:
+def _rows_inside(
+    p: Prover, node: fx.Node, inner: fx.GraphModule, operands: Sequence[fx.Node], w: int
+) -> list[Rows] | Mixed:
     """Rows of each result in one world, their maps by that world's ids alone."""
     placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
     outside = dict(zip(placeholders, operands, strict=True))
@@ -114,8 +119,13 @@ def _rows_inside(p: Prover, node: fx.Node, inner: fx.GraphModule, operands: Sequ
     for n in inner.graph.nodes:
         root = inside.roots.get(operand(n), operand(n)) if is_write(n) else None
         if root in outside and not (is_write(node) and outside[root] is operand(node)):
-            return [Mixed(f"{op_name(node)} writes into what it is given")]
+            return Mixed(f"{op_name(node)} writes into what it is given")
+    for words in inside.assumed.values():
+        p.assume(node, words)
     returned = next(n.args[0] for n in inner.graph.nodes if n.op == "output")
+    roots = [inside.roots.get(value, value) for value in returned]
+    if any(root in outside and outside[root] is not operand(node) for root in roots):
+        return Mixed(f"{op_name(node)} hands on an operand beside its first")  # a write to it would go unseen
     return [inside.rows(value) for value in returned]
 
 

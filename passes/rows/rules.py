@@ -189,8 +189,10 @@ def along_dim(p: Prover, node: fx.Node) -> Any:
     default = ALONG_DIM[name]
     if name in ("flip",):
         dims: list[int] | None = [d % p.ndim(operand(node)) for d in varargs(node, 1, "dims")]
-    elif name in ("roll", "rot90", "normalize"):
-        dims = dims_of(p, node, 2)
+    elif name == "multinomial":
+        dims = [p.ndim(operand(node)) - 1]
+    elif name in ("roll", "rot90", "normalize", "gumbel_softmax"):
+        dims = dims_of(p, node, 4 if name == "gumbel_softmax" else 2)
     else:
         dims = dims_of(p, node, 1)
     if dims is None and default is not None:

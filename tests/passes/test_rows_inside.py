@@ -23,6 +23,8 @@ B = 29
         (lambda x: x.quantile(0.5, dim=1), (0,)),
         (lambda x: torch.trapezoid(x.movedim(0, 2), dim=0), (1,)),
         (lambda x: x.clone().tril_(), (0,)),
+        (lambda x: torch.multinomial(x[:, 0].softmax(-1), 2), (0,)),
+        (lambda x: F.gumbel_softmax(x, 1, dim=1), (0,)),
     ],
 )
 def test_rows_are_found_inside(body: Any, dims: tuple[int, ...]) -> None:
@@ -36,7 +38,11 @@ def test_rows_are_found_inside(body: Any, dims: tuple[int, ...]) -> None:
         (lambda x: x.quantile(0.5, dim=0), "request dim"),
         (lambda x: torch.block_diag(x[:, 0], x[:, 1]), "rearranges rows of requests"),
         (lambda x: F.pdist(x[:, 0]), "no row rule for _pdist_forward"),
+        (lambda x: torch.multinomial(x[:, 0].softmax(0).T, 2), "softmax along"),
+        (lambda x: torch.multinomial(x[:, 0].exp().T, 2), "multinomial along"),
+        (lambda x: F.gumbel_softmax(x[:, 0].T, 2), "gumbel_softmax along"),
         (lambda x: torch.histc(x), "no row rule for histc"),
+        (lambda x: torch.broadcast_tensors(x[:, :1], x)[1], "hands on an operand beside its first"),
     ],
 )
 def test_what_mixes_inside(body: Any, reason: str) -> None:
@@ -49,6 +55,14 @@ def test_a_function_of_the_users_own_stays_closed() -> None:
     assert mapping_of(look_inside(prover, node, is_known))[0] == (0,)
     node.target = lambda *args, **kwargs: F.cosine_similarity(*args, **kwargs)
     assert "no row rule" in reason_of(look_inside(prover, node, is_known))
+
+
+def test_what_is_assumed_inside_is_told() -> None:
+    """Tokens of one packed sequence that attend to each other: isolation is a mask's job, wherever the product is."""
+    prover = proved(
+        lambda x: torch.tensordot(x[0], x[0], dims=([1], [1])) @ x[0], torch.randn(1, 5, 6), batch_dims=(0, 1)
+    )
+    assert any("as the mask allows" in words for words in prover.assumed.values())
 
 
 def queries(expanded: bool) -> Any:
