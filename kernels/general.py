@@ -17,7 +17,7 @@ import triton.language as tl
 from fxlora.kernels.call import LinearCall
 from fxlora.kernels.registry import SitePool
 from fxlora.kernels.segments import tile_bound
-from fxlora.kernels.tiles import gemm_tile, shrink_tile
+from fxlora.kernels.tiles import GeneralTiles, Tile
 from fxlora.kernels.triton_helpers import add_adapters, cdiv, dot, next_power_of_2, pool_arguments, strided
 
 
@@ -128,12 +128,12 @@ def linear_kernel(
     tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=row_mask[:, None] & col_mask[None, :])
 
 
-def general(call: LinearCall) -> list[torch.Tensor]:
+def general(call: LinearCall, tiles: GeneralTiles) -> list[torch.Tensor]:
     """The members' outputs for `call`."""
-    tile = gemm_tile(call.rows, call.x.dtype)
+    tile = tiles.gemm
     outputs = call.new_outputs()
     for y, weight, bias, pool in zip(outputs, call.weights, call.biases, call.members.pools, strict=True):
-        h_EW = y if pool is None else shrink(call, pool)
+        h_EW = y if pool is None else shrink(call, pool, tiles.shrink)
         linear_kernel[(cdiv(call.rows, tile.BM) * cdiv(weight.shape[0], tile.BN),)](
             strided(call.x),
             strided(weight),
@@ -163,9 +163,8 @@ def general(call: LinearCall) -> list[torch.Tensor]:
     return outputs
 
 
-def shrink(call: LinearCall, pool: SitePool) -> torch.Tensor:
+def shrink(call: LinearCall, pool: SitePool, tile: Tile) -> torch.Tensor:
     """h = x A^T of each entry's slot, fp32 [E, W]; only the columns below the slot's rank are written."""
-    tile = shrink_tile(call.entries)
     max_adapters = call.members.max_adapters
     h_EW = call.x.new_empty(call.entries, pool.rank_bound, dtype=torch.float32)
     shrink_kernel[(tile_bound(call.entries, max_adapters, tile.BM),)](

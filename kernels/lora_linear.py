@@ -16,6 +16,7 @@ Letters: T rows, J slots per row, K in-features, N out-features, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ from fxlora.kernels.gemv import gemv
 from fxlora.kernels.general import general
 from fxlora.kernels.prefill import prefill
 from fxlora.kernels.registry import Group, derived_of, pools_of
-from fxlora.kernels.tiles import WIDE, FusedTiles, decode_tiles, fused_tiles, gemv_tile, prefill_tile
+from fxlora.kernels.tiles import WIDE, decode_tiles, fused_tiles, gemv_tile, general_tiles, prefill_tile
 from fxlora.kernels.triton_helpers import INTERPRET, device_of
 
 DECODE_ROWS = 256
@@ -42,7 +43,8 @@ GEMV_ROWS, GEMV_COLUMNS = 16, 512
 MOST_MEMBERS = 4
 """Members that share a launch: each one's code is compiled into it."""
 
-Body = Callable[[LinearCall], list[torch.Tensor]]
+Body = Callable[[LinearCall, Any], list[torch.Tensor]]
+"""(call, its tiles) -> the members' outputs."""
 
 
 def lora_linear(
@@ -61,7 +63,8 @@ def lora_linear(
         for members in derived_of(group, _runs_of):
             part = slice(len(outputs), len(outputs) + len(members.pools))
             call = LinearCall(x, weights[part], biases[part], row_slots, row_coeffs, segments, members)
-            outputs += body_of(call)(call) if call.rows else call.new_outputs()
+            body, tiles = body_of(call)
+            outputs += body(call, tiles) if call.rows else call.new_outputs()
     return outputs
 
 
@@ -70,41 +73,19 @@ def _runs_of(pools: Group) -> list[Members]:
     return [Members(pools[first : first + MOST_MEMBERS]) for first in range(0, len(pools), MOST_MEMBERS)]
 
 
-def body_of(call: LinearCall) -> Body:
-    """The body that serves a call."""
-    columns = sum(call.widths)
-    few = call.rows == 1 or (call.rows <= GEMV_ROWS and columns <= GEMV_COLUMNS)
+def body_of(call: LinearCall) -> tuple[Body, object]:
+    """The body that serves a call, and its tiles."""
+    rows, features, columns, dtype = call.rows, call.features, sum(call.widths), call.x.dtype
+    few = rows == 1 or (rows <= GEMV_ROWS and columns <= GEMV_COLUMNS)
     if few and all([weight.stride(1) == 1 for weight in call.weights]):
-        return _gemv
-    many = call.rows > DECODE_ROWS or (call.rows > FEW_ROWS and columns > WIDE and call.x.dtype == torch.bfloat16)
-    if many and _tma_reads(call):
-        return _prefill
-    if call.rows > DECODE_ROWS:
-        return general
-    return _fused if fused_tiles_of(call) else _decode
-
-
-def fused_tiles_of(call: LinearCall) -> FusedTiles | None:
-    """Tiles of fused.py if it serves a call of up to DECODE_ROWS rows. h has the dtype of x there: never fp16."""
-    return fused_tiles(call.rows, call.features, sum(call.widths)) if call.x.dtype == torch.bfloat16 else None
-
-
-def _gemv(call: LinearCall) -> list[torch.Tensor]:
-    return gemv(call, gemv_tile(call.features))
-
-
-def _decode(call: LinearCall) -> list[torch.Tensor]:
-    return decode(call, decode_tiles(call.rows, call.features, sum(call.widths), call.x.dtype))
-
-
-def _fused(call: LinearCall) -> list[torch.Tensor]:
-    tiles = fused_tiles_of(call)
-    assert tiles is not None
-    return fused(call, tiles)
-
-
-def _prefill(call: LinearCall) -> list[torch.Tensor]:
-    return prefill(call, prefill_tile(call.rows, max(call.widths), call.members.h_width))
+        return gemv, gemv_tile(features)
+    half = dtype == torch.bfloat16  # fused keeps h in the dtype of x, whose range fp16 does not have
+    if (rows > DECODE_ROWS or (rows > FEW_ROWS and columns > WIDE and half)) and _tma_reads(call):
+        return prefill, prefill_tile(rows, max(call.widths), call.members.h_width)
+    if rows > DECODE_ROWS:
+        return general, general_tiles(rows, call.entries, dtype)
+    tiles = fused_tiles(rows, features, columns) if half else None
+    return (fused, tiles) if tiles else (decode, decode_tiles(rows, features, columns, dtype))
 
 
 def _tma_reads(call: LinearCall) -> bool:

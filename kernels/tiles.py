@@ -29,6 +29,14 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class GeneralTiles:
+    """The two launches of general.py."""
+
+    shrink: Tile
+    gemm: Tile
+
+
+@dataclass(frozen=True)
 class VectorTile:
     """Of shrink.py: at most `parts` programs share the ranks of an entry, at most `programs` those of a member.
 
@@ -305,14 +313,10 @@ def expert_prefill_tile(height: int, columns: int, dtype: torch.dtype) -> Expert
     return ExpertPrefillTile(256, 64, 32, 132, 8, 3, True, True, 64, 64, 64, 264, 4, 5)
 
 
-def shrink_tile(rows: int) -> Tile:
-    """Of the general body: tile of the shrink for this many entries."""
-    return _pick(_SHRINK, rows)
-
-
-def gemm_tile(rows: int, dtype: torch.dtype) -> Tile:
-    """Of the general body: tile of the base GEMM with the expand in its epilogue."""
-    return _pick(_GEMM_FP32 if dtype == torch.float32 else _GEMM_HALF, rows)
+@cache
+def general_tiles(rows: int, entries: int, dtype: torch.dtype) -> GeneralTiles:
+    """Tiles of the general body. entries: T * J."""
+    return GeneralTiles(_pick(_SHRINK, entries), _pick(_GEMM_FP32 if dtype == torch.float32 else _GEMM_HALF, rows))
 
 
 def embedding_tile(rows: int) -> Tile:

@@ -66,7 +66,8 @@ def linear(rows: int, features: int, *outs: int, rank: int = 16) -> None:
     slots = torch.zeros(rows, 1, dtype=torch.int32)
     segments = torch.zeros(segments_size(rows, SLOTS), dtype=torch.int32)
     call = LinearCall(x, weights, [None] * len(outs), slots, None, segments, Members(tuple(pools)))
-    body_of(call)(call)
+    body, tiles = body_of(call)
+    body(call, tiles)
 
 
 def experts(tokens: int, top_k: int, count: int, features: int, out: int, rank: int = 16) -> None:

@@ -26,6 +26,7 @@ from fxlora.kernels.tiles import (
     PrefillTile,
     ShrinkTile,
     VectorTile,
+    general_tiles,
 )
 from tests.kernels.cases import (
     HAS_CUDA,
@@ -87,7 +88,7 @@ def run(body: str, case: Case, tile: Any = None) -> list[torch.Tensor]:
     if body == "fused":
         return fused.fused(call, tile or FUSED["plain"])
     if body == "general":
-        return general.general(call)
+        return general.general(call, tile or general_tiles(call.rows, call.entries, call.x.dtype))
     return prefill.prefill(call, tile or PREFILL)
 
 
@@ -311,22 +312,24 @@ def choice(case: Case) -> Callable[..., object]:
 
     segments = torch.zeros(segments_size(case.row_slots.numel(), case.max_adapters), dtype=torch.int32, device=DEVICE)
     rest = (case.row_slots, case.row_coeffs, segments, Members(case.pools))
-    return body_of(LinearCall(case.x, case.weights, case.biases, *rest))
+    return body_of(LinearCall(case.x, case.weights, case.biases, *rest))[0]
 
 
 def test_which_body_serves_what() -> None:
-    from fxlora.kernels import lora_linear
+    from fxlora.kernels.decode import decode
+    from fxlora.kernels.fused import fused
+    from fxlora.kernels.gemv import gemv
     from fxlora.kernels.general import general
     from fxlora.kernels.overlap import can_overlap
+    from fxlora.kernels.prefill import prefill
 
-    gemv, decode, fused = lora_linear._gemv, lora_linear._decode, lora_linear._fused
-    many = lora_linear._prefill if INTERPRET or can_overlap(torch.device(DEVICE)) else general
+    many = prefill if INTERPRET or can_overlap(torch.device(DEVICE)) else general
     for rows, outs, dtype, body in (
         (1, (4096,), BF16, gemv), (1, (5,), FP32, gemv), (16, (512,), BF16, gemv), (16, (256, 256), FP32, gemv),
         (16, (256, 257), BF16, decode), (17, (24,), BF16, decode), (256, (24,), FP32, decode),
         (65, (512,), BF16, fused), (65, (512,), FP16, decode), (64, (6144,), BF16, fused), (16, (6144,), BF16, decode),
         (2, (20008,), BF16, fused), (2, (20008,), FP16, decode), (65, (20007,), BF16, decode),
-        (65, (20008,), BF16, lora_linear._prefill if many is not general else decode),
+        (65, (20008,), BF16, prefill if many is prefill else decode),
         (257, (24,), FP32, general), (257, (24, 16), BF16, many), (257, (24,), FP16, many),
         (257, (24, 17), BF16, general),
     ):  # fmt: skip

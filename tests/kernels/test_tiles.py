@@ -13,10 +13,10 @@ from fxlora.kernels.tiles import (
     embedding_tile,
     expert_decode_tiles,
     expert_prefill_tile,
-    gemm_tile,
+    fused_tiles,
     gemv_tile,
+    general_tiles,
     prefill_tile,
-    shrink_tile,
 )
 
 WIDTHS = (1, 3, 64, 2048, 4096, 14336, 28672, 151936)
@@ -36,6 +36,17 @@ def test_sides_of_the_decode_tiles_are_what_a_dot_accepts(rows: int) -> None:
         assert power_of_two(tiles.shrink.BR)
         assert power_of_two(tiles.shrink.BK)
         assert isinstance(tiles.shrink, VectorTile) or (tiles.shrink.BR >= 16 and tiles.shrink.BK >= 16)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 256])
+def test_sides_of_the_fused_tiles_are_what_a_dot_accepts(rows: int) -> None:
+    found = [fused_tiles(rows, features, columns) for features, columns in itertools.product(WIDTHS, WIDTHS)]
+    assert any(found)
+    for tiles in filter(None, found):
+        sides = (tiles.gemm.BM, tiles.gemm.BN, tiles.gemm.BK, tiles.BR, tiles.shrink.BR, tiles.shrink.BK)
+        assert all(power_of_two(side) and side >= 16 for side in sides)
+        assert tiles.gemm.SPLIT == tiles.shrink.parts == 1
+        assert tiles.BR <= 128  # groups.MOST of them
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -65,8 +76,9 @@ def test_blocks_of_a_vector_product_are_powers_of_two_no_wider_than_they_need(fe
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 8192])
 def test_sides_of_all_other_tiles_are_what_a_dot_accepts(rows: int) -> None:
-    halves = [gemm_tile(rows, dtype) for dtype in DTYPES]
-    for tile in (shrink_tile(rows), embedding_tile(rows), prefill_tile(rows, 4096, 64), *halves):
+    general = [general_tiles(rows, rows, dtype) for dtype in DTYPES]
+    both = [tile for tiles in general for tile in (tiles.shrink, tiles.gemm)]
+    for tile in (embedding_tile(rows), prefill_tile(rows, 4096, 64), *both):
         assert all(power_of_two(side) and side >= 16 for side in (tile.BM, tile.BN, tile.BK, tile.BR))
 
 
