@@ -13,6 +13,7 @@ import copy
 import logging
 import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.fx.experimental import _config as shape_config
 
 _log = logging.getLogger(__name__)
 _LOGS = ("debug", "info", "warning", "warn", "error", "critical", "exception", "log", "warning_once", "info_once")
-_OLD_NAME = "ignore_logger_methods"  # torch 2.11
+_IGNORED = "ignore_logging_functions"
 
 
 def logging_functions() -> set[Any]:
@@ -28,10 +29,25 @@ def logging_functions() -> set[Any]:
     return {getattr(logging.Logger, name) for name in _LOGS if hasattr(logging.Logger, name)}
 
 
+@cache
+def can_ignore_logs() -> bool:
+    """Whether dynamo can leave out what a model logs. torch 2.11 writes its settings into the metrics of every compile,
+    cannot write functions, and logs an error each time: there a model that logs breaks its graph."""
+    if not hasattr(torch._dynamo.config, _IGNORED):
+        return False
+    describe = getattr(torch._dynamo.utils, "_get_dynamo_config_for_logging", lambda: None)
+    with torch._dynamo.config.patch({_IGNORED: logging_functions()}):
+        try:
+            describe()
+        except TypeError:
+            return False
+    return True
+
+
 def capture_settings() -> dict[str, Any]:
     """What holds while a model is captured, for ``torch._dynamo.config.patch``."""
-    ignored = "ignore_logging_functions" if hasattr(torch._dynamo.config, "ignore_logging_functions") else _OLD_NAME
-    return {"allow_rnn": True, ignored: logging_functions(), "specialize_float": True}
+    ignored = {_IGNORED: logging_functions()} if can_ignore_logs() else {}
+    return {"allow_rnn": True, "specialize_float": True, **ignored}
 
 
 def call_once(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

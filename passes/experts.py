@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from fxlora.passes.graph import argument, describe, op_name, operand
+from fxlora.passes.rows.families import is_pointwise
 from fxlora.passes.rows.labels import Label, Mixed, RowMap
 from fxlora.passes.rows.worlds import TensorFacts, UnknownShapeError
 
@@ -177,7 +178,13 @@ def _world_size(p: Prover, read: Read, letter: str, world: int) -> int:
     return p.shape(node, world)[source[1]]
 
 
-_KEEPS_COLUMNS = {"squeeze", "unsqueeze", "add", "add_", "to", "permute", "transpose", "reshape", "view", "contiguous"}
+_KEEPS_COLUMNS = {"squeeze", "unsqueeze", "permute", "transpose", "reshape", "view", "contiguous", "to"}
+
+
+def _keeps_columns(node: fx.Node) -> bool:
+    """Whether columns of the last dim stay where they are if its size does."""
+    name = op_name(node)
+    return name in _KEEPS_COLUMNS or is_pointwise(name.removesuffix("_"))
 
 
 def packing_of(uses: Sequence[fx.Node], out_features: int, world: World) -> Packing | None:
@@ -193,7 +200,7 @@ def packing_of(uses: Sequence[fx.Node], out_features: int, world: World) -> Pack
             visited.add(node)
             if packing := _taken_apart(node, out_features, world):
                 seen.add(packing)
-            elif op_name(node) in _KEEPS_COLUMNS and world.shape(node)[-1:] == (out_features,):
+            elif _keeps_columns(node) and world.shape(node)[-1:] == (out_features,):
                 stack += node.users
         found.add(seen.pop() if len(seen) == 1 else None)
     return found.pop() if len(found) == 1 else None

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.torch_version import TorchVersion
 
 BATCH, LENGTH, VOCAB, HIDDEN, INNER = 3, 7, 131, 48, 80
 IMAGE, PATCH, MEL, FRAMES = 12, 4, 10, 14
@@ -288,6 +289,8 @@ T5 = {
     "num_heads": 4,
     "feed_forward_proj": "gated-gelu",
     "decoder_start_token_id": 0,
+    "use_cache": TorchVersion(torch.__version__)
+    >= "2.12",  # dynamo of 2.11 cannot follow how its cache copies a config
 }
 BART = {
     "vocab_size": VOCAB,
@@ -488,7 +491,7 @@ UNNAMED: tuple[Entry, ...] = (
         "Dinov2Config",
         {**VIT, "mlp_ratio": 2},
         image_inputs,
-        ("q_proj", "v_proj", "o_proj"),
+        ("q_proj", "v_proj", "o_proj", "query", "value"),  # transformers renamed them
         ("fc1", "fc2"),
         (),
         ("classifier",),

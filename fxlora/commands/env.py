@@ -24,15 +24,14 @@ def environment() -> dict[str, str]:
 
 
 def _devices() -> dict[str, str]:
+    """The build of torch, which its package's version does not name, and what it sees."""
     import torch
 
+    found = {"torch": str(torch.__version__), "CPU threads": str(torch.get_num_threads())}
     if not torch.cuda.is_available():
-        return {
-            "CUDA": f"none (torch built for {torch.version.cuda or 'the CPU alone'})",
-            "CPU threads": str(torch.get_num_threads()),
-        }
+        return {**found, "CUDA": f"none (torch built for {torch.version.cuda or 'the CPU alone'})"}
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {"CUDA": str(torch.version.cuda), "GPU": ", ".join(names), "CPU threads": str(torch.get_num_threads())}
+    return {**found, "CUDA": str(torch.version.cuda), "GPU": ", ".join(names)}
 
 
 def show_environment(console: Console) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import fxlora
+from fxlora.tracing import can_ignore_logs
 from tests.toys.base import make_adapter, merged
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,8 @@ def compiled(model: nn.Module, x: torch.Tensor) -> Any:
 @pytest.mark.parametrize("build", MODELS, ids=["logs", "lock", "attributes", "lstm", "gru"])
 @torch.no_grad()
 def test_a_mixed_batch_is_served(build: Callable[[], Model], serve: Any) -> None:
+    if build is Logs and not can_ignore_logs():
+        pytest.skip("this torch cannot leave out what a model logs")
     torch.manual_seed(0)
     model, x = build().eval().requires_grad_(False), torch.randn(3, 5, 6)
     adapter, ignored = make_adapter(model, ["proj"], 2, 11), torch._dynamo.config.ignore_logger_methods

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.torch_version import TorchVersion
 
 from fxlora.errors import FxloraError
 from tests.toys.base import (
@@ -36,7 +37,8 @@ def identity(case: object) -> str:
 
 
 def forms_of(toy: Toy) -> list[str]:
-    return [form for form in FORMS if toy.traceable or form != "symbolic_trace"]
+    possible = {"symbolic_trace": toy.traceable, "capture": TorchVersion(torch.__version__) >= toy.since}
+    return [form for form in FORMS if possible[form]]
 
 
 def names_for(sizes: Sizes) -> list[str | None]:

@@ -74,7 +74,8 @@ class Toy:
     """A toy with its verdict. batch_dims names the request dim of each input that carries requests.
 
     output_dim is the request dim of every output tensor; alone is False where a batch of one cannot run (constant
-    permutations of the batch); traceable is False where torch.fx.symbolic_trace cannot follow the Python.
+    permutations of the batch); traceable is False where torch.fx.symbolic_trace cannot follow the Python; since is the
+    torch whose dynamo can.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Toy:
     output_dim: int = 0
     alone: bool = True
     traceable: bool = True
+    since: str = "2.11"
     train: bool = False
     sizes: Sequence[Sizes] = (DISTINCT, SQUARE)
 

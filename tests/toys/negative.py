@@ -111,7 +111,7 @@ def add_selected_request(self: Self, x: Tensor) -> Tensor:
     return self.proj(x + x[-1])
 
 
-@register(NEGATIVE, MIXED)
+@register(NEGATIVE, MIXED, since="2.12")
 def add_the_largest_request(self: Self, x: Tensor) -> Tensor:
     return self.proj(x + x[x.sum((1, 2)).argmax()])
 
