@@ -212,7 +212,7 @@ def _plan_uses(prover: Prover, site: Site, reader: Reader) -> tuple[list[Planned
         if node in prover.vmapped:
             return [], "it is computed inside torch.vmap, which hides one of its dims"
         read = reader.read_as(node, site.kind)
-        rows = prover.rows(read.x)
+        rows = prover.rows_of_read(read.x) if read.product is None else prover.rows(read.x)
         alone = rows is not None and _is_alone(prover)
         if alone:
             rows = _of_the_one_request(prover, read.x)

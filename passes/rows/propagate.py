@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -100,14 +101,13 @@ class Prover:
                 continue
             self.integers.visit(node)
             self._track_memory(node)
-            if node in self._reads and self.labels.get(self._reads[node]) is None:
-                self._share_out(self._reads[node])
-            if not any(self.labels.get(n) is not None for n in node.all_input_nodes):
-                continue
-            try:
-                rows = self._rows_after(node)
-            except _EXPECTED as error:
-                rows = Mixed(f"{op_name(node).lstrip('?')} could not be followed ({type(error).__name__}: {error})")
+            with self._shared_out(node):
+                if not any(self.labels.get(n) is not None for n in node.all_input_nodes):
+                    continue
+                try:
+                    rows = self._rows_after(node)
+                except _EXPECTED as error:
+                    rows = Mixed(f"{op_name(node).lstrip('?')} could not be followed ({type(error).__name__}: {error})")
             if isinstance(rows, Mixed) and not any(
                 r is rows for n in node.all_input_nodes for r in _parts(self.labels.get(n))
             ):
@@ -116,18 +116,33 @@ class Prover:
                 self.labels[node] = self._checked(node, rows)
         return self
 
-    def _share_out(self, x: fx.Node) -> None:
-        """What is repeated for each request (learned queries) is each request's own, once an adapter has changed it."""
-        if not self.is_tensor(x) or len({ids.numel() for ids in self.seed.ids}) == 1 or self.seed.ids[0].dim() > 1:
+    @contextmanager
+    def _shared_out(self, node: fx.Node) -> Iterator[None]:
+        """What is repeated for each request (learned queries, positions) is each request's own for a call that adapters
+        may change; for all others it stays the same for all."""
+        x = self._reads.get(node)
+        if x is None or (rows := self.rows_of_read(x)) is None or self.labels.get(x) is not None:
+            yield
             return
+        self.labels[x] = rows
+        try:
+            yield
+        finally:
+            self.labels[x] = None
+
+    def rows_of_read(self, x: fx.Node) -> Rows:
+        """Rows of what a site's call takes: those of the tensor, or of the requests it is repeated for."""
+        if (rows := self.rows(x)) is not None or not self.is_tensor(x):
+            return rows
+        if len({ids.numel() for ids in self.seed.ids}) == 1 or self.seed.ids[0].dim() > 1:
+            return None
         if any(n not in self._bound for n in self._inputs_behind(x)):
-            return
+            return None
         shapes = [self.shape(x, w) for w in range(self.count)]
         dims = [
             d for d in range(len(shapes[0])) if all(shapes[w][d] == self.seed.ids[w].numel() for w in range(self.count))
         ]
-        if len(dims) == 1:
-            self.labels[x] = Label(self.seed, (dims[0],))
+        return Label(self.seed, (dims[0],)) if len(dims) == 1 else None
 
     def inside(
         self,
