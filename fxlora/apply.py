@@ -49,6 +49,7 @@ def apply(
             large. "all": every site. A list or a regex names weights as PEFT's `target_modules` does.
         batch_dims: Which input dims tell requests apart. None: dim 0 of every input that shares the first input's.
             `{"input_ids": 0}` names inputs; `(0, 1)` or `{"input_ids": (0, 1)}` chooses adapters per token (packed).
+            None for an input vouches that its rows go to the requests in order, some to each (images, say).
         example_inputs: A tuple or dict of inputs, for graphs that record no shapes (symbolic_trace).
         pool_rows: Rank rows per site; by default max_adapters * max_rank, both rounded up to 16.
         model: The module the graph was traced from, where the graph has lost names of its weights (make_fx, or an
