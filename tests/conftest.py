@@ -31,9 +31,11 @@ POISONING = {"on": True}
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs CUDA, skipped without it")
     config.addinivalue_line("markers", "interpreted: small enough to run again on interpreted Triton bodies")
+    config.addinivalue_line("markers", "long: takes minutes; runs first, or a process would wait for it at the end")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs CUDA")
         for item in items:

@@ -22,7 +22,8 @@ def interpreter_works() -> bool:
 
 @pytest.mark.skipif(INTERPRET, reason="this is the second pytest")
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
-@pytest.mark.parametrize("which", ["expert", "not expert"])  # two, that run side by side
+@pytest.mark.long
+@pytest.mark.parametrize("which", ["expert", "not expert"])
 def test_triton_bodies_under_the_interpreter(which: str) -> None:
     if not interpreter_works():
         pytest.skip(f"the interpreter of triton {metadata.version('triton')} fails with this numpy")
