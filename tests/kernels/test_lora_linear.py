@@ -13,7 +13,7 @@ from fxlora.kernels.ops import INTERPRET
 from tests.kernels.cases import DEVICES, DTYPES, HAS_CUDA, Case, assert_right, equal_bits, make_case
 
 pytestmark = pytest.mark.interpreted
-EXAMPLES = 5 if INTERPRET else 12 if HAS_CUDA else 60  # each shape compiles anew on a GPU
+EXAMPLES = 8 if INTERPRET else 12 if HAS_CUDA else 60  # each shape compiles anew on a GPU
 
 
 @pytest.mark.parametrize("device", DEVICES)
