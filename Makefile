@@ -38,7 +38,7 @@ demo: $(STAMP)
 	@$(BIN)/fxlora demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # Every tensor gets memory of its own, or memcheck would take a neighbour's for a tensor's.
 sanitize: $(STAMP)
