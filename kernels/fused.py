@@ -102,9 +102,8 @@ def fused_kernel(
         if (program >= begin) & (program < end):
             adapters = None
             if HAS_POOL[member]:
-                a_ptr, start_ptr, rank_ptr, scaling_ptr = sites[member]
                 adapters = Adapters(
-                    a_ptr, b_ptrs[member], start_ptr, rank_ptr, scaling_ptr, max_adapters, slots_ptr, slots_ptr,
+                    b_ptrs[member], sites[member][1], sites[member][2], max_adapters, slots_ptr,
                     h_ptr + member * num_rows.to(tl.int64) * J * h_width, h_width,
                     groups_ptr + member * tiles_m * (FIELDS * capacity + 1), capacity,
                 )  # fmt: skip

@@ -102,7 +102,7 @@ def group_shrink_kernel(
                 h_at = h_ptr + member * num_entries.to(tl.int64) * h_width
                 if tl.program_id(0) < tiles_m:
                     adapters = Adapters(
-                        site[0], site[0], site[1], site[2], site[3], max_adapters, slots_ptr, slots_ptr, h_at, h_width,
+                        site[0], site[1], site[2], max_adapters, slots_ptr, h_at, h_width,
                         groups_ptr + member * tiles_m * (FIELDS * capacity + 1), capacity,
                     )  # fmt: skip
                     list_tile(tl.program_id(0), adapters, segments_ptr, num_rows, J, JP, BM, BINS, SORTED)

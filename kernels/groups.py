@@ -30,14 +30,11 @@ MOST = tl.constexpr(8)
 class Adapters(NamedTuple):
     """What a kernel reads of a member's adapters and rows, and its scratch."""
 
-    a: Any  # [P, K]
     b: Any  # [P, N]
     start: Any  # int32 [S]
     rank: Any  # int32 [S]
-    scaling: Any  # fp32 [S]
     max_adapters: Any
     slots: Any  # int32 [T, J], contiguous
-    coeffs: Any  # fp32 [T, J], contiguous; never read without HAS_COEFFS
     h: Any  # [T * J, W], like x
     width: Any  # W
     groups: Any  # int32 [row tiles, 3 * capacity + 1]: fields of each group, then their number

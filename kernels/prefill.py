@@ -180,8 +180,8 @@ def prefill(call: LinearCall, tile: PrefillTile) -> list[torch.Tensor]:
 def _adapters_of(call: LinearCall, scratch: Scratch, member: int, pool: SitePool) -> Adapters:
     """The kernel's view of a member's pool and rows."""
     return Adapters(
-        pool.a, pool.b, pool.start, pool.rank, pool.scaling, call.members.max_adapters, scratch.slots, scratch.slots,
-        scratch.h[member], scratch.width, scratch.groups[member], scratch.capacity,
+        pool.b, pool.start, pool.rank, call.members.max_adapters, scratch.slots, scratch.h[member],
+        scratch.width, scratch.groups[member], scratch.capacity,
     )  # fmt: skip
 
 
