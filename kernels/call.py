@@ -67,12 +67,15 @@ class PlannedCall:
         grid: tuple[int, ...],
         numbers: tuple[int, ...],
         num_warps: int,
+        registers: int | None = None,
         **constants: object,
     ) -> Plan:
-        """A plan. With PDL the launch may start while the one before it on the stream still runs."""
-        pdl = bool(constants["PDL"])
-        variant = launcher.variant(constants, device=self.device_index, num_warps=num_warps, pdl=pdl)
-        return Plan(variant, grid, numbers)
+        """A plan. With PDL the launch may start while the one before it on the stream still runs.
+
+        registers: most of a thread.
+        """
+        options = {"num_warps": num_warps, "pdl": bool(constants["PDL"]), "registers": registers}
+        return Plan(launcher.variant(constants, device=self.device_index, **options), grid, numbers)
 
 
 class Members:

@@ -43,30 +43,36 @@ def tile_of(tile, segments_ptr, num_entries, max_adapters) -> tl.tensor:
 @triton.jit
 def shrink_tile(
     tile, part, x, h_ptr, h_stride, coeffs, segments_ptr, site, num_entries, num_features, max_adapters,
-    J: tl.constexpr, PARTS: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    HAS_COEFFS: tl.constexpr,
+    J: tl.constexpr, PARTS: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
+    STAGES: tl.constexpr, HAS_COEFFS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One part of one tile's h, whole groups of 16 ranks."""
+    """One part of one tile's h, whole groups of 16 ranks.
+
+    Warps multiply one of SLICES slices of every block of in-features each: 16 x 16 results are too few to share out
+    otherwise, and all warps would compute the same.
+    """
     slot, first_position, end = tile_of(tile, segments_ptr, num_entries, max_adapters)
     rank, start, scaling = adapter_of(slot, site)
     positions = first_position + tl.arange(0, 16)
     entry_mask = positions < end
     entries = tl.load(segments_ptr + positions, mask=entry_mask, other=0)
     factor = factor_of(entries, tl.zeros([16], tl.float32) + scaling, coeffs, J, HAS_COEFFS)
-    x_at = x[0] + (entries // J).to(tl.int64) * x[1]
+    x_at = (x[0] + (entries // J).to(tl.int64) * x[1])[None, :, None]
     h_at = h_ptr + (part * num_entries + entries).to(tl.int64) * h_stride
     each = tl.cdiv(tl.cdiv(num_features, BK), PARTS) * BK
+    width: tl.constexpr = BK // SLICES
     for first in range(0, rank, BR):
         ranks = first + tl.arange(0, BR)
-        a_at = site[0] + (start + ranks).to(tl.int64) * num_features
-        acc = tl.zeros([16, BR], tl.float32)
+        a_at = (site[0] + (start + ranks).to(tl.int64) * num_features)[None, :, None]
+        acc = tl.zeros([SLICES, 16, BR], tl.float32)
         for block in tl.range(part * each, tl.minimum(part * each + each, num_features), BK, num_stages=STAGES):
-            ks = block + tl.arange(0, BK)
-            inside = (ks < num_features)[None, :]
-            x_tile = tl.load(x_at[:, None] + ks[None, :] * x[2], mask=entry_mask[:, None] & inside, other=0.0)
-            a = tl.load(a_at[:, None] + ks[None, :], mask=(ranks < rank)[:, None] & inside, other=0.0)
-            acc = dot(x_tile, a.T, acc, "ieee")
-        h = (acc * factor[:, None]).to(h_ptr.dtype.element_ty)  # zero beyond the rank
+            # [SLICES, 16 or BR, width] from here on
+            ks = block + tl.arange(0, SLICES)[:, None, None] * width + tl.arange(0, width)[None, None, :]
+            inside = ks < num_features
+            x_tile = tl.load(x_at + ks * x[2], mask=entry_mask[None, :, None] & inside, other=0.0)
+            a = tl.load(a_at + ks, mask=(ranks < rank)[None, :, None] & inside, other=0.0)
+            acc = dot(x_tile, a.permute(0, 2, 1), acc, "ieee")
+        h = (tl.sum(acc, axis=0) * factor[:, None]).to(h_ptr.dtype.element_ty)  # zero beyond the rank
         mask = entry_mask[:, None] & (ranks < (rank + 15) // 16 * 16)[None, :]
         tl.store(h_at[:, None] + ranks[None, :], h, mask=mask)
 
@@ -87,6 +93,7 @@ def shrink_tiles_kernel(
     PARTS: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
+    SLICES: tl.constexpr,
     STAGES: tl.constexpr,
     HAS_COEFFS: tl.constexpr,
     PDL: tl.constexpr,
@@ -102,7 +109,7 @@ def shrink_tiles_kernel(
                 for item in tl.range(tl.program_id(0), items, tl.num_programs(0), num_stages=1):
                     shrink_tile(
                         item // PARTS, item % PARTS, x, h_at, h_stride, coeffs, segments_ptr, sites[member],
-                        num_entries, num_features, max_adapters, J, PARTS, BR, BK, STAGES, HAS_COEFFS,
+                        num_entries, num_features, max_adapters, J, PARTS, BR, BK, SLICES, STAGES, HAS_COEFFS,
                     )  # fmt: skip
 
 
@@ -131,11 +138,13 @@ def _plan(call: LinearCall, stride: int, tile: ShrinkTile) -> Plan:
         (min(items, tile.programs), len(call.widths)),
         (call.entries, call.features, members.max_adapters),
         tile.num_warps,
+        registers=tile.registers,
         HAS_POOL=members.has_pool,
         J=call.width,
         PARTS=tile.parts,
         BR=max(16, min(tile.BR, stride)),
         BK=tile.BK,
+        SLICES=tile.slices,
         STAGES=tile.num_stages,
         HAS_COEFFS=call.has_coeffs,
         PDL=call.overlap,

@@ -1,8 +1,8 @@
 """The launch before fused.py's and prefill.py's: groups of each row tile, h = coeff * scaling * (x A^T) of each entry.
 
-Stage: run time, beside the base product of the launch after it. The first programs list groups (groups.py), the others
-make h by the matrix unit, tiles of up to 16 entries of one slot: each A is read once for each tile, and only if its
-adapter is in the batch. An entry's bits follow from its own x and adapter alone.
+Stage: run time, beside the base product of the launch after it. Groups are listed by groups.py; h is made by the
+matrix unit, tiles of up to 16 entries of one slot: each A is read once for each tile, and only if its adapter is in the
+batch. An entry's bits follow from its own x and adapter alone.
 
 Letters: T rows, J slots per row, E = T * J entries, K in-features, W words of an entry's h, S slots.
 """
@@ -86,11 +86,12 @@ def group_shrink_kernel(
     SORTED: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
+    SLICES: tl.constexpr,
     STAGES: tl.constexpr,
     HAS_COEFFS: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """Program (row tile to list, or share of the work past those; member)."""
+    """Program (share of the tiles of h, member); the last ones list a row tile each first, as they have least to do."""
     wait_for_earlier(PDL)
     let_later_start(PDL)
     tiles_m = tl.cdiv(num_rows, BM)
@@ -100,19 +101,19 @@ def group_shrink_kernel(
             if tl.program_id(1) == member:
                 site = sites[member]
                 h_at = h_ptr + member * num_entries.to(tl.int64) * h_width
-                if tl.program_id(0) < tiles_m:
+                row_tile = tl.num_programs(0) - 1 - tl.program_id(0)
+                if row_tile < tiles_m:
                     adapters = Adapters(
                         site[0], site[1], site[2], max_adapters, slots_ptr, h_at, h_width,
                         groups_ptr + member * tiles_m * (FIELDS * capacity + 1), capacity,
                     )  # fmt: skip
-                    list_tile(tl.program_id(0), adapters, segments_ptr, num_rows, J, JP, BM, BINS, SORTED)
-                else:
-                    count = count_tiles(segments_ptr, num_entries, max_adapters)
-                    for tile in tl.range(tl.program_id(0) - tiles_m, count, tl.num_programs(0) - tiles_m, num_stages=1):
-                        shrink_tile(
-                            tile, 0, x, h_at, h_width, coeffs, segments_ptr, site, num_entries, num_features,
-                            max_adapters, J, 1, BR, BK, STAGES, HAS_COEFFS,
-                        )  # fmt: skip
+                    list_tile(row_tile, adapters, segments_ptr, num_rows, J, JP, BM, BINS, SORTED)
+                count = count_tiles(segments_ptr, num_entries, max_adapters)
+                for tile in tl.range(tl.program_id(0), count, tl.num_programs(0), num_stages=1):
+                    shrink_tile(
+                        tile, 0, x, h_at, h_width, coeffs, segments_ptr, site, num_entries, num_features, max_adapters,
+                        J, 1, BR, BK, SLICES, STAGES, HAS_COEFFS,
+                    )  # fmt: skip
 
 
 _launcher = Launcher(group_shrink_kernel)
@@ -140,9 +141,10 @@ def _plan(call: LinearCall, scratch: Scratch, tile: ShrinkTile) -> Plan:
     items = min(call.entries, tile_bound(call.entries, members.max_adapters, TILE))
     return call.planned(
         _launcher,
-        (cdiv(call.rows, scratch.block_rows) + min(items, tile.programs), len(call.widths)),
+        (max(cdiv(call.rows, scratch.block_rows), min(items, tile.programs)), len(call.widths)),
         (call.rows, call.features, members.max_adapters),
         tile.num_warps,
+        registers=tile.registers,
         HAS_POOL=members.has_pool,
         J=call.width,
         JP=next_power_of_2(call.width),
@@ -151,6 +153,7 @@ def _plan(call: LinearCall, scratch: Scratch, tile: ShrinkTile) -> Plan:
         SORTED=scratch.is_sorted,
         BR=max(16, min(tile.BR, scratch.width)),
         BK=tile.BK,
+        SLICES=tile.slices,
         STAGES=tile.num_stages,
         HAS_COEFFS=call.has_coeffs,
         PDL=call.overlap,

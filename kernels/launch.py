@@ -3,7 +3,7 @@
 Stage: run time, below the Triton bodies. `kernel[grid](...)` examines every argument at each launch, 20 to 60 us where
 there are many. A `Launcher` keeps compiled kernels under a key of its own and calls their C entry directly; the first
 launch under a key goes through `kernel[grid]`, which compiles, so a key only has to be finer than Triton's. It holds:
-    device, num_warps, num_stages, pdl, names and values of the constants;
+    device, num_warps, num_stages, pdl, registers, names and values of the constants;
     of a tensor: dtype, device and address modulo 16;
     of an int: its value; of an int parameter in `do_not_specialize`: whether it fits 32 bits.
 Ints that change from batch to batch belong in `do_not_specialize`, or each new value costs one plain launch. Triton
@@ -15,8 +15,10 @@ launch hooks (profilers) are set.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -118,14 +120,18 @@ class Launcher:
         num_warps: int = 4,
         num_stages: int = 3,
         pdl: bool = False,
+        registers: int | None = None,
     ) -> None:
         """One launch on the current stream of GPU `device`, which has to be the current GPU.
 
         args: one for each parameter that is not constexpr: a tensor, an int, None, a Fixed, or a tuple of these. The
         kind of each may depend on the constants only. constants: by name, in the kernel's order. pdl: the launch may
-        begin before the one ahead of it ends; the kernel says where it waits.
+        begin before the one ahead of it ends; the kernel says where it waits. registers: most of a thread.
         """
-        self.variant(constants, device=device, num_warps=num_warps, num_stages=num_stages, pdl=pdl).launch(grid, args)
+        variant = self.variant(
+            constants, device=device, num_warps=num_warps, num_stages=num_stages, pdl=pdl, registers=registers
+        )
+        variant.launch(grid, args)
 
     def variant(
         self,
@@ -135,9 +141,10 @@ class Launcher:
         num_warps: int = 4,
         num_stages: int = 3,
         pdl: bool = False,
+        registers: int | None = None,
     ) -> Variant:
         """The choice of constants and options, the same object at each call."""
-        options = (device, num_warps, num_stages, pdl, tuple(constants), tuple(constants.values()))
+        options = (device, num_warps, num_stages, pdl, registers, tuple(constants), tuple(constants.values()))
         found = self._variants.get(options)
         if found is None:
             found = self._variants[options] = Variant(self, constants, options)
@@ -145,11 +152,15 @@ class Launcher:
 
     def launch_plain(self, grid: tuple[int, ...], args: tuple[object, ...], variant: Variant) -> None:
         """The launch as Triton does it; keeps the compiled kernel."""
-        _, num_warps, num_stages, pdl, *_ = variant.options
+        _, num_warps, num_stages, pdl, registers, *_ = variant.options
         keywords = {} if self._interpreted else {"num_warps": num_warps, "num_stages": num_stages}
         if pdl and not self._interpreted:
             keywords["launch_pdl"] = True
+        if registers and not self._interpreted:
+            keywords["maxnreg"] = registers
         compiled = self.kernel[grid](*map(_plain, args), **variant.constants, **keywords)
+        if pdl and not self._interpreted:
+            prefer_shared_memory(compiled)
         if self._direct:
             self._keep(compiled, args, variant)
 
@@ -192,6 +203,29 @@ def entry(compiled: Any, num_constants: int) -> Enter | None:
             head = (function, *flags, packed, None, None, None, None, None, run.arg_annotations, run.kernel_signature)
             return lambda x, y, z, stream, call: c_launch(x, y, z, stream, *head, (*call, *tail))
     return lambda x, y, z, stream, call: run(x, y, z, stream, function, packed, None, None, None, *call, *tail)
+
+
+def prefer_shared_memory(compiled: Any) -> None:
+    """Multiprocessors that run this kernel give all they can to shared memory, from the next launch on.
+
+    They divide it from L1 for the kernel that comes first, and a kernel that needs more cannot join it there: the next
+    one would start when this one has ended. See `cuFuncSetAttribute` in the CUDA driver API.
+    """
+    function = getattr(compiled.result() if hasattr(compiled, "result") else compiled, "function", None)
+    library = _driver_library()
+    if library is not None and isinstance(function, int):
+        library.cuFuncSetAttribute(ctypes.c_void_p(function), _PREFERRED_SHARED_MEMORY_CARVEOUT, _ALL)
+
+
+_PREFERRED_SHARED_MEMORY_CARVEOUT, _ALL = 9, 100  # CUfunction_attribute; percent
+
+
+@cache
+def _driver_library() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:  # no NVIDIA driver, or not Linux: launches only overlap less
+        return None
 
 
 def _release() -> tuple[int, ...]:

@@ -84,7 +84,7 @@ def body_of(call: LinearCall) -> tuple[Body, object]:
         return prefill, prefill_tile(rows, max(call.widths), call.members.h_width)
     if rows > DECODE_ROWS:
         return general, general_tiles(rows, call.entries, dtype)
-    tiles = fused_tiles(rows, features, columns) if half else None
+    tiles = fused_tiles(rows, features, columns, call.members.h_width) if half else None
     return (fused, tiles) if tiles else (decode, decode_tiles(rows, features, columns, dtype))
 
 

@@ -193,7 +193,7 @@ def _launch(
         return
     bias, parts = call.biases[member], 2 if tile.BN >= 128 else 1
     tiles = cdiv(call.rows, tile.BM) * cdiv(y.shape[1], tile.BN)
-    options = {"launch_pdl": True} if call.overlap and not INTERPRET.value else {}
+    options = {"launch_pdl": True, "maxnreg": tile.registers} if call.overlap and not INTERPRET.value else {}
     prefill_kernel[(min(tiles, resident_programs(call.x.device)),)](
         TensorDescriptor.from_tensor(call.x, [tile.BM, tile.BK]),
         TensorDescriptor.from_tensor(call.weights[member], [tile.BN, tile.BK]),

@@ -52,7 +52,8 @@ class VectorTile:
 
 @dataclass(frozen=True)
 class ShrinkTile:
-    """Of decode_shrink.py: `parts` programs share the in-features of a tile; at most `programs` of each member."""
+    """Of decode_shrink.py: `parts` programs share the in-features of a tile; at most `programs` of each member. A block
+    of in-features is cut into `slices`. registers: most of a thread, where the launch after it shall fit beside it."""
 
     BR: int
     BK: int
@@ -60,6 +61,8 @@ class ShrinkTile:
     programs: int
     num_warps: int
     num_stages: int
+    slices: int
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,8 @@ class FusedTiles:
 
 @dataclass(frozen=True)
 class PrefillTile:
-    """Of prefill.py: BR ranks are expanded with the base product, the others later[0] at once in later[1] stages."""
+    """Of prefill.py: BR ranks are expanded with the base product, the others later[0] at once in later[1] stages.
+    registers: as in ShrinkTile."""
 
     BM: int
     BN: int
@@ -116,6 +120,7 @@ class PrefillTile:
     num_stages: int
     later: tuple[int, int]
     shrink: ShrinkTile
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -199,9 +204,11 @@ class ExpertPrefillTile:
 _VECTOR = VectorTile(4, 2048, 16, 528, 4)
 _SHRINK_ROWS = VectorTile(4, 2048, 16, 128, 4)
 _SHRINK_SHORT = VectorTile(8, 1024, 16, 128, 4)
-_SHRINK_TILES = ShrinkTile(64, 128, 4, 264, 4, 3)
-_SHRINK_TALL = ShrinkTile(64, 128, 8, 528, 4, 3)
-_SHRINK_ALONE = ShrinkTile(64, 256, 1, 264, 4, 4)
+_SHRINK_TILES = ShrinkTile(64, 128, 4, 264, 4, 3, 4)
+_SHRINK_TALL = ShrinkTile(64, 256, 4, 528, 4, 3, 4)
+_SHRINK_ALONE = ShrinkTile(64, 256, 1, 264, 4, 4, 4)
+_SHRINK_RANKS = ShrinkTile(64, 256, 1, 264, 4, 4, 1)
+_SHRINK_BESIDE = ShrinkTile(16, 256, 1, 132, 4, 4, 4, 96)
 _GEMV = {2048: GemvTile(4, 2048, 4, _VECTOR), 8192: GemvTile(4, 1024, 2, _VECTOR), None: GemvTile(8, 512, 2, _VECTOR)}
 _EXPAND, _EXPAND_MANY = ExpandTile(64, 256, 1056, 4), ExpandTile(64, 256, 528, 4)
 _FP32 = {16: GemmTile(16, 64, 32, 1, False, 4, 3), None: GemmTile(64, 64, 32, 1, False, 4, 3)}
@@ -264,28 +271,40 @@ def decode_tiles(rows: int, features: int, columns: int, dtype: torch.dtype) -> 
 
 
 @cache
-def fused_tiles(rows: int, features: int, columns: int) -> FusedTiles | None:
-    """Tiles of a bf16 linear of few rows over N columns in all, None where decode_tiles serve it better."""
+def fused_tiles(rows: int, features: int, columns: int, width: int) -> FusedTiles | None:
+    """Tiles of a bf16 linear of few rows over N columns in all, None where decode_tiles serve it better.
+
+    width: most ranks of a slot.
+    """
+    shrink = _SHRINK_ALONE if width <= 16 else _SHRINK_RANKS
     if rows <= 64:
         if columns > WIDE:
             gemm = GemmTile(16, 128, 128, 1, True, 4, 3) if rows <= 16 else GemmTile(64, 128, 64, 1, False, 4, 4)
-            return FusedTiles(_SHRINK_ALONE, gemm, 128, 2)
+            return FusedTiles(shrink, gemm, 128, 2)
         if rows <= 16 or columns < 6144:
             return None
-        return FusedTiles(_SHRINK_ALONE, GemmTile(64, 64, 128, 1, True, 4, 4), 128, 3)
+        return FusedTiles(shrink, GemmTile(64, 64, 128, 1, True, 4, 4), 128, 3)
     if columns <= 512:
-        return FusedTiles(_SHRINK_ALONE, GemmTile(16, 64, 128, 1, True, 4, 4), 128, 3)
+        return FusedTiles(shrink, GemmTile(16, 64, 128, 1, True, 4, 4), 128, 3)
     if columns > WIDE or columns <= 2048 or features > TALL:
         return None
-    return FusedTiles(_SHRINK_ALONE, GemmTile(64, 128, 64, 1, True, 4, 4), 64, 3)
+    return FusedTiles(shrink, GemmTile(64, 128, 128, 1, True, 8, 3), 64, 3)
 
 
 @cache
 def prefill_tile(rows: int, columns: int, width: int) -> PrefillTile:
-    """Tile of a linear of many rows: the largest that gives every multiprocessor work. width: most ranks of a slot."""
+    """Tile of a linear of many rows: the largest that gives every multiprocessor work. width: most ranks of a slot.
+
+    A multiprocessor has 65536 registers, a quarter for each fourth warp. The largest tile leaves room for a shrink of
+    few registers, which then runs beside it; where it has several tiles for each program, it is faster alone.
+    """
     fits = (t for t in _PREFILL if -(-rows // t[0]) * -(-columns // t[1]) >= 120)
     bm, bn, warps, stages = next(fits, _PREFILL[-1])
-    return PrefillTile(bm, bn, 64, 32 if width <= 64 else 64, warps, stages, (32, 5), _SHRINK_ALONE)
+    if width > 16:
+        return PrefillTile(bm, bn, 64, 32 if width <= 64 else 64, warps, stages, (32, 5), _SHRINK_RANKS)
+    if warps < 8 or rows > 4096:
+        return PrefillTile(bm, bn, 64, 32, warps, stages, (32, 5), _SHRINK_ALONE)
+    return PrefillTile(bm, bn, 64, 32, warps, stages, (32, 5), _SHRINK_BESIDE, 208)
 
 
 @cache

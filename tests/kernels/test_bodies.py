@@ -51,7 +51,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 LIMIT = {**TOLERANCE, BF16: 1.2e-2} if INTERPRET else TOLERANCE
 
 # Fewer programs than there is work, so that each loops.
-SHRINK, VECTORS = ShrinkTile(16, 16, 2, 3, 4, 2), VectorTile(8, 64, 2, 5, 4)
+SHRINK, VECTORS = ShrinkTile(16, 32, 2, 3, 4, 2, 2), VectorTile(8, 64, 2, 5, 4)
 EXPAND = ExpandTile(16, 16, 6, 4)
 DECODE = {
     "plain": DecodeTiles(SHRINK, EXPAND, GemmTile(16, 16, 16, 1, False, 4, 2)),
@@ -59,7 +59,7 @@ DECODE = {
     "split": DecodeTiles(VECTORS, EXPAND, GemmTile(32, 16, 16, 2, False, 4, 2)),
     "split and swap": DecodeTiles(SHRINK, EXPAND, GemmTile(16, 16, 16, 2, True, 4, 2)),
 }
-ALONE = ShrinkTile(16, 16, 1, 3, 4, 2)
+ALONE = ShrinkTile(16, 64, 1, 3, 4, 2, 4)
 FUSED = {
     "plain": FusedTiles(ALONE, GemmTile(16, 16, 16, 1, False, 4, 2), 32, 2),
     "one tile of rows": FusedTiles(ALONE, GemmTile(256, 16, 32, 1, False, 4, 2), 16, 3),

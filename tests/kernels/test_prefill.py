@@ -21,7 +21,7 @@ pytestmark = [
 DEVICE = "cuda" if HAS_CUDA else "cpu"
 DTYPES = (torch.bfloat16, torch.float16)
 RANKS = (1, 8, 0, 16, 40, 16)
-SHRINK = ShrinkTile(64, 256, 1, 264, 4, 4)
+SHRINK = ShrinkTile(64, 256, 1, 264, 4, 4, 4)
 TILE = PrefillTile(*((32, 32, 32, 16, 4, 3) if INTERPRET else (128, 256, 64, 16, 8, 3)), (32, 3), SHRINK)
 # Frobenius, over a whole output. The interpreter cuts bf16 off instead of rounding it.
 ERROR = {torch.bfloat16: 8e-3 if INTERPRET else 4e-3, torch.float16: 6e-4}
