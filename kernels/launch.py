@@ -209,15 +209,18 @@ def prefer_shared_memory(compiled: Any) -> None:
     """Multiprocessors that run this kernel give all they can to shared memory, from the next launch on.
 
     They divide it from L1 for the kernel that comes first, and a kernel that needs more cannot join it there: the next
-    one would start when this one has ended. See `cuFuncSetAttribute` in the CUDA driver API.
+    one would start when this one has ended. Kernels that hardly use it live on L1 and are left alone. See
+    `cuFuncSetAttribute` in the CUDA driver API.
     """
-    function = getattr(compiled.result() if hasattr(compiled, "result") else compiled, "function", None)
+    compiled = compiled.result() if hasattr(compiled, "result") else compiled
+    function = getattr(compiled, "function", None)
     library = _driver_library()
-    if library is not None and isinstance(function, int):
+    if library is not None and isinstance(function, int) and compiled.metadata.shared >= _MUCH_SHARED:
         library.cuFuncSetAttribute(ctypes.c_void_p(function), _PREFERRED_SHARED_MEMORY_CARVEOUT, _ALL)
 
 
 _PREFERRED_SHARED_MEMORY_CARVEOUT, _ALL = 9, 100  # CUfunction_attribute; percent
+_MUCH_SHARED = 16384  # bytes of a program
 
 
 @cache
