@@ -213,9 +213,9 @@ def prefer_shared_memory(compiled: Any) -> None:
     `cuFuncSetAttribute` in the CUDA driver API.
     """
     compiled = compiled.result() if hasattr(compiled, "result") else compiled
-    function = getattr(compiled, "function", None)
+    function, shared = getattr(compiled, "function", None), getattr(getattr(compiled, "metadata", None), "shared", 0)
     library = _driver_library()
-    if library is not None and isinstance(function, int) and compiled.metadata.shared >= _MUCH_SHARED:
+    if library is not None and isinstance(function, int) and shared >= _MUCH_SHARED:
         library.cuFuncSetAttribute(ctypes.c_void_p(function), _PREFERRED_SHARED_MEMORY_CARVEOUT, _ALL)
 
 
