@@ -190,16 +190,16 @@ class ExpertPrefillTile:
 
 # Chosen for bf16 by CUDA-graph replay over weights that do not fit L2, adapters of rank 16 (most rank 16), in
 # microseconds behind a kernel that overlaps nothing, beside torch.mm in the same run; NVIDIA H200, torch 2.11.0,
-# triton 3.6.0, 2026-11-24. fp32 tiles were not measured.
+# triton 3.6.0, 2026-11-28. fp32 tiles were not measured.
 #     K x N            M 1           M 16, 16 adapters   M 64, 8       M 64, 64      M 256, 64     M 2048, 8
-#     4096 x 4096      10.7 (12.5)   14.4 (13.7)         17.0 (12.4)   22.6 (12.3)   40.3 (17.9)   115.1 (91.5)
-#     2048 x 4096       7.8 (7.3)     9.7 (7.5)          11.2 (7.5)                  28.2 (10.0)
-#     14336 x 4096     30.9 (31.3)   37.5 (32.9)         45.3 (36.5)                 88.7 (49.8)
-#     4096 x 28672     55.7 (54.8)   71.0 (61.8)         73.7 (62.5)                216.3 (95.5)   738 (680)
-#     2048 x 128        3.2 (4.8)     4.1 (4.9)
-# Experts beside torch._grouped_mm, 128 of them with 8 to a token, 8 adapters: 2048 x 1536 at 16 tokens 126 (178), at
-# 2048 tokens 383 (388); 768 x 2048 at 16 tokens 70 (108), at 2048 tokens 225 (210). 8 experts with 2 to a token, 16
-# adapters: 4096 x 28672 at 16 tokens 446 (673). 256 experts with 8 to a token, 16 adapters: 7168 x 4096 at 16 tokens
+#     4096 x 4096      10.8 (12.4)   14.4 (13.6)         17.2 (12.0)   23.0 (12.3)   31.8 (16.7)   111 (93)
+#     2048 x 4096       6.9 (6.6)     9.5 (7.3)          11.1 (7.3)                  21.6 (9.8)
+#     14336 x 4096     30.3 (30.4)   37.7 (33.1)         45.2 (36.5)                 79.9 (49.2)
+#     4096 x 28672     55.2 (54.4)   63.7 (57.6)         65.0 (62.4)                138.8 (92.7)   766 (678)
+#     2048 x 128        3.5 (5.0)     5.1 (5.5)                                      10.5 (5.3)
+# Experts beside torch._grouped_mm, 128 of them with 8 to a token, 8 adapters: 2048 x 1536 at 16 tokens 126 (175), at
+# 2048 tokens 371 (383); 768 x 2048 at 16 tokens 70 (108), at 2048 tokens 219 (209). 8 experts with 2 to a token, 16
+# adapters: 4096 x 28672 at 16 tokens 443 (704). 256 experts with 8 to a token, 16 adapters: 7168 x 4096 at 16 tokens
 # 1343 (1950).
 _VECTOR = VectorTile(4, 2048, 16, 528, 4)
 _SHRINK_ROWS = VectorTile(4, 2048, 16, 128, 4)

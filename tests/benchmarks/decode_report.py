@@ -66,7 +66,7 @@ def table(record: Mapping[str, Any], model: str | None = None) -> str:
     head = ["model", "step", *(WORDS[name] for name in VARIANTS), "tokens/s", "host us", "pools GB", "vLLM adds / ours"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for (name, layers, kind, size), group in groups_of(record, model).items():
-        step = f"decode, {size} requests" if kind == "decode" else f"prefill, {size} tokens"
+        step = f"decode, {size} request{"s" * (size > 1)}" if kind == "decode" else f"prefill, {size} tokens"
         cells = [f"{name}, {layers} layers", step, *(_ms(group.get(variant)) for variant in VARIANTS)]
         cells += [
             _number(_of(group, "ours", "tokens_per_s")),
@@ -84,11 +84,11 @@ def _versions(record: Mapping[str, Any]) -> str:
 
 
 def saved(group: Mapping[str, Row]) -> float | None:
-    """(vllm - base) / (ours - base), of milliseconds; infinite where ours adds nothing."""
-    base, ours, vllm = (_of(group, name, "ms", "median") for name in ("base", "ours", "vllm"))
-    if None in (base, ours, vllm) or vllm <= base:
+    """(vllm - base) / (ours - base), each of its own rounds; infinite where ours adds nothing."""
+    ours, vllm = (_of(group, name, "ratio", "median") for name in ("ours", "vllm"))
+    if None in (ours, vllm) or vllm <= 1:
         return None
-    return (vllm - base) / (ours - base) if ours > base else math.inf
+    return (vllm - 1) / (ours - 1) if ours > 1 else math.inf
 
 
 def verdicts(record: Mapping[str, Any], model: str | None = None) -> list[str]:
