@@ -66,7 +66,7 @@ def table(record: Mapping[str, Any], model: str | None = None) -> str:
     head = ["model", "step", *(WORDS[name] for name in VARIANTS), "tokens/s", "host us", "pools GB", "vLLM adds / ours"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for (name, layers, kind, size), group in groups_of(record, model).items():
-        step = f"decode, {size} request{"s" * (size > 1)}" if kind == "decode" else f"prefill, {size} tokens"
+        step = f"decode, {size} request{'s' * (size > 1)}" if kind == "decode" else f"prefill, {size} tokens"
         cells = [f"{name}, {layers} layers", step, *(_ms(group.get(variant)) for variant in VARIANTS)]
         cells += [
             _number(_of(group, "ours", "tokens_per_s")),
