@@ -29,6 +29,7 @@ class LoraKey:
     """The A and B that share one module path, as far as both are there.
 
     modules: the path without PEFT's prefix, then as written. nesting: how many `base_layer` stood at its end.
+    owner: the module around this one that PEFT wrapped with it (attention around its output), whose patterns hold here.
     a, b: full keys, empty if absent.
     """
 
@@ -37,6 +38,7 @@ class LoraKey:
     embedding: bool
     a: str = ""
     b: str = ""
+    owner: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -64,26 +66,29 @@ def group_keys(keys: Iterable[str]) -> tuple[list[LoraKey], list[PlainKey]]:
 
     Raises AdapterFormatError when a module has two tensors for one half, as in a file that holds two adapters.
     """
-    pairs: dict[tuple[str, int, bool], dict[str, str]] = {}
+    pairs: dict[tuple[str, int, bool, str], dict[str, str]] = {}
     plain: list[PlainKey] = []
     for key in keys:
         parsed = _parse(key)
         if isinstance(parsed, PlainKey):
             plain.append(parsed)
             continue
-        path, nesting, embedding, half = parsed
-        halves = pairs.setdefault((path, nesting, embedding), {})
+        path, nesting, embedding, owner, half = parsed
+        halves = pairs.setdefault((path, nesting, embedding, owner), {})
         if half in halves:
             raise AdapterFormatError(
                 f"{halves[half]} and {key} are one tensor of one module: two adapters in one file?"
             )
         halves[half] = key
-    lora = [LoraKey(_without_prefix(path), nesting, emb, **halves) for (path, nesting, emb), halves in pairs.items()]
+    lora = [
+        LoraKey(_without_prefix(path), nesting, embedding, owner=owner, **halves)
+        for (path, nesting, embedding, owner), halves in pairs.items()
+    ]
     return lora, plain
 
 
-def _parse(key: str) -> PlainKey | tuple[str, int, bool, str]:
-    """(module path, nesting, embedding, half) of one half of a pair, or the key as a plain one."""
+def _parse(key: str) -> PlainKey | tuple[str, int, bool, str, str]:
+    """(module path, nesting, embedding, owner, half) of one half of a pair, or the key as a plain one."""
     segments = clean_path(key).split(".")
     for name, reason in _REFUSED_SEGMENTS.items():
         if name in segments:
@@ -102,7 +107,8 @@ def _parse(key: str) -> PlainKey | tuple[str, int, bool, str]:
         nesting += 1
         module = module[:-1]
     path = ".".join(segment for segment in module if segment != _NESTING)
-    return path, nesting, "embedding" in marker, _HALVES[marker]
+    around = module[: module.index(_NESTING)] if _NESTING in module else []
+    return path, nesting, "embedding" in marker, ".".join(around).removeprefix(_PREFIX), _HALVES[marker]
 
 
 def _without_prefix(path: str) -> tuple[str, ...]:

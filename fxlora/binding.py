@@ -164,7 +164,8 @@ def _make_entry(adapter: Adapter, key: LoraKey, place: Place) -> Entry:
         raise AdapterShapeError(f"{shapes}; {site.role.value} site {site.name} takes {expected}")
     if a_RK.shape[0] != rank:
         raise RankError(f"{shapes}, so rank {a_RK.shape[0]}, but the config gives {place.pattern_path} rank {rank}")
-    return Entry(a_RK, b_NR.t(), adapter.config.scaling_of(place.pattern_path), rank, key.names)
+    scaling = place.times * adapter.config.scaling_of(place.pattern_path)
+    return Entry(a_RK, b_NR.t(), scaling, rank, key.names)
 
 
 def _add_entry(entries: dict[Site, Entry], site: Site, entry: Entry) -> None:

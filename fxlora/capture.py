@@ -15,7 +15,7 @@ from fxlora.errors import CaptureError
 from fxlora.passes.weights import Weights, tensor_key
 from fxlora.renames import renames_of
 from fxlora.signature import META_KEY, constant_leaves, supply_builtins, tensor_leaves
-from fxlora.tracing import call_once, capture_settings
+from fxlora.tracing import call_once, capture_settings, plain_attention, unwrapped
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +29,8 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
     The graph is called like the model, with arguments of the same names, and shares its weights.
 
     Args:
-        model: The bare base model (no PEFT wrappers), in the mode (`eval()`) it is to be served in.
+        model: The bare base model (no PEFT wrappers), in the mode (`eval()`) it is to be served in. Of a wrapper of
+            torch's (`torch.compile`, data parallel), the model inside it.
         *args, **kwargs: One call's arguments. Values that are no tensors are fixed by the capture.
 
     Returns:
@@ -39,6 +40,7 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
         CaptureError: Neither tracer gets a whole graph (a data-dependent branch, an untraceable call).
         PeftModelError: The model holds PEFT's wrappers.
     """
+    model = unwrapped(model)
     Weights.refuse_peft([name for name, _ in model.named_parameters(remove_duplicate=False)])
     args, kwargs = _by_name(model, args, kwargs)
     _refuse_unknown_containers(args, kwargs)
@@ -55,7 +57,7 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
         try:
             # Nothing of an earlier capture of the same class may decide what is symbolic here; numbers stay numbers.
             config = torch._dynamo.config.patch({"automatic_dynamic_shapes": False, **capture_settings()})
-            with config, torch.no_grad(), warnings.catch_warnings():
+            with config, torch.no_grad(), plain_attention(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 gm = tracer(model, args, kwargs)
         except Exception as error:

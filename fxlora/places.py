@@ -22,6 +22,8 @@ from fxlora.passes.sites import Role, Site, Skipped
 from fxlora.passes.weights import tensor_key
 
 _NEAREST_LOOKUPS_MAX = 32
+# What PEFT adapts of a module that it is told to: the weight, or q, k and v of packed attention.
+_MODULE_WEIGHTS = ("weight", "in_proj_weight")
 _NUMBERED = re.compile(r"(.*)\.(\d+)\.(\w+)\.weight")
 
 
@@ -39,6 +41,7 @@ class Place:
     """Where a pair of keys goes, and the path by which PEFT's patterns see it.
 
     wrapped: `target_parameters` names the weight. expert, part: whose matrix of an expert weight is meant; None: all.
+    times: how often PEFT adds the pair.
     """
 
     site: Site
@@ -46,6 +49,7 @@ class Place:
     wrapped: bool = False
     expert: int | None = None
     part: Part | None = None
+    times: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,12 +102,18 @@ class Index:
             if targeted and not key.embedding and key.nesting < len(targeted):
                 path = targeted[len(targeted) - 1 - key.nesting]
                 return path, path, True
-            path = f"{module}.weight"
-            if path in self._by_path and not key.nesting:
-                return path, module, False
+            for name in _MODULE_WEIGHTS:
+                path = f"{module}.{name}"
+                if path in self._by_path and not key.nesting:
+                    return path, module, False
             if module in self._by_path and not key.nesting:
                 return module, module, False  # a weight that no module holds under `weight` goes by its own path
         return None
+
+    def attention_around(self, key: LoraKey) -> str | None:
+        """The module of packed attention whose output a key belongs to, where PEFT wrapped the two together."""
+        packed = f"{key.owner}.in_proj_weight" in self._by_path
+        return key.owner if packed and key.modules[0] == f"{key.owner}.out_proj" else None
 
     def matrix_of(self, key: LoraKey) -> tuple[str, int | None, Part | None, str] | None:
         """(path of an expert weight, expert, part, pattern path) for a key of one expert's or one part's matrix."""
@@ -190,6 +200,9 @@ def find_place(index: Index, key: LoraKey, adapter: Adapter) -> Place | Spread |
     fitting = [site for site in target.sites if site.role in roles]
     if was_wrapped and fitting and (len(target.sites) > 1 or target.skips):
         return f"target_parameters names {path}, which is read in more than one role, so the role meant is unknown"
+    if len(fitting) == 1 and (attention := index.attention_around(key)):
+        # PEFT merges this pair by `lora.MultiheadAttention.merge` and by its own layer's: what was trained is the sum.
+        return Place(fitting[0], attention, times=2)
     if len(fitting) == 1:
         return Place(fitting[0], pattern_path, was_wrapped)
     if fitting:

@@ -12,16 +12,20 @@ from __future__ import annotations
 import copy
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx.experimental import _config as shape_config
+from torch.nn.modules import transformer
 
 _log = logging.getLogger(__name__)
 _LOGS = ("debug", "info", "warning", "warn", "error", "critical", "exception", "log", "warning_once", "info_once")
 _IGNORED = "ignore_logging_functions"
+_DETECT = "_detect_is_causal_mask"
 
 
 def logging_functions() -> set[Any]:
@@ -48,6 +52,42 @@ def capture_settings() -> dict[str, Any]:
     """What holds while a model is captured, for ``torch._dynamo.config.patch``."""
     ignored = {_IGNORED: logging_functions()} if can_ignore_logs() else {}
     return {"allow_rnn": True, "specialize_float": True, **ignored}
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """While a model is captured, torch's attention modules run their Python code.
+
+    The calls they are fused into for inference hide which sizes belong together, or pack rows by a mask; and whether a
+    mask is the causal one, which is a hint that `nn.Transformer` reads off its values, no graph can know.
+    """
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    detect = getattr(transformer, _DETECT, None)
+    torch.backends.mha.set_fastpath_enabled(False)
+    if detect is not None:
+        setattr(transformer, _DETECT, _said_causal)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+        if detect is not None:
+            setattr(transformer, _DETECT, detect)
+
+
+def _said_causal(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
+    """The hint as the caller gave it; without it the mask itself is used, which says the same."""
+    return bool(is_causal)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model within torch's own wrappers (`torch.compile`, data parallel), which adapter files do not name."""
+    while True:
+        if isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
 
 
 def call_once(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -12,15 +12,17 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._guards import tracing
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fxlora.passes.fused import SPELLED
 from fxlora.passes.graph import op_name
 from fxlora.passes.normalize import replace_call
 from fxlora.passes.rows.worlds import TensorFacts, UnknownShapeError, World, model_guards, shape_env_of
 
 log = logging.getLogger(__name__)
 
-_OPAQUE_FUNCTIONS = {"multi_head_attention_forward"}
+_OPAQUE_FUNCTIONS = {"multi_head_attention_forward", *SPELLED}
 
 
 def opaque_calls(gm: fx.GraphModule) -> list[fx.Node]:
@@ -53,12 +55,13 @@ def _decompose(gm: fx.GraphModule, node: fx.Node, world: World) -> bool:
         args = fx.map_arg(node.args, lambda n: values.get(n, world.facts(n) if n not in values else None))
         kwargs = fx.map_arg(dict(node.kwargs), lambda n: values.get(n, world.facts(n) if n not in values else None))
         if module is None:
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            return SPELLED.get(op_name(node), node.target)(*args, **kwargs)  # type: ignore[operator]
         state = dict(zip(weights, tensors[len(operands) :], strict=True))
         return torch.func.functional_call(module, state, args, kwargs)
 
     try:
-        with torch.no_grad():
+        # Under torch.compile its sizes would be those of dynamo's own trace, which then cannot guard them.
+        with torch.no_grad(), tracing(None):
             inner = make_fx(call, tracing_mode="symbolic", pre_dispatch=True, _allow_non_fake_inputs=True)(*examples)
     except Exception as error:
         log.info("%s stays opaque: %s", node.name, error)
@@ -69,8 +72,18 @@ def _decompose(gm: fx.GraphModule, node: fx.Node, world: World) -> bool:
         return False
     with gm.graph.inserting_before(node):
         sources = operands + [gm.graph.get_attr(f"{node.target}.{name}") for name in weights]
-    _splice(gm, node, inner, sources)
+    facts = world.facts(node) if node in world.values or world.symbols is not None else None
+    _know(world, _splice(gm, node, inner, sources), facts)
     return True
+
+
+def _know(world: World, result: Any, facts: Any) -> None:
+    """What the call was known to give, for the calls that read what now stands in its place."""
+    if isinstance(result, fx.Node):
+        world.values.setdefault(result, facts)
+    elif isinstance(result, list | tuple) and isinstance(facts, tuple):
+        for item, known in zip(result, facts, strict=True):
+            _know(world, item, known)
 
 
 def _attribute(module: torch.nn.Module | None, name: str) -> Any:
@@ -88,8 +101,8 @@ def _example(facts: Any) -> torch.Tensor:
     return torch.zeros(tuple(facts.shape), dtype=facts.dtype, device=facts.device)
 
 
-def _splice(gm: fx.GraphModule, node: fx.Node, inner: fx.GraphModule, sources: list[fx.Node]) -> None:
-    """Put the traced graph where the call stood."""
+def _splice(gm: fx.GraphModule, node: fx.Node, inner: fx.GraphModule, sources: list[fx.Node]) -> Any:
+    """Put the traced graph where the call stood; what it returns, in the place of the call."""
     values: dict[fx.Node, Any] = {}
     placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
     values.update(zip(placeholders, sources, strict=True))
@@ -108,3 +121,4 @@ def _splice(gm: fx.GraphModule, node: fx.Node, inner: fx.GraphModule, sources: l
     returned = next(n.args[0] for n in inner.graph.nodes if n.op == "output")
     result: Any = fx.map_arg(returned, lambda a: values[a])
     replace_call(gm, node, result)
+    return result

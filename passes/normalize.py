@@ -46,12 +46,44 @@ def inline_modules(gm: fx.GraphModule) -> list[str]:
     """Replace every ``call_module`` that can be traced by its own graph; returns the paths that stay opaque."""
     opaque = []
     for node in list(gm.graph.nodes):
+        if node.op == "call_function":
+            _inline_graph(gm, node)
         if node.op != "call_module":
             continue
         module = gm.get_submodule(str(node.target))
         if not (_inline_batch_norm(gm, node, module) or _inline(gm, node, module)) and node.users:
             opaque.append(str(node.target))
     return opaque
+
+
+# Calls that do no more than run a graph they are given, once: where the graph stands among the arguments, and where the
+# arguments of the graph begin.
+_RUN_A_GRAPH = {
+    "tag_activation_checkpoint": (0, 1),
+    "wrap_with_set_grad_enabled": (1, 2),
+    "invoke_subgraph": (0, 2),
+}
+
+
+def _inline_graph(gm: fx.GraphModule, node: fx.Node) -> None:
+    """A call that runs a graph of its own, such as a checkpointed block, replaced by that graph."""
+    graph_at, first = _RUN_A_GRAPH.get(getattr(node.target, "__name__", ""), (0, 0))
+    if not first or len(node.args) < first or not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return
+    source = node.args[graph_at]
+    inner = attribute(gm, str(source.target)) if isinstance(source, fx.Node) and source.op == "get_attr" else None
+    if not isinstance(inner, fx.GraphModule):
+        return
+    assert isinstance(source, fx.Node)
+    inner, _ = copy_graph(inner)  # the caller's stays as it is
+    inline_modules(inner)
+    values = node.args[first:]
+    placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
+    if len(values) != len(placeholders):
+        return
+    inputs = dict(zip(placeholders, values, strict=True))
+    if _put_inside(gm, node, inner.graph, inputs, str(source.target)) and not source.users:
+        gm.graph.erase_node(source)
 
 
 def _inline_batch_norm(gm: fx.GraphModule, node: fx.Node, module: torch.nn.Module) -> bool:
@@ -105,6 +137,11 @@ def _inline(gm: fx.GraphModule, node: fx.Node, module: torch.nn.Module) -> bool:
             values[placeholder] = node.kwargs[name]
         else:
             return False  # traced as if it were given, so its default may have taken another branch
+    return _put_inside(gm, node, inner, values, str(node.target))
+
+
+def _put_inside(gm: fx.GraphModule, node: fx.Node, inner: fx.Graph, values: dict[fx.Node, Any], path: str) -> bool:
+    """A graph in the place of a call, if what it returns can stand there; ``values``: what its inputs are."""
     returned = next(n.args[0] for n in inner.nodes if n.op == "output")
     picks = all(u.op == "call_function" and u.target is operator.getitem for u in node.users)
     if not isinstance(returned, fx.Node) and not (picks and isinstance(returned, list | tuple | dict)):
@@ -114,9 +151,10 @@ def _inline(gm: fx.GraphModule, node: fx.Node, module: torch.nn.Module) -> bool:
             if n.op in ("placeholder", "output"):
                 continue
             values[n] = gm.graph.node_copy(n, lambda a: values[a])
-            values[n].meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
+            meta = {**node.meta, **n.meta}
+            values[n].meta = {k: v for k, v in meta.items() if k in ("stack_trace", "nn_module_stack")}
             if n.op in ("get_attr", "call_module"):
-                values[n].target = f"{node.target}.{n.target}"
+                values[n].target = f"{path}.{n.target}"
     result: Any = fx.map_arg(returned, lambda a: values[a])
     replace_call(gm, node, result)
     return True

@@ -58,6 +58,7 @@ JOINS = _words(
     _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention _scaled_dot_product_attention_math
     cholesky_solve cdist _cdist_forward bilinear searchsorted grid_sample grid_sampler grid_sampler_2d grid_sampler_3d
     max_unpool2d max_unpool3d lstm gru rnn_tanh rnn_relu masked_scatter
+    lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell
     max min expand_as view_as reshape_as view reshape expand flatten unflatten repeat split paged_cache_update
     """
 )

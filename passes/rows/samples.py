@@ -108,6 +108,25 @@ def recurrent(p: Prover, node: fx.Node) -> Any:
     return (Label(row_map, (batch,)), *(Label(row_map, (1,)) for _ in states))
 
 
+@rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+def recurrent_cell(p: Prover, node: fx.Node) -> Any:
+    """One step of a recurrent layer: each row of x [batch, K] with its own row of the states [batch, H]."""
+    x, state, name = operand(node), argument(node, 1, "hx"), op_name(node)
+    states = list(state) if isinstance(state, list | tuple) else [state]
+    rest = [w for w in (*node.args[2:], *node.kwargs.values()) if isinstance(w, fx.Node) and w not in (x, *states)]
+    own = [p.rows(n) for n in (x, *states)]
+    mixed = next((r for r in (*own, *map(p.rows, rest)) if isinstance(r, Mixed)), None)
+    if mixed is not None:
+        return mixed
+    labels = [r for r in own if isinstance(r, Label)]
+    if any(p.rows(w) is not None for w in rest):
+        return Mixed(f"{name} with weights that depend on requests")
+    if any(p.ndim(n) != 2 for n in (x, *states)) or any(r.dims != (0,) or r.map != labels[0].map for r in labels):
+        return Mixed(f"{name} along the request dim, or from states of other requests")
+    rows = labels[0] if labels else None
+    return (rows, rows) if name == "lstm_cell" else rows
+
+
 @rule("embedding_bag")
 def bag(p: Prover, node: fx.Node) -> Rows:
     """One sum of table rows for each row of ids."""
