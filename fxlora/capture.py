@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from fxlora.errors import CaptureError
 from fxlora.passes.weights import Weights, tensor_key
 from fxlora.renames import renames_of
 from fxlora.signature import META_KEY, constant_leaves, supply_builtins, tensor_leaves
+from fxlora.size_limit import limited_sizes
 from fxlora.tracing import call_once, capture_settings, plain_attention, unwrapped
 
 _log = logging.getLogger(__name__)
@@ -24,8 +26,8 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
     """Trace a model's whole forward for these inputs.
 
     Dynamo's whole-graph capture is tried first (it keeps every name of every weight), then torch.export. Every dim of
-    size two or more of every tensor input becomes dynamic where the model allows it (`LoraModule.fixed_sizes` has the
-    rest).
+    size two or more of every tensor input becomes dynamic where the model allows it, and torch can still compare what
+    sizes follow from it (`LoraModule.fixed_sizes` has the rest).
     The graph is called like the model, with arguments of the same names, and shares its weights.
 
     Args:
@@ -44,7 +46,8 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
     Weights.refuse_peft([name for name, _ in model.named_parameters(remove_duplicate=False)])
     args, kwargs = _by_name(model, args, kwargs)
     _refuse_unknown_containers(args, kwargs)
-    failures = []
+    failures: list[str] = []
+    too_deep: list[str] = []
     # Image sizes, kernels and the like may be more than a tracer can leave open: then batch and length alone are.
     attempts = (
         ("dynamo", _dynamo, None),
@@ -53,11 +56,14 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
         ("export", _export, None),
     )
     for name, tracer, dims in attempts:
+        if too_deep and dims is None:
+            continue  # it would grow as long again
         args, kwargs = _with_open_dims(args, kwargs, dims)
         try:
             # Nothing of an earlier capture of the same class may decide what is symbolic here; numbers stay numbers.
             config = torch._dynamo.config.patch({"automatic_dynamic_shapes": False, **capture_settings()})
-            with config, torch.no_grad(), plain_attention(), warnings.catch_warnings():
+            limit = limited_sizes() if dims is None else nullcontext(too_deep)
+            with config, torch.no_grad(), plain_attention(), limit as too_deep, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 gm = tracer(model, args, kwargs)
         except Exception as error:
