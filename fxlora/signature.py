@@ -264,6 +264,7 @@ def graph_inputs(
 ) -> list[GraphInput]:
     """The caller's inputs of a graph: its placeholders that are no weights, with sizes from tracing or from `flat`.
 
+    They come in the order of the model's arguments, as the first has the requests; dynamo's is that of first uses.
     Raises NeedsExampleInputsError when neither tells the shapes.
     """
     names = _leaf_names(signature, gm)
@@ -280,7 +281,8 @@ def graph_inputs(
             )
         name = names[i] if names is not None and i < len(names) else _display(node)
         inputs.append(graph_input(node, name, value, example))
-    return inputs
+    order = {name: i for i, name in enumerate(signature.order)}
+    return sorted(inputs, key=lambda inp: order.get(inp.name.split(".")[0], len(order)))
 
 
 def _leaf_names(signature: Signature, gm: fx.GraphModule) -> list[str] | None:

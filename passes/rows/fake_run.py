@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxlora.passes.graph import fake_value
+from fxlora.passes.graph import fake_value, op_name
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,19 @@ class _Recorder(fx.Interpreter):
         self.values: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
+        number = _float_input(n)
+        result = super().run_node(n) if number is None else number
         self.values[n] = _fixed(result)
         return result
+
+
+def _float_input(node: fx.Node) -> float | None:
+    """The value that tracing saw of a float that is an input (dynamo hands one in as a tensor, for dynamic graphs)."""
+    value = fake_value(node) if op_name(node) == "item" else None
+    if not isinstance(value, torch.SymFloat):
+        return None
+    hint = value.node.hint  # None where data decides
+    return None if hint is None else float(hint)
 
 
 def _fixed(value: Any) -> Any:

@@ -118,8 +118,8 @@ class Prover:
 
     @contextmanager
     def _shared_out(self, node: fx.Node) -> Iterator[None]:
-        """What is repeated for each request (learned queries, positions) is each request's own for a call that adapters
-        may change; for all others it stays the same for all."""
+        """What is repeated for each request (learned queries, positions, a timestep) is each request's own for a call
+        that adapters may change; for all others it stays the same for all."""
         x = self._reads.get(node)
         if x is None or (rows := self.rows_of_read(x)) is None or self.labels.get(x) is not None:
             yield
@@ -136,7 +136,7 @@ class Prover:
             return rows
         if len({ids.numel() for ids in self.seed.ids}) == 1 or self.seed.ids[0].dim() > 1:
             return None
-        if any(n not in self._bound for n in self._inputs_behind(x)):
+        if any(n not in self._bound and not self._is_number(n) for n in self._inputs_behind(x)):
             return None
         shapes = [self.shape(x, w) for w in range(self.count)]
         dims = [
@@ -242,6 +242,10 @@ class Prover:
             seen |= set(new)
             queue += new
         return [n for n in queue if n.op == "placeholder"]
+
+    def _is_number(self, node: fx.Node) -> bool:
+        """A single number, such as the timestep of a denoising step, says the same to all requests."""
+        return all(torch.Size(self.shape(node, w)).numel() == 1 for w in range(self.count))
 
     def assume(self, node: fx.Node, words: str) -> None:
         self.assumed.setdefault(node, words)

@@ -17,6 +17,7 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
+from torch.nn import functional as F
 
 import fxlora
 from fxlora.backend import fxlora_backend
@@ -32,6 +33,24 @@ from fxlora.errors import (
 )
 from tests.fxlora.runtime_toys import EAGER, Broken, Outer, Toy, adapter, attached, check, compiled_by, expected
 
+
+class Pooled(Toy):
+    """The toy times a float of the module, and packed attention from it to learned tokens, which is taken apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 0.5
+        self.attention = nn.MultiheadAttention(5, 1)
+        self.tokens = nn.Parameter(torch.randn(3, 1, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query = (super().forward(x) * self.scale)[None]
+        tokens = torch.cat([query, self.tokens.expand(-1, x.shape[0], -1)])
+        weights = (self.attention.in_proj_weight, self.attention.in_proj_bias, None, None, False, 0.0)
+        out = (self.attention.out_proj.weight, self.attention.out_proj.bias)
+        return (query + F.multi_head_attention_forward(query, tokens, tokens, 5, 1, *weights, *out)[0])[0]
+
+
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(7))
 ROOT = Path(__file__).parent.parent.parent
 A, B = {"a": adapter()}, {"a": adapter(seed=5)}
@@ -45,6 +64,14 @@ def fresh_dynamo() -> None:
 
 def graphs() -> int:
     return counters["stats"]["unique_graphs"]
+
+
+def test_a_float_of_the_model_and_an_opaque_call_in_one_dynamic_graph() -> None:
+    model = Pooled()
+    runtime = attached(model, A)
+    compiled = compiled_by(runtime.backend, model, dynamic=True, fullgraph=True)
+    for batch in (9, 7):
+        check(compiled, runtime, model, torch.randn(batch, 6), A)
 
 
 @pytest.mark.parametrize("dynamic", [True, False, None])
