@@ -48,9 +48,8 @@ def test_sizes_are_left_open_as_long_as_they_can_be_compared(blocks: int, fixed:
 
 def test_the_limit_ends_with_the_capture() -> None:
     evaluate = ShapeEnv.evaluate_expr
-    with pytest.raises(ZeroDivisionError), limited_sizes() as found:
+    with limited_sizes() as found:
         assert ShapeEnv.evaluate_expr is not evaluate
-        raise ZeroDivisionError
     assert ShapeEnv.evaluate_expr is evaluate
     assert found == []
     assert MOST_OPERATIONS > 170

@@ -7,12 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.torch_version import TorchVersion
 
 from fxlora.passes.rows.inside import look_inside
 from fxlora.passes.rows.rules import is_known
 from tests.passes.build import analysed, holder, mapping_of, proved, reason_of, returned, rows_of, weight
 
 B = 29
+shaped_quantile = pytest.mark.skipif(
+    TorchVersion(torch.__version__) < "2.12", reason="torch 2.11 computes a quantile's shape from its data"
+)
 
 
 @pytest.mark.parametrize(
@@ -20,7 +24,7 @@ B = 29
     [
         (lambda x: F.cosine_similarity(x, x * 2, dim=-1), (0,)),
         (lambda x: torch.tensordot(torch.ones(4, 6), x, dims=([1], [2])), (1,)),
-        (lambda x: x.quantile(0.5, dim=1), (0,)),
+        pytest.param(lambda x: x.quantile(0.5, dim=1), (0,), marks=shaped_quantile),
         (lambda x: torch.trapezoid(x.movedim(0, 2), dim=0), (1,)),
         (lambda x: x.clone().tril_(), (0,)),
         (lambda x: torch.multinomial(x[:, 0].softmax(-1), 2), (0,)),
@@ -35,7 +39,7 @@ def test_rows_are_found_inside(body: Any, dims: tuple[int, ...]) -> None:
     ("body", "reason"),
     [
         (lambda x: F.cosine_similarity(x, x * 2, dim=0), "over the request dim"),
-        (lambda x: x.quantile(0.5, dim=0), "request dim"),
+        pytest.param(lambda x: x.quantile(0.5, dim=0), "request dim", marks=shaped_quantile),
         (lambda x: torch.block_diag(x[:, 0], x[:, 1]), "rearranges rows of requests"),
         (lambda x: F.pdist(x[:, 0]), "no row rule for _pdist_forward"),
         (lambda x: torch.multinomial(x[:, 0].softmax(0).T, 2), "softmax along"),
