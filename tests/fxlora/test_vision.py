@@ -27,7 +27,7 @@ IMAGE = {
 BOTH = {"input_ids": 0, "pixel_values": 0}
 whole_paligemma = pytest.mark.skipif(
     TorchVersion(torch.__version__) < "2.12",
-    reason="dynamo of torch 2.11 gets no whole graph, with plain torch.compile",
+    reason="dynamo of torch 2.11 gets no whole graph of it",
 )
 
 
