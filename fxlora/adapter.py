@@ -1,4 +1,4 @@
-"""Reading a PEFT LoRA adapter: a folder, or a config and tensors at hand.
+"""Reading a PEFT LoRA adapter: a folder, a file that diffusers wrote, or a config and tensors at hand.
 
 Stage: first of an adapter's way, file -> Adapter -> BoundAdapter -> pool. Nothing here knows a model. Weights are read
 from safetensors alone, one tensor at a time; a pickle is refused unopened.
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from fxlora.adapter_config import AdapterConfig
 from fxlora.errors import AdapterDtypeError, AdapterFileError, AdapterFormatError, NonFiniteError, PickledAdapterError
+from fxlora.single_file import FILE_NAME, read_layout
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class AdapterTensors(Mapping[str, torch.Tensor]):
         self._given = dict(source) if isinstance(source, Mapping) else {}
         self._files: dict[Path, Any] = {}
         self._keys: dict[str, Path | None] = dict.fromkeys(self._given)
+        self._stored: Mapping[str, str] = {}
         for path in () if isinstance(source, Mapping) else source:
             own = dict.fromkeys(self._opened(path).keys(), path)
             if twice := sorted(own.keys() & self._keys.keys()):
@@ -49,7 +51,9 @@ class AdapterTensors(Mapping[str, torch.Tensor]):
     def __getitem__(self, key: str) -> torch.Tensor:
         """The tensor, where it is stored. Raises KeyError, AdapterError or one of its kind, naming the key."""
         path = self._keys[key]
-        tensor = self._given[key].detach() if path is None else self._opened(path).get_tensor(key)
+        tensor = (
+            self._given[key].detach() if path is None else self._opened(path).get_tensor(self._stored.get(key, key))
+        )
         if not tensor.is_floating_point():
             raise AdapterDtypeError(f"adapter tensor {key} is {tensor.dtype}; expected a floating-point dtype")
         if tensor.layout is not torch.strided or tensor.is_meta:
@@ -69,6 +73,28 @@ class AdapterTensors(Mapping[str, torch.Tensor]):
         """The name of the file that holds a tensor, if one does."""
         path = self._keys.get(key)
         return None if path is None else path.name
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of a tensor, which is not read for it where it is in a file."""
+        path = self._keys[key]
+        return tuple(self._given[key].shape if path is None else self._opened(path).get_slice(key).get_shape())
+
+    def number(self, key: str) -> float:
+        """The one value of a tensor. Raises AdapterFormatError where there are more or none."""
+        tensor = self[key]
+        if tensor.numel() != 1:
+            raise AdapterFormatError(f"adapter tensor {key} has the shape {tuple(tensor.shape)}; expected one number")
+        return float(tensor)
+
+    def header(self) -> dict[str, str]:
+        """What the files say beside their tensors."""
+        paths = dict.fromkeys(path for path in self._keys.values() if path is not None)
+        return {key: value for path in paths for key, value in (self._opened(path).metadata() or {}).items()}
+
+    def name_as(self, names: Mapping[str, str]) -> None:
+        """Goes by other names from here on, each with the key of the tensor in its file; leaves out the rest."""
+        self._keys = {name: self._keys[key] for name, key in names.items()}
+        self._stored = dict(names)
 
     def close(self) -> None:
         """Lets the files go; a later read opens them again. A tensor read before stays valid (it may map its file)."""
@@ -101,6 +127,8 @@ class Adapter:
 def read_adapter(source: AdapterSource) -> Adapter:
     """Reads a PEFT folder, its weights in adapter_model.safetensors or in shards, or a pair (config, tensors by key).
 
+    Or a safetensors file by itself, as diffusers writes it, or a folder with one (see `single_file.py`).
+
     Config and tensor names are checked here, values when a tensor is read. In a `with` the file is let go at the end.
     Raises AdapterFileError, PickledAdapterError, AdapterFormatError, AdapterConfigError, NonFiniteError, RankError or
     UnsupportedAdapterError.
@@ -108,10 +136,14 @@ def read_adapter(source: AdapterSource) -> Adapter:
     if isinstance(source, tuple):
         origin, raw, tensors = "(config, tensors)", *_from_pair(source)
     elif isinstance(source, str | os.PathLike):
-        folder = Path(source)
-        origin, raw, tensors = str(folder), *_from_folder(folder)
+        path = Path(source)
+        alone = path if path.is_file() else path / FILE_NAME
+        is_alone = alone.is_file() and not (alone.parent / CONFIG_NAME).is_file()
+        origin, raw, tensors = str(path), *(_from_file(alone) if is_alone else _from_folder(path))
     else:
-        raise AdapterFormatError(f"an adapter is a folder or a pair (config, tensors), not {type(source).__name__}")
+        raise AdapterFormatError(
+            f"an adapter is a folder, a file or a pair (config, tensors), not {type(source).__name__}"
+        )
     config = AdapterConfig.from_mapping(raw)
     if not tensors:
         raise AdapterFormatError(f"adapter {origin} holds no tensors")
@@ -134,6 +166,15 @@ def _from_pair(pair: tuple[Any, ...]) -> tuple[Mapping[str, Any], AdapterTensors
         if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
             raise AdapterFormatError(f"tensors maps {key!r} to {type(tensor).__name__}; expected names and tensors")
     return config, AdapterTensors(tensors)
+
+
+def _from_file(path: Path) -> tuple[Mapping[str, Any], AdapterTensors]:
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        raise PickledAdapterError(f"{path} is a pickle, which is not opened; save it again as safetensors")
+    tensors = AdapterTensors([path])
+    config, names = read_layout(str(path), tensors, tensors.header())
+    tensors.name_as(names)
+    return config, tensors
 
 
 def _from_folder(folder: Path) -> tuple[Mapping[str, Any], AdapterTensors]:
