@@ -77,6 +77,8 @@ def _keeps_sizes(p: Prover, node: fx.Node, name: str, counts: Sequence[fx.Node])
 
 def _apply_rule(p: Prover, node: fx.Node, name: str) -> Any:
     if name in CREATIONS:
+        if name in ("as_tensor", "tensor") and p.is_tensor(operand(node)):
+            return p.rows(operand(node))
         return Mixed(f"{name} of values that depend on requests")
     found = RULES.get(name)
     if node in p.vmapped and not mapped.is_followed(name):

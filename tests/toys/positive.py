@@ -328,6 +328,11 @@ def token_shift_by_view_write(self: Self, x: Tensor) -> Tensor:
     return self.proj(y)
 
 
+@register(POSITIVE, ROWS, traceable=False)
+def tensor_made_of_a_tensor(self: Self, x: Tensor) -> Tensor:
+    return self.proj(torch.as_tensor(x, dtype=torch.float32))
+
+
 @register(POSITIVE, ROWS)
 def batch_norm_in_eval_mode(self: Self, x: Tensor) -> Tensor:
     return self.proj(self.batch_norm(x.transpose(1, 2)).transpose(1, 2))
