@@ -14,7 +14,7 @@ from fxlora.dumps.folder import dump_if_asked
 from fxlora.dumps.record import title_of
 from fxlora.errors import GraphError
 from fxlora.module import LoraModule
-from fxlora.passes.normalize import copy_graph, refuse_applied
+from fxlora.passes.normalize import copy_graph, refuse_applied, refuse_autocast
 from fxlora.passes.pipeline import Job, analyse, rewrite
 from fxlora.passes.plan import AdapterShape, Targets
 from fxlora.passes.rows.seeds import BatchDims
@@ -100,6 +100,7 @@ def graph_job(
             f"apply takes a torch.fx.GraphModule, not a {type(gm).__name__}; `fxlora.capture(model, ...)` makes one"
         )
     refuse_applied(gm)
+    refuse_autocast(gm)
     signature = Signature.of(gm)
     call = example_arguments(example_inputs)
     refuse_lifted(gm)
@@ -119,6 +120,7 @@ def graph_job(
         targets=targets,
         shape=shape,
         group_siblings=group_siblings,
+        origin=kept.get("origin"),
     )
     head = kept.get("output_embedding")
     job.output_embedding = (

@@ -28,6 +28,7 @@ from fxlora.dumps.folder import dump_if_asked
 from fxlora.dynamo_inputs import read_inputs
 from fxlora.errors import CompileOptionError, FxloraError, GraphBreakError, GraphError, NotAttachedError
 from fxlora.passes.diff import graph_text
+from fxlora.passes.normalize import refuse_autocast
 from fxlora.passes.pipeline import Job, analyse, rewrite
 from fxlora.passes.plan import Plan, is_target
 from fxlora.runtime import Runtime
@@ -148,8 +149,8 @@ def _off_path(runtime: Runtime, watched: Mapping[int, str], example_inputs: Sequ
 
 def _refuse_autocast(gm: fx.GraphModule, device: str) -> None:
     """Raise where autocast would choose the dtype of a linear: the ops keep that of their input."""
-    entered = [n for n in gm.graph.nodes if n.target is torch.amp.autocast_mode._enter_autocast and n.args[2]]
-    if torch.is_autocast_enabled(device) or entered:
+    refuse_autocast(gm)
+    if torch.is_autocast_enabled(device):
         raise GraphError(
             "autocast is on where the model is compiled, and would change the dtype of its linears: load the model in "
             "the dtype that it is to be served in, and compile it without autocast"

@@ -157,6 +157,7 @@ def _remember(gm: fx.GraphModule, model: nn.Module, args: tuple[Any, ...], kwarg
         "constants": constant_leaves(bound),
         "output_embedding": head,
         "model": kept,
+        "origin": model,
         "order": names if named else (),
         "renames": renames_of([model]),
     }

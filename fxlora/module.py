@@ -155,6 +155,11 @@ class LoraModule(nn.Module):
         flat = self._signature.flatten(args, kwargs)
         self._check_tensors(flat)
         primary = flat[self._primary]
+        if torch.is_autocast_enabled(primary.device.type):
+            raise CallError(
+                "autocast is on around the call, and would change the dtype of linears, where the graph keeps that of "
+                "its inputs: load the model in the dtype that it is to be served in, and call it without autocast"
+            )
         sizes = tuple(primary.shape[d] for d in self._request_dims)
         self._check_shapes(flat, sizes)
         dims = tuple(range(len(sizes)))

@@ -203,6 +203,8 @@ def find_place(index: Index, key: LoraKey, adapter: Adapter) -> Place | Spread |
     if len(fitting) == 1 and (attention := index.attention_around(key)):
         # PEFT merges this pair by `lora.MultiheadAttention.merge` and by its own layer's: what was trained is the sum.
         return Place(fitting[0], attention, times=2)
+    if len(fitting) == 1 and fitting[0].not_the_module and not was_wrapped:
+        return fitting[0].not_the_module
     if len(fitting) == 1:
         return Place(fitting[0], pattern_path, was_wrapped)
     if fitting:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxlora.passes.errors import AlreadyAppliedError
+from fxlora.passes.errors import AlreadyAppliedError, GraphError
 from fxlora.passes.graph import attribute, op_name
 from fxlora.passes.weights import tensor_key
 
@@ -30,6 +30,16 @@ def refuse_applied(gm: fx.GraphModule) -> None:
             raise AlreadyAppliedError(
                 f"the graph already holds fxlora ops (first: node {node.name}); expected the graph module as it was "
                 "traced. Apply once, and load further adapters with `lora.load_adapter`."
+            )
+
+
+def refuse_autocast(gm: fx.GraphModule) -> None:
+    """Raise when the graph enters autocast, which chooses dtypes of linears where the ops keep that of their input."""
+    for node in gm.graph.nodes:
+        if node.target is torch.amp.autocast_mode._enter_autocast and node.args[2]:
+            raise GraphError(
+                f"autocast is on in the model's own code (node {node.name}), and would change the dtype of its "
+                "linears: let the model do without, and load it in the dtype that it is to be served in"
             )
 
 

@@ -63,6 +63,7 @@ class Job:
         gm: The graph, edited in place (a copy of the caller's).
         inputs: The caller's inputs; ``bound``: tensors behind placeholders that are weights.
         models: Modules whose parameter paths are names of weights beside the graph's own.
+        origin: The model that was traced, where none of ``models`` is it.
         output_embedding: The weight that makes logits, where the model says so.
         group_siblings: Whether linears that read one input become one op.
         whole: Whether the graph is all there is, so that a target it does not hold is an error.
@@ -76,6 +77,7 @@ class Job:
     batch_dims: BatchDims
     targets: Targets
     shape: AdapterShape
+    origin: torch.nn.Module | None = None
     output_embedding: torch.Tensor | None = None
     group_siblings: bool = True
     whole: bool = True
@@ -127,7 +129,7 @@ def open_calls(job: Job) -> None:
 def find_linear_sites(job: Job) -> None:
     """Find the sites and their roles, the logits site among them."""
     world: World = job.sizing.worlds[0]
-    job.sites, job.skipped = find_sites(job.gm, job.weights, world, [job.gm, *job.models])
+    job.sites, job.skipped = find_sites(job.gm, job.weights, world, [job.gm, *job.models], job.origin)
     job.sites = mark_logits(job.gm, job.sites, job.weights, job.output_embedding)
     job.reader = Reader(job.weights, world)
 

@@ -12,8 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import fx
 from torch.export.unflatten import InterpreterModule
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxlora.passes.experts import Packing, packing_of
+from fxlora.passes.owners import Calls
 from fxlora.passes.reads import Read, Reader, Refusal
 from fxlora.passes.rows.worlds import World
 from fxlora.passes.weights import Weights, tensor_key
@@ -51,6 +53,7 @@ class Site:
         packing: How an expert weight holds several matrices side by side along N, where the graph takes them apart.
         declared_KN: What the module that owns an expert weight says of its layout (`is_transposed`), which decides what
             PEFT calls in and out; None where no such module is at hand.
+        not_the_module: Why an adapter of the module that owns the weight is none of the weight; empty where it is.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Site:
     num_experts: int = 0
     packing: Packing | None = None
     declared_KN: bool | None = None
+    not_the_module: str = field(default="", repr=False)
 
     @property
     def kind(self) -> Literal["linear", "embedding", "experts"]:
@@ -92,9 +96,16 @@ def module_name(parameter: str) -> str:
 
 
 def find_sites(
-    gm: fx.GraphModule, weights: Weights, world: World, modules: Sequence[torch.nn.Module] = ()
+    gm: fx.GraphModule,
+    weights: Weights,
+    world: World,
+    modules: Sequence[torch.nn.Module] = (),
+    origin: torch.nn.Module | None = None,
 ) -> tuple[list[Site], list[Skipped]]:
-    """All sites of a graph, in graph order, and every weight of two or more dims that is none, with its reason."""
+    """All sites of a graph, in graph order, and every weight of two or more dims that is none, with its reason.
+
+    modules: whose paths are names of weights. origin: the model that was traced, where no module of these is it.
+    """
     reader = Reader(weights, world)
     uses: dict[Any, list[tuple[fx.Node, Read]]] = {}
     refused: dict[Any, str] = {}
@@ -106,16 +117,19 @@ def find_sites(
                 continue
             key = tensor_key(tensor)
             tensors[key] = tensor
-            if isinstance(read, Refusal):
+            if is_traceable_wrapper_subclass(tensor):
+                kind = type(tensor).__name__
+                refused.setdefault(key, f"its weight is a {kind}, which computes by kernels of its own, as quantized")
+            elif isinstance(read, Refusal):
                 refused.setdefault(key, read.reason)
             else:
                 uses.setdefault((key, read.kind), []).append((node, read))
-    sites = []
+    sites, calls = [], Calls(gm, weights, world, [*modules, *([] if origin is None else [origin])])
     for (key, kind), found in uses.items():
         if len({read.stored_KN for _, read in found}) > 1:
             refused.setdefault(key, "read both plainly and transposed, so one adapter has no single meaning")
         elif key not in refused:
-            sites.append(_site(weights, world, tensors[key], kind, found, modules))
+            sites.append(_site(weights, world, tensors[key], kind, found, modules, calls))
     sites = [site for site in sites if tensor_key(site.weight) not in refused]
     return sites, _skipped(weights, sites, refused, modules)
 
@@ -127,6 +141,7 @@ def _site(
     kind: str,
     found: list[tuple[fx.Node, Read]],
     modules: Sequence[torch.nn.Module],
+    calls: Calls,
 ) -> Site:
     paths = weights.paths_of(tensor)
     first, read = found[0]
@@ -149,6 +164,7 @@ def _site(
         num_experts=read.experts,
         packing=packing_of([node for node, _ in found], n, world) if read.experts else None,
         declared_KN=_declared_KN(paths, modules) if read.experts else None,
+        not_the_module="" if read.experts else calls.refusal([node for node, _ in found], paths, kind),
     )
 
 

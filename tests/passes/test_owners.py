@@ -1,0 +1,126 @@
+"""Modules that are more than the read of their weight: PEFT adapts the module, so an adapter of it is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.nn import functional
+
+import fxlora
+from fxlora.errors import CallError, GraphError, UnboundTensorError
+
+X = torch.randn(3, 4, 6)
+CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+
+
+def pair(path: str) -> dict[str, torch.Tensor]:
+    """LoRA tensors of a linear 6 -> 6, as PEFT names them."""
+    stem = f"base_model.model.{path}"
+    return {f"{stem}.lora_A.weight": torch.randn(4, 6), f"{stem}.lora_B.weight": torch.randn(6, 4)}
+
+
+class Scaled(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * 2
+
+
+class Clamping(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input.clamp(-1, 1))
+
+
+class Twice(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(super().forward(input))
+
+
+class Spelled(nn.Linear):
+    """No more than a linear, spelled in another way."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        flat = input.reshape(-1, 6).double() @ self.weight.double().t()
+        return (flat + self.bias.double()).to(input.dtype).view(input.shape)
+
+
+class Hooked(nn.Linear):
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__(rows, columns)
+        self.register_forward_hook(lambda module, args, output: output * 2)
+
+
+class Net(nn.Module):
+    def __init__(self, kind: type[nn.Linear]) -> None:
+        super().__init__()
+        self.inner, self.head = kind(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.inner(x)))
+
+
+SOURCES: dict[str, Callable[[nn.Module], fx.GraphModule]] = {
+    "capture": lambda model: fxlora.capture(model, x=X),
+    "export": lambda model: torch.export.export(model, (X,)).module(),  # type: ignore[dict-item]
+    "symbolic_trace": torch.fx.symbolic_trace,
+}
+
+
+def served(model: nn.Module, source: str = "capture") -> fxlora.LoraModule:
+    return fxlora.apply(SOURCES[source](model.eval()), max_adapters=2, max_rank=4, example_inputs=(X,))
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("kind", [Scaled, Clamping, Twice, Hooked])
+def test_a_module_that_does_more_than_its_linear_is_refused_by_name(kind: type[nn.Linear], source: str) -> None:
+    lora = served(Net(kind), source)
+    with pytest.raises(UnboundTensorError, match=r"inner\.lora_A.*does more than the linear"):
+        lora.load_adapter("a", (CONFIG, pair("inner")))
+    lora.load_adapter("a", (CONFIG, pair("head")))
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("kind", [nn.Linear, Spelled])
+def test_another_spelling_of_a_linear_is_one(kind: type[nn.Linear], source: str) -> None:
+    served(Net(kind), source).load_adapter("a", (CONFIG, pair("inner")))
+
+
+def test_modules_that_share_a_weight_are_adapted_apart_so_none_is_here() -> None:
+    model = Net(nn.Linear)
+    model.head.weight = model.inner.weight
+    with pytest.raises(UnboundTensorError, match=r"inner.*share one weight"):
+        served(model).load_adapter("a", (CONFIG, pair("inner")))
+
+
+def test_one_module_called_twice_is_one() -> None:
+    model = Net(nn.Linear)
+    model.head = model.inner
+    served(model).load_adapter("a", (CONFIG, pair("inner")))
+
+
+class Casting(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+def test_autocast_is_refused_in_the_model_and_around_a_call() -> None:
+    with pytest.raises(GraphError, match="autocast is on"):
+        served(Casting(nn.Linear))
+    lora = served(Net(nn.Linear))
+    with pytest.raises(CallError, match="autocast is on"), torch.autocast("cpu", torch.bfloat16):
+        lora(x=X, adapters=None)
+
+
+def test_weights_that_compute_by_themselves_are_refused_with_their_class() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    model = Net(nn.Linear).requires_grad_(False)
+    weight = model.inner.weight
+    model.inner.weight = nn.Parameter(TwoTensor(weight.detach(), weight.detach()), requires_grad=False)
+    gm = torch.fx.symbolic_trace(model)
+    lora = fxlora.apply(gm, max_adapters=2, max_rank=4, example_inputs=(X,))
+    with pytest.raises(UnboundTensorError, match=r"inner.*TwoTensor"):
+        lora.load_adapter("a", (CONFIG, pair("inner")))
+    assert functional.mse_loss(lora(X, adapters=None), model(X)) < 1e-9
