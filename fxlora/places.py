@@ -86,6 +86,13 @@ class Index:
         self._modules = sorted({path.removesuffix(".weight") for path, target in self._by_path.items() if target.sites})
         self._lookups_left = _NEAREST_LOOKUPS_MAX
 
+    def unknown(self) -> str:
+        """What to say of a name that the model does not have."""
+        words, own = "no weight of this name", next(iter(self._by_path), "")
+        if not own or any("." in path for path in self._by_path):
+            return words
+        return f"{words}, for this graph made up its own, as {own}: give `apply` the module it was traced from, model="
+
     def first(self, paths: Sequence[str]) -> Target | None:
         """The target of the first of these parameter paths that exists."""
         return next((self._by_path[path] for path in paths if path in self._by_path), None)
@@ -192,7 +199,7 @@ def find_place(index: Index, key: LoraKey, adapter: Adapter) -> Place | Spread |
         if spread is not None:
             return spread
         skips = index.skips_at(key.modules)
-        return "; ".join(skips) if skips else "no weight of this name"
+        return "; ".join(skips) if skips else index.unknown()
     path, pattern_path, was_wrapped = found
     target = index.first((path,))
     assert target is not None

@@ -89,6 +89,9 @@ class Weights:
         for model in (*models, gm):
             for path, parameter in model.named_parameters(remove_duplicate=False):
                 self._add(path, parameter)
+            for path, buffer in model.named_buffers(remove_duplicate=False):
+                if path.endswith(".weight"):  # what a module computes with, though nothing trains it
+                    self._add(path, buffer)
         for node in gm.graph.nodes:
             if node.op == "get_attr":
                 self.bind(node, gm)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxlora
 from fxlora.errors import (
@@ -19,6 +20,7 @@ from fxlora.errors import (
     NeedsExampleInputsError,
     RowsNotProvenError,
     TargetError,
+    UnboundTensorError,
 )
 from tests.toys.base import make_adapter, merged
 
@@ -114,6 +116,14 @@ def test_names_the_trace_lost_come_from_model() -> None:
     lora.load_adapter("a", adapter)
     assert {lora.sites[0].parameter, *lora.sites[0].aliases} == {"a.weight", "b.weight"}
     assert torch.allclose(lora(x, adapters="a"), merged(model, adapter)(x), atol=1e-5)
+
+
+def test_a_graph_with_names_of_its_own_says_how_to_give_it_the_models() -> None:
+    model, x = Twice().eval().requires_grad_(False), torch.randn(3, 4)
+    gm, adapter = make_fx(lambda x: model(x))(x), make_adapter(model, ("b",), 2, 1)
+    with pytest.raises(UnboundTensorError, match=r"made up its own, as _param_constant0: .* model="):
+        fxlora.apply(gm).load_adapter("a", adapter)
+    fxlora.apply(gm, model=model).load_adapter("a", adapter)
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,14 @@ def test_buffers_are_no_weights_but_bound_placeholders_are() -> None:
     assert not Weights(gm, {w: gm.b}).is_weight(w)
 
 
+def test_a_buffer_that_a_module_computes_with_is_a_weight_of_its_name() -> None:
+    gm = traced(lambda x, w: x @ w)
+    gm.inner = nn.Module()
+    gm.inner.register_buffer("weight", weight(3, 4))
+    gm.inner.register_buffer("mask", weight(3, 4))
+    assert list(Weights(gm).names) == ["inner.weight"]
+
+
 @pytest.mark.parametrize("part", ["lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "base_layer"])
 def test_names_of_pefts_wrappers_are_refused_with_the_way_out(part: str) -> None:
     with pytest.raises(PeftModelError, match=rf"layers\.{part}\.weight.*unload\(\)"):
