@@ -7,6 +7,7 @@ the two differ, and an adapter that names the module is then refused, with the r
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -43,10 +44,11 @@ class Calls:
         owners = [path.removesuffix(".weight") for path in paths if path.endswith(".weight")]
         own: dict[int, str] = {}
         for node in uses:
-            key, path, kind_of_module = _innermost(node) or ("", "", None)
-            if not _is_adapted(kind_of_module) or not any(_is_end(path, owner) for owner in owners):
+            key, path, named = _innermost(node) or ("", "", None)
+            module_class = _adapted_class(named)
+            if module_class is None or not any(_is_end(path, owner) for owner in owners):
                 continue
-            extra = self._beside(key, node, uses, kind)
+            extra = self._beside(key, node, uses, kind, _SCALES if _scales(module_class, kind) else frozenset())
             if extra:
                 return f"the module does more than the {kind} of its weight ({extra}), and PEFT adapts it as a whole"
             if (module := self._module_at(_bare(path))) is not None:
@@ -56,7 +58,7 @@ class Calls:
             return f"{names} are modules that share one weight, and PEFT adapts each of them by itself"
         return ""
 
-    def _beside(self, key: str, use: fx.Node, uses: Sequence[fx.Node], kind: str) -> str:
+    def _beside(self, key: str, use: fx.Node, uses: Sequence[fx.Node], kind: str, allowed: frozenset[str]) -> str:
         """The first op in a call of a module that is neither the use nor a change of layout, bias or dtype."""
         for node in self.within[key]:
             name = op_name(node)
@@ -66,8 +68,7 @@ class Calls:
             if node in uses:
                 return f"{name} twice"
             biased = kind == "linear" and name in _ADDS and len(others) < len(node.all_input_nodes)
-            scaled = kind == "embedding" and name in _SCALES  # by `embed_scale`, which PEFT takes into account
-            if others and not biased and not scaled and operand(node) is not None:
+            if others and not biased and name not in allowed and operand(node) is not None:
                 return name.lstrip("?")
         return ""
 
@@ -100,12 +101,18 @@ def _innermost(node: fx.Node) -> tuple[str, str, Any] | None:
     return key, str(entry[0]), entry[1]
 
 
-def _is_adapted(module: Any) -> bool:
-    """Is it of a class that PEFT puts a layer around?"""
+def _adapted_class(module: Any) -> type | None:
+    """The class of a module, given by itself or by its name, if PEFT puts a layer around its kind."""
     if isinstance(module, str):  # export writes the class by its name
         owner, _, name = module.rpartition(".")
         module = getattr(sys.modules.get(owner), name, None)
-    return isinstance(module, type) and issubclass(module, _ADAPTED)
+    return module if isinstance(module, type) and issubclass(module, _ADAPTED) else None
+
+
+def _scales(module: type, kind: str) -> bool:
+    """Whether an embedding multiplies by its `embed_scale`, by which PEFT multiplies what it adds."""
+    code = getattr(inspect.unwrap(getattr(module, "forward", _scales)), "__code__", None)
+    return kind == "embedding" and code is not None and "embed_scale" in code.co_names
 
 
 def _bare(path: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -84,6 +85,40 @@ def test_a_module_that_does_more_than_its_linear_is_refused_by_name(kind: type[n
 @pytest.mark.parametrize("kind", [nn.Linear, Spelled])
 def test_another_spelling_of_a_linear_is_one(kind: type[nn.Linear], source: str) -> None:
     served(Net(kind), source).load_adapter("a", (CONFIG, pair("inner")))
+
+
+class Table(nn.Embedding):
+    """Scaled by a number that PEFT does not know of."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * 4
+
+
+class ScaledTable(nn.Embedding):
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__(rows, columns)
+        self.embed_scale = 4.0
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * self.embed_scale
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_table_is_scaled_by_what_peft_takes_into_account_or_refused(exported: bool) -> None:
+    ids = torch.arange(6).view(2, 3)
+    tensors = {
+        "base_model.model.0.lora_embedding_A": torch.randn(4, 7),
+        "base_model.model.0.lora_embedding_B": torch.randn(6, 4),
+    }
+    for kind in (Table, ScaledTable):
+        model = nn.Sequential(kind(7, 6), nn.Linear(6, 6)).eval()
+        gm: Any = torch.export.export(model, (ids,)).module() if exported else fxlora.capture(model, ids)
+        lora = fxlora.apply(gm, max_adapters=2, max_rank=4)
+        if kind is Table:
+            with pytest.raises(UnboundTensorError, match="more than the embedding"):
+                lora.load_adapter("a", (CONFIG, tensors))
+        else:
+            lora.load_adapter("a", (CONFIG, tensors))
 
 
 def test_modules_that_share_a_weight_are_adapted_apart_so_none_is_here() -> None:
