@@ -34,6 +34,8 @@ class Prover:
         bound: Tensors behind placeholders that are weights or buffers.
         reads: Calls that adapters may change, each with what it takes beside its weight.
         strangers: Names of inputs of which nothing is known: neither request dims, nor that they follow the requests.
+        supposes: Whether rows that are repeated for several images of each request may be taken to follow each other as
+            the only rows of that number do; a walk in which any requests then meet is repeated without it.
 
     Attributes:
         looks_inside: Whether ops without a rule are taken apart.
@@ -53,6 +55,8 @@ class Prover:
         bound: Mapping[fx.Node, torch.Tensor] | None = None,
         strangers: Mapping[fx.Node, str] | None = None,
         reads: Mapping[fx.Node, fx.Node] | None = None,
+        *,
+        supposes: bool = True,
     ) -> None:
         self.graph = gm.graph
         self.worlds = sizing.worlds
@@ -74,6 +78,8 @@ class Prover:
             strangers = {n: str(n.target) for n in unbound if n not in seeds}
         self._strangers, self._reads, self._bound = strangers, reads or {}, bound or {}
         self._row_length: list[int] = []
+        self._supposes, self._supposed = supposes, False
+        self._again = lambda: Prover(gm, sizing, seeds, primary, bound, strangers, reads, supposes=False)
         if primary is not None:
             self.seed = self._seed(seeds, primary)
 
@@ -114,7 +120,8 @@ class Prover:
                 rows = Mixed(f"{rows.reason}, at {describe(node)}")
             if rows is not None:
                 self.labels[node] = self._checked(node, rows)
-        return self
+        met = self._supposed and any(isinstance(r, Mixed) for rows in self.labels.values() for r in _parts(rows))
+        return self._again().run() if met else self
 
     @contextmanager
     def _shared_out(self, node: fx.Node) -> Iterator[None]:
@@ -134,15 +141,29 @@ class Prover:
         """Rows of what a site's call takes: those of the tensor, or of the requests it is repeated for."""
         if (rows := self.rows(x)) is not None or not self.is_tensor(x):
             return rows
-        if len({ids.numel() for ids in self.seed.ids}) == 1 or self.seed.ids[0].dim() > 1:
+        if self.seed.ids[0].dim() > 1:
             return None
         if any(n not in self._bound and not self._is_number(n) for n in self._inputs_behind(x)):
             return None
+        own = self._dims_of(x, self.seed)
+        if len(own) == 1:
+            return Label(self.seed, (own[0],))
+        if not self._supposes:
+            return None
+        # Rows of several images or frames of each request: how they follow each other is checked where they meet them.
+        others = [m for m in self.table.before(x) if m is not self.seed and m.ids[0].dim() == 1]
+        found = [Label(m, (d,)) for m in others for d in self._dims_of(x, m)]
+        if len(found) != 1 or own:
+            return None
+        self._supposed = True
+        return found[0]
+
+    def _dims_of(self, x: fx.Node, row_map: RowMap) -> list[int]:
+        """The dims of a tensor that are as long as a map in every world, where it has more than one length."""
+        if len({ids.numel() for ids in row_map.ids}) == 1:
+            return []
         shapes = [self.shape(x, w) for w in range(self.count)]
-        dims = [
-            d for d in range(len(shapes[0])) if all(shapes[w][d] == self.seed.ids[w].numel() for w in range(self.count))
-        ]
-        return Label(self.seed, (dims[0],)) if len(dims) == 1 else None
+        return [d for d in range(self.ndim(x)) if all(shapes[w][d] == ids.numel() for w, ids in enumerate(row_map.ids))]
 
     def inside(
         self,

@@ -29,6 +29,8 @@ _FIXED_WORLDS = 16
 # Sizes of the request dim and of the other free dims. Large request sizes make two unrelated maps unlikely to agree.
 _BATCH_SIZES = (29, 36, 34)
 _SMALL_BATCH_SIZES = (5, 8, 9, 14)
+# Some convolutions are traced for fewer than 16 images, of which a request may have two (with and without guidance).
+_TINY_BATCH_SIZES = (5, 3, 4)
 _OTHER_SIZES = ((7, 11, 13, 17, 19, 23, 5, 43), (10, 5, 17, 13, 23, 7, 19, 41), (12, 17, 7, 19, 5, 11, 43, 23))
 
 
@@ -142,7 +144,8 @@ def size_worlds(
     if env is not None and has_all_values(gm):
         traced = next(inp.sizes[dims[0]] for inp in inputs if (dims := batch.get(inp.node)))
         held = _held_batch(inputs, batch)
-        free = ((_BATCH_SIZES, WORLDS), (_SMALL_BATCH_SIZES, _FIXED_WORLDS)) if held is None else ()
+        small = ((sizes, _FIXED_WORLDS) for sizes in (_SMALL_BATCH_SIZES, _TINY_BATCH_SIZES))
+        free = ((_BATCH_SIZES, WORLDS), *small) if held is None else ()
         for sizes, count in (*free, ((traced if held is None else held,), _FIXED_WORLDS)):
             sets = [_symbol_sizes(env, inputs, batch, world, sizes[world % len(sizes)]) for world in range(count)]
             if all(s is not None for s in sets):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -108,6 +109,59 @@ def test_a_compiled_denoiser_equals_peft(timestep: str, oracle: Oracle) -> None:
     compiled = torch.compile(model, backend=runtime.backend, options={"backend": "eager"}, fullgraph=True, dynamic=True)
     with torch.no_grad(), runtime.batch(NAMES):
         check(compiled(**inputs), inputs, oracle)
+
+
+class Guided(nn.Module):
+    """A denoiser that runs each request with its condition and without, in one batch of twice the size."""
+
+    def __init__(self, interleaved: bool = False) -> None:
+        super().__init__()
+        self.inner, self.interleaved = Denoiser(), interleaved
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        pair = [sample, sample * 0.5]
+        both = torch.stack(pair, dim=1).flatten(0, 1) if self.interleaved else torch.cat(pair)
+        out = self.inner(both, timestep)
+        bare, guided = (out[0::2], out[1::2]) if self.interleaved else out.chunk(2)
+        return bare + 3.0 * (guided - bare)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("frames", [1, 4])
+def test_a_guided_denoiser_of_any_batch(interleaved: bool, frames: int, tmp_path: Path) -> None:
+    """Few images are traced for few images; the graph takes more. Rows of the timestep are those of both halves."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(3)
+        return Guided(interleaved).eval().requires_grad_(False)
+
+    folder = make_adapter(build, peft.LoraConfig(r=2, lora_alpha=3, target_modules=TARGETS), tmp_path / "a")
+    oracle = Oracle(build, {"a": folder, "b": folder})
+    inputs = {"sample": torch.randn(3, 3, frames, 8, 8), "timestep": torch.tensor(0.7)}
+    lora = fxlora.apply(fxlora.capture(build(), **inputs), max_adapters=2, max_rank=4)
+    lora.load_adapter("a", folder)
+    lora.load_adapter("b", folder)
+    inputs["sample"] = torch.randn(5, 3, frames, 8, 8)
+    with torch.no_grad():
+        check(lora(**inputs, adapters=NAMES), inputs, oracle)
+
+
+def test_rows_that_meet_the_requests_in_another_order_are_refused() -> None:
+    """A timestep for both halves, taken as if it were for pairs: nothing but the order of the meeting tells."""
+
+    class Twisted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.time = nn.Linear(1, 4)
+
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            both = torch.cat([sample, sample])
+            moment = self.time(timestep.expand(both.shape[0], 1))
+            return both + moment.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
+
+    lora = fxlora.apply(fxlora.capture(Twisted(), torch.randn(5, 4), torch.tensor(0.5)), max_adapters=1, max_rank=2)
+    assert not lora.sites
+    assert "they come from timestep" in {skip.name: skip.reason for skip in lora.skipped}["time.weight"]
 
 
 def test_two_timesteps_for_five_requests_say_nothing_of_any() -> None:
