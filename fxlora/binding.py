@@ -164,6 +164,11 @@ def _make_entry(adapter: Adapter, key: LoraKey, place: Place) -> Entry:
         raise AdapterShapeError(f"{shapes}; {site.role.value} site {site.name} takes {expected}")
     if a_RK.shape[0] != rank:
         raise RankError(f"{shapes}, so rank {a_RK.shape[0]}, but the config gives {place.pattern_path} rank {rank}")
+    if site.past_the_module and not place.wrapped and place.times == 1 and bool(b_NR.any()):
+        raise UnsupportedAdapterError(
+            f"{site.past_the_module}, so PEFT's layer there changes nothing, whatever it holds; {key.b} is not zero, "
+            "so it was trained otherwise"
+        )
     scaling = place.times * adapter.config.scaling_of(place.pattern_path)
     return Entry(a_RK, b_NR.t(), scaling, rank, key.names)
 

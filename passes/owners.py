@@ -58,6 +58,20 @@ class Calls:
             return f"{names} are modules that share one weight, and PEFT adapts each of them by itself"
         return ""
 
+    def past_the_module(self, uses: Sequence[fx.Node], paths: Sequence[str], kind: str) -> str:
+        """Where the weight of a module is read by another module's code, past the layer that PEFT puts around its own;
+        empty where it is not, or where the model that would tell is not at hand.
+        """
+        adapted = torch.nn.Embedding if kind == "embedding" else torch.nn.Linear
+        found = [self._module_at(path.removesuffix(".weight")) for path in paths if path.endswith(".weight")]
+        owners = {id(module) for module in found if isinstance(module, adapted)}
+        for node in uses if owners else ():
+            _, path, _ = _innermost(node) or ("", "", None)
+            reader = self._module_at(_bare(path)) if path else None
+            if reader is not None and id(reader) not in owners:
+                return f"{_bare(path)} reads the weight of {paths[0].removesuffix('.weight')} past its module"
+        return ""
+
     def _beside(self, key: str, use: fx.Node, uses: Sequence[fx.Node], kind: str, allowed: frozenset[str]) -> str:
         """The first op in a call of a module that is neither the use nor a change of layout, bias or dtype."""
         for node in self.within[key]:

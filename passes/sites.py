@@ -54,6 +54,7 @@ class Site:
         declared_KN: What the module that owns an expert weight says of its layout (`is_transposed`), which decides what
             PEFT calls in and out; None where no such module is at hand.
         not_the_module: Why an adapter of the module that owns the weight is none of the weight; empty where it is.
+        past_the_module: Where the weight is read without its module, so that an adapter of the module changes nothing.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Site:
     packing: Packing | None = None
     declared_KN: bool | None = None
     not_the_module: str = field(default="", repr=False)
+    past_the_module: str = field(default="", repr=False)
 
     @property
     def kind(self) -> Literal["linear", "embedding", "experts"]:
@@ -165,6 +167,7 @@ def _site(
         packing=packing_of([node for node, _ in found], n, world) if read.experts else None,
         declared_KN=_declared_KN(paths, modules) if read.experts else None,
         not_the_module="" if read.experts else calls.refusal([node for node, _ in found], paths, kind),
+        past_the_module="" if read.experts else calls.past_the_module([node for node, _ in found], paths, kind),
     )
 
 

@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.nn import functional
 
 import fxlora
-from fxlora.errors import CallError, GraphError, UnboundTensorError
+from fxlora.errors import CallError, GraphError, UnboundTensorError, UnsupportedAdapterError
 
 X = torch.randn(3, 4, 6)
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
@@ -132,6 +132,24 @@ def test_one_module_called_twice_is_one() -> None:
     model = Net(nn.Linear)
     model.head = model.inner
     served(model).load_adapter("a", (CONFIG, pair("inner")))
+
+
+class Past(Net):
+    """Reads a weight past its module, as some do to give it another bias."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(functional.linear(x, self.inner.weight))
+
+
+def test_a_weight_that_is_read_past_its_module_takes_no_adapter_but_zero() -> None:
+    lora = fxlora.apply(fxlora.capture(nn.Sequential(Past(nn.Linear)).eval(), X), max_adapters=2, max_rank=4)
+    tensors = pair("0.inner")
+    with pytest.raises(UnsupportedAdapterError, match=r"reads the weight of 0\.inner past its module"):
+        lora.load_adapter("a", (CONFIG, tensors))
+    tensors["base_model.model.0.inner.lora_B.weight"].zero_()  # as training by PEFT leaves it
+    lora.load_adapter("a", (CONFIG, tensors | pair("0.head")))
+    parameter = {**CONFIG, "target_parameters": ["inner.weight"]}
+    lora.load_adapter("b", (parameter, pair("0.inner")))
 
 
 class Casting(Net):
