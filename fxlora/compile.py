@@ -120,7 +120,7 @@ class _Compiled(nn.Module):
             return super().__call__(*args, **kwargs)
 
     def load_adapter(self, name: str, source: AdapterSource) -> None:
-        """Load a PEFT adapter from a folder, or from (config, tensors), under a name, all or nothing."""
+        """Load an adapter: a PEFT folder, a file of diffusers, or (config, tensors), under a name, all or nothing."""
         self.runtime.load_adapter(name, source)
 
     def unload_adapter(self, name: str) -> None:

@@ -98,7 +98,7 @@ class LoraModule(nn.Module):
         return self.pool.names
 
     def load_adapter(self, name: str, source: AdapterSource) -> None:
-        """Load a PEFT adapter from a folder, or from (config, tensors), under a name.
+        """Load an adapter from a PEFT folder, a file of diffusers, or (config, tensors), under a name.
 
         All or nothing: every tensor lands on a site, or an error of the AdapterError family says what does not and why,
         and nothing has changed. The graph does not change either.

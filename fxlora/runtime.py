@@ -128,7 +128,7 @@ class Runtime:
         return self.pool.names
 
     def load_adapter(self, name: str, source: AdapterSource) -> None:
-        """Load a PEFT adapter from a folder, or from (config, tensors), under a name.
+        """Load an adapter from a PEFT folder, a file of diffusers, or (config, tensors), under a name.
 
         All or nothing, as `LoraModule.load_adapter`; no graph is compiled anew.
         """
