@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import networkx as nx
@@ -126,14 +127,25 @@ def rows_text(rows: Any) -> str:
 
 def _tensor_facts(value: Any) -> dict[str, Any]:
     if isinstance(value, torch.Tensor):
-        shape = [size if isinstance(size, int) else str(size) for size in value.shape]
+        shape = [size if isinstance(size, int) else _size_text(size) for size in value.shape]
         return {"shape": shape, "dtype": str(value.dtype).removeprefix("torch.")}
     if isinstance(value, list | tuple) and value and all(isinstance(v, torch.Tensor) for v in value):
         parts = [_tensor_facts(v) for v in value]
         return {"shapes": [part["shape"] for part in parts], "dtype": parts[0]["dtype"]}
     if isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
-        return {"size": str(value)}
+        return {"size": _size_text(value)}
     return {}
+
+
+def _size_text(size: Any) -> str:
+    """A size as torch writes it. sympy takes 30 us to print a formula, and a graph has few of them many times."""
+    formula = getattr(getattr(size, "node", None), "expr", None)
+    return str(size) if formula is None else _printed(formula)
+
+
+@lru_cache(maxsize=4096)
+def _printed(formula: Any) -> str:
+    return str(formula)
 
 
 def _present(facts: Mapping[str, Any]) -> dict[str, Any]:

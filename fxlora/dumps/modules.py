@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def repeats(state: NodeState) -> dict[str, int]:
     return found
 
 
+@lru_cache(maxsize=65536)
 def _clean(path: str) -> str:
     """`L['self'].model.layers.1`, `L['fn'].__self__.model.layers.1` and `model.layers.1@2` -> `model.layers.1`.
 
@@ -98,14 +100,20 @@ def module_kinds(nodes: Sequence[NodeState]) -> dict[str, str]:
 
 def source_of(meta: Mapping[str, Any]) -> str:
     """The model's own line behind a node, `file:line: code`, innermost outside of torch; empty where unknown."""
-    lines = [line.strip() for line in (meta.get("stack_trace") or "").splitlines() if line.strip()]
-    best = ""
+    file, line, code = _own_line(meta.get("stack_trace") or "")
+    return f"{_short(file)}:{line}: {code}" if file else ""
+
+
+@lru_cache(maxsize=65536)
+def _own_line(trace: str) -> tuple[str, str, str]:
+    """File, line and code; layers share their traces, so few are read."""
+    lines = [line.strip() for line in trace.splitlines() if line.strip()]
+    best = ("", "", "")
     for i, line in enumerate(lines):
         frame = _FRAME.match(line)
-        if frame:
+        if frame and (not best[0] or not frame[1].startswith(_TORCH)):
             code = lines[i + 1] if i + 1 < len(lines) and not _FRAME.match(lines[i + 1]) else ""
-            if not best or not frame[1].startswith(_TORCH):
-                best = f"{_short(frame[1])}:{frame[2]}: {code}"
+            best = (frame[1], frame[2], code)
     return best
 
 

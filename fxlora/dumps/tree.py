@@ -67,7 +67,7 @@ def visit_tree(graph: nx.MultiDiGraph) -> Visit:
             stack.append(made)
         stack[-1].items.append(node)
     _splice(root, graph.graph["modules"])
-    _fold(graph, root)
+    _fold(graph, root, {node: sites_of(graph, node) for node in graph})
     return root
 
 
@@ -90,17 +90,17 @@ def _numbered(visits: Iterable[Visit]) -> bool:
     return all(visit.name.split(".")[0].isdigit() for visit in visits)
 
 
-def _fold(graph: nx.MultiDiGraph, visit: Visit) -> None:
-    """Mark every visit that repeats an earlier sibling, inside out."""
+def _fold(graph: nx.MultiDiGraph, visit: Visit, sites: Mapping[str, Sequence[str]]) -> None:
+    """Mark every visit that repeats an earlier sibling, inside out. sites: those that each node serves."""
     siblings = visit.visits
     for sibling in siblings:
-        _fold(graph, sibling)
+        _fold(graph, sibling, sites)
     if len(siblings) < 2:
         return
     home = {node: sibling for sibling in siblings for node in sibling.calls()}
     forms: dict[Any, list[tuple[Visit, list[str]]]] = {}
     for sibling in siblings:
-        form, outside = _form(graph, sibling)
+        form, outside = _form(graph, sibling, sites)
         known = forms.setdefault((re.sub(r"\d+", "#", sibling.name), form), [])
         for first, others in known:
             if all(
@@ -113,7 +113,7 @@ def _fold(graph: nx.MultiDiGraph, visit: Visit) -> None:
             known.append((sibling, outside))
 
 
-def _form(graph: nx.MultiDiGraph, visit: Visit) -> tuple[Any, list[str]]:
+def _form(graph: nx.MultiDiGraph, visit: Visit, sites: Mapping[str, Sequence[str]]) -> tuple[Any, list[str]]:
     """What a visit does, in words that do not depend on where it stands, and the nodes that it reads from outside."""
     calls = [node for node in visit.calls() if "size" not in graph.nodes[node]]
     inside = {node: i for i, node in enumerate(calls)}
@@ -139,9 +139,9 @@ def _form(graph: nx.MultiDiGraph, visit: Visit) -> tuple[Any, list[str]]:
         facts = graph.nodes[node]
         module = facts.get("module", "")[len(visit.path) :]
         shape = repr(facts.get("shape", facts.get("shapes")))
-        served = [graph.nodes[site] for site in sites_of(graph, node)]
-        sites = "".join(f" {_below(s['label'], visit.path)} {s['role']} {s.get('rows')}" for s in served)
-        lines.append(f"{module} {REFERENCE.sub(word, facts['call'])} {facts.get('dtype')}{shape}{sites}")
+        served = [graph.nodes[site] for site in sites[node]]
+        uses = "".join(f" {_below(s['label'], visit.path)} {s['role']} {s.get('rows')}" for s in served)
+        lines.append(f"{module} {REFERENCE.sub(word, facts['call'])} {facts.get('dtype')}{shape}{uses}")
     return tuple(lines), list(outside)
 
 
