@@ -16,7 +16,7 @@ from torch._guards import tracing
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxlora.passes.fused import SPELLED
-from fxlora.passes.graph import op_name
+from fxlora.passes.graph import op_name, place_in_model
 from fxlora.passes.normalize import replace_call
 from fxlora.passes.rows.worlds import TensorFacts, UnknownShapeError, World, model_guards, shape_env_of
 
@@ -106,7 +106,6 @@ def _splice(gm: fx.GraphModule, node: fx.Node, inner: fx.GraphModule, sources: l
     values: dict[fx.Node, Any] = {}
     placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
     values.update(zip(placeholders, sources, strict=True))
-    kept = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
     with gm.graph.inserting_before(node):
         for n in inner.graph.nodes:
             if n.op in ("placeholder", "output"):
@@ -117,7 +116,7 @@ def _splice(gm: fx.GraphModule, node: fx.Node, inner: fx.GraphModule, sources: l
                 values[n] = gm.graph.get_attr(name)
             else:
                 values[n] = gm.graph.node_copy(n, lambda a: values[a])
-            values[n].meta = dict(kept)
+            values[n].meta = place_in_model(node.meta)
     returned = next(n.args[0] for n in inner.graph.nodes if n.op == "output")
     result: Any = fx.map_arg(returned, lambda a: values[a])
     replace_call(gm, node, result)

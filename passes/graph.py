@@ -6,7 +6,7 @@ The first stage of the flow: everything after it speaks of canonical op names, n
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -191,6 +191,11 @@ def module_path(node: fx.Node) -> str:
         return ""
     entry = list(stack.values())[-1]
     return str(entry[0] if isinstance(entry, tuple) else entry)
+
+
+def place_in_model(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What tracing recorded of where in the model a node stands, for nodes that take its place."""
+    return {key: value for key, value in meta.items() if key in ("stack_trace", "nn_module_stack")}
 
 
 def source_line(node: fx.Node) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from fxlora.passes.errors import AlreadyAppliedError, GraphError
-from fxlora.passes.graph import attribute, op_name
+from fxlora.passes.graph import attribute, op_name, place_in_model
 from fxlora.passes.weights import tensor_key
 
 
@@ -161,8 +161,7 @@ def _put_inside(gm: fx.GraphModule, node: fx.Node, inner: fx.Graph, values: dict
             if n.op in ("placeholder", "output"):
                 continue
             values[n] = gm.graph.node_copy(n, lambda a: values[a])
-            meta = {**node.meta, **n.meta}
-            values[n].meta = {k: v for k, v in meta.items() if k in ("stack_trace", "nn_module_stack")}
+            values[n].meta = place_in_model({**node.meta, **n.meta})
             if n.op in ("get_attr", "call_module"):
                 values[n].target = f"{path}.{n.target}"
     result: Any = fx.map_arg(returned, lambda a: values[a])

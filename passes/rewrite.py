@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 import fxlora.kernels.ops  # noqa: F401  registers torch.ops.fxlora
-from fxlora.passes.graph import op_name, operand
+from fxlora.passes.graph import op_name, operand, place_in_model
 from fxlora.passes.guards import emit_guards
 from fxlora.passes.memory import may_write
 from fxlora.passes.plan import Group, Plan, PlannedUse
@@ -119,7 +119,7 @@ def _replace_use(
 def _call(graph: fx.Graph, use: PlannedUse, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """A call that stands for (a part of) a use: it comes from the same line of the model."""
     made = graph.call_function(target, args, kwargs)
-    made.meta = {k: v for k, v in use.node.meta.items() if k in ("stack_trace", "nn_module_stack")}
+    made.meta = place_in_model(use.node.meta)
     return made
 
 

@@ -145,9 +145,9 @@ def _site(
     modules: Sequence[torch.nn.Module],
     calls: Calls,
 ) -> Site:
-    paths = weights.paths_of(tensor)
-    first, read = found[0]
-    facts = world.facts(first if kind == "embedding" else read.x)
+    paths, nodes = weights.paths_of(tensor), [node for node, _ in found]
+    read = found[0][1]
+    facts = world.facts(nodes[0] if kind == "embedding" else read.x)
     rows, columns = tensor.shape[-2:]
     embedding = kind == "embedding"
     k, n = (rows, columns) if embedding or read.stored_KN else (columns, rows)
@@ -161,13 +161,13 @@ def _site(
         out_features=n,
         dtype=facts.dtype,
         device=tensor.device,
-        uses=tuple(node for node, _ in found),
+        uses=tuple(nodes),
         stored_KN=read.stored_KN,
         num_experts=read.experts,
-        packing=packing_of([node for node, _ in found], n, world) if read.experts else None,
+        packing=packing_of(nodes, n, world) if read.experts else None,
         declared_KN=_declared_KN(paths, modules) if read.experts else None,
-        not_the_module="" if read.experts else calls.refusal([node for node, _ in found], paths, kind),
-        past_the_module="" if read.experts else calls.past_the_module([node for node, _ in found], paths, kind),
+        not_the_module="" if read.experts else calls.refusal(nodes, paths, kind),
+        past_the_module="" if read.experts else calls.past_the_module(nodes, paths, kind),
     )
 
 

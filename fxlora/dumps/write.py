@@ -26,6 +26,20 @@ STEM = "graph"
 Dumpable = LoraModule | fx.GraphModule | torch.export.ExportedProgram | Record
 
 
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """A dump makes objects by the hundred thousand and keeps most of them to its end: the garbage collector would walk
+    all of torch's and the model's over and over for nothing, a quarter of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@_no_collections()
 def write_dump(
     lora_or_gm: Dumpable,
     path: str | os.PathLike[str],
@@ -49,24 +63,10 @@ def write_dump(
     else:
         folder = form is None or target.is_dir()
     made = prepared(lora_or_gm, adapter, depth, focus)
-    with _no_collections():
-        if not folder:
-            assert form is not None
-            return _write(target, FORMATS[form](made))
-        return write_folder(made, target, [form] if form is not None else None)
-
-
-@contextmanager
-def _no_collections() -> Iterator[None]:
-    """A dump makes objects by the hundred thousand and keeps most of them to its end: the garbage collector would walk
-    all of torch's and the model's over and over for nothing, a quarter of the time."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
+    if not folder:
+        assert form is not None
+        return _write(target, FORMATS[form](made))
+    return write_folder(made, target, [form] if form is not None else None)
 
 
 def prepared(lora_or_gm: Dumpable, adapter: Any, depth: int | None, focus: str | None) -> Dump:
@@ -122,6 +122,7 @@ def _write(path: Path, content: str | bytes) -> Path:
     return path
 
 
+@_no_collections()
 def write_folder(dump: Dump, folder: Path, forms: list[str] | None = None) -> Path:
     """Every format of a dump, or some, beside an index that says what each is and which could not be made."""
     lines = [f"# {dump.record.title or 'graph'}", ""]
