@@ -14,6 +14,7 @@ from fxlora.kernels.checks import check_rows
 from fxlora.kernels.launch import Fixed, Launcher, Variant
 from fxlora.kernels.overlap import can_overlap
 from fxlora.kernels.registry import Group, SitePool
+from fxlora.kernels.replay import Replays
 from fxlora.kernels.triton_helpers import check_pool, expand_precision, strided
 
 PoolArguments = tuple[torch.Tensor | None, ...]
@@ -29,10 +30,6 @@ class Plan(NamedTuple):
     grid: tuple[int, ...]
     numbers: tuple[int, ...]
 
-    def launch(self, *args: object) -> None:
-        """Launches it with these arguments."""
-        self.variant.launch(self.grid, args)
-
 
 Plans = dict[object, tuple[object, Plan]]
 
@@ -47,11 +44,27 @@ class PlannedCall:
     device_index: int
     plans: Plans
     signature: tuple[object, ...]
+    x: torch.Tensor
 
-    def plan(self, launcher: Launcher, tile: object, make: Callable[[], Plan], step: int = 0) -> Plan:
+    def __init__(self) -> None:
+        self.launches: list[tuple[Plan, tuple[object, ...]]] = []  # with their arguments, in order
+        self.scratch: list[torch.Tensor] = []
+
+    def launch(self, plan: Plan, *args: object) -> None:
+        """Launches it with these arguments."""
+        self.launches.append((plan, args))
+        plan.variant.launch(plan.grid, args)
+
+    def new_scratch(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """Uninitialised memory that nobody reads after the call."""
+        scratch = self.x.new_empty(*shape, dtype=dtype)
+        self.scratch.append(scratch)
+        return scratch
+
+    def plan(self, launcher: Launcher, tile: object, make: Callable[[], Plan], step: object = 0) -> Plan:
         """What one launch of the call does not owe to its tensors, made once for calls of this shape and tile.
 
-        make: returns it. step: tells apart the launches of one kernel in one call.
+        make: returns it. step: tells apart the launches of one kernel in one call, or what else a plan follows from.
         """
         key = (launcher, self.signature, step)
         found = self.plans.get(key)
@@ -74,7 +87,7 @@ class PlannedCall:
 
         registers: most of a thread.
         """
-        options = {"num_warps": num_warps, "pdl": bool(constants["PDL"]), "registers": registers}
+        options = {"num_warps": num_warps, "pdl": bool(constants.get("PDL")), "registers": registers}
         return Plan(launcher.variant(constants, device=self.device_index, **options), grid, numbers)
 
 
@@ -92,8 +105,10 @@ class Members:
         self.h_width = max((pool.rank_bound for pool in self.owned), default=1)
         self.max_adapters = self.owned[0].start.numel() if self.owned else 1
         self.plans: Plans = {}
+        self.replays = Replays()
         self.a_pools = Fixed(tuple(map(_a_arguments, pools)))  # A, start, rank, scaling of each member
         self.b_pools = Fixed(tuple([None if pool is None else pool.b for pool in pools]))
+        self.fixed_b = [None if pool is None else tuple(map(Fixed, (pool.b, pool.start, pool.rank))) for pool in pools]
 
 
 def _a_arguments(pool: SitePool | None) -> PoolArguments:
@@ -113,6 +128,7 @@ class LinearCall(PlannedCall):
         segments: torch.Tensor,
         members: Members,
     ) -> None:
+        super().__init__()
         self.features = x.shape[-1]
         self.rows, self.width = row_slots.shape
         check_rows(x.numel() // self.features if self.features else self.rows, row_slots, row_coeffs)

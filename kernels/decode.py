@@ -28,11 +28,12 @@ def decode(call: LinearCall, tiles: DecodeTiles) -> list[torch.Tensor]:
     """The members' outputs for `call`."""
     plan = call.plan(_launcher, tiles, lambda: _plan(call, tiles))
     *numbers, stride, h_size, sums_size = plan.numbers
-    h, sums = torch.split_with_sizes(call.x.new_empty(h_size + sums_size, dtype=torch.float32), (h_size, sums_size))
+    h, sums = torch.split_with_sizes(call.new_scratch(h_size + sums_size, dtype=torch.float32), (h_size, sums_size))
     outputs = tuple(call.new_outputs())
     if isinstance(tiles.shrink, ShrinkTile) and h_size:
         shrink_tiles(call, h, stride, tiles.shrink)
-    plan.launch(
+    call.launch(
+        plan,
         (call.x, *call.x.stride()),
         call.strided_weights,
         call.strided_biases,

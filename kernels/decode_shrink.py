@@ -119,7 +119,8 @@ _launcher = Launcher(shrink_tiles_kernel)
 def shrink_tiles(call: LinearCall, h: torch.Tensor, stride: int, tile: ShrinkTile) -> None:
     """Fills h, fp32 [members, parts, E, stride], as far as each entry's rank."""
     plan = call.plan(_launcher, tile, lambda: _plan(call, stride, tile))
-    plan.launch(
+    call.launch(
+        plan,
         (call.x, *call.x.stride()),
         h,
         stride,

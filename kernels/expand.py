@@ -177,7 +177,8 @@ def expand(
     members = call.members
     for j in range(call.width):
         plan = call.plan(_launcher, tiles, lambda j=j: _plan(call, stride, j, tiles), step=j)
-        plan.launch(
+        call.launch(
+            plan,
             outputs,
             sums,
             call.strided_biases,

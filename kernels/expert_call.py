@@ -20,6 +20,7 @@ from fxlora.kernels.expert_pool import ExpertPool
 from fxlora.kernels.expert_segments import is_in_place, tile_bound, tile_height
 from fxlora.kernels.launch import Fixed
 from fxlora.kernels.overlap import can_overlap
+from fxlora.kernels.replay import Replays
 from fxlora.kernels.triton_helpers import strided
 
 
@@ -29,11 +30,15 @@ class ExpertSite:
     def __init__(self, pool: ExpertPool | None) -> None:
         self.pool = pool
         self.plans: Plans = {}
+        self.replays = Replays()
         self.max_adapters = 1 if pool is None else pool.rank.numel()
         self.h_width = 1 if pool is None else pool.rank_bound
         a_pool: tuple[torch.Tensor | None, ...] = (None,) * 5
         b_pool: tuple[torch.Tensor | None, ...] = (None,) * 4
+        self.fixed: tuple[Fixed, ...] = ()  # A, B, their starts and steps, rank, scaling
         if pool is not None:
+            starts = (pool.a_start, pool.a_step, pool.b_start, pool.b_step)
+            self.fixed = tuple(map(Fixed, (pool.a, pool.b, *starts, pool.rank, pool.scaling)))
             a_pool = (pool.a, pool.a_start, pool.a_step, pool.rank, pool.scaling)
             b_pool = (pool.b, pool.b_start, pool.b_step, pool.rank)
         self.a_pool = Fixed(a_pool)
@@ -53,6 +58,7 @@ class ExpertCall(PlannedCall):
         segments: torch.Tensor,
         site: ExpertSite,
     ) -> None:
+        super().__init__()
         check_rows(x.shape[0], row_slots, row_coeffs)
         check_experts(x, weight, bias, segments, site.pool)
         self.rows, self.width = row_slots.shape

@@ -233,21 +233,21 @@ def decode(call: ExpertCall, tiles: ExpertDecodeTiles) -> torch.Tensor:
     delta = _delta_of(call, tiles) if call.has_pool else table
     y = call.x.new_empty(call.rows, call.columns)
     plan = call.plan(_gemm, tiles.gemm, lambda: _gemm_plan(call, tiles.gemm))
-    plan.launch(x, strided(call.weight), call.strided_bias, y, delta, table, *plan.numbers)
+    call.launch(plan, x, strided(call.weight), call.strided_bias, y, delta, table, *plan.numbers)
     return y
 
 
 def _delta_of(call: ExpertCall, tiles: ExpertDecodeTiles) -> torch.Tensor:
     """fp32 [T * J, N], filled."""
     site, table, x = call.site, call.segments, (call.x, call.x.stride(0))
-    shrink, delta = tiles.shrink, call.x.new_empty(call.entries, call.columns, dtype=torch.float32)
+    shrink, delta = tiles.shrink, call.new_scratch(call.entries, call.columns, dtype=torch.float32)
     h = (delta, 0)
     if shrink:
-        h = (call.x.new_empty(call.entries, site.h_width, dtype=torch.float32), site.h_width)
+        h = (call.new_scratch(call.entries, site.h_width, dtype=torch.float32), site.h_width)
         plan = call.plan(_shrink, shrink, lambda: _shrink_plan(call, shrink))
-        plan.launch(x, h, call.slots, call.coeffs, table, site.a_pool, *plan.numbers)
+        call.launch(plan, x, h, call.slots, call.coeffs, table, site.a_pool, *plan.numbers)
     plan = call.plan(_delta, tiles, lambda: _delta_plan(call, tiles.delta, not shrink))
-    plan.launch(delta, x, h, call.slots, call.coeffs, table, site.a_pool, site.b_pool, *plan.numbers)
+    call.launch(plan, delta, x, h, call.slots, call.coeffs, table, site.a_pool, site.b_pool, *plan.numbers)
     return delta
 
 

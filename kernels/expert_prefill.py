@@ -18,11 +18,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fxlora.kernels.call import Plan
 from fxlora.kernels.expert_call import ExpertCall, load_x, rows_of, tile_item, tiles_in_use
 from fxlora.kernels.expert_prefill_shrink import adapters_of, shrink_tiles
 from fxlora.kernels.groups import count_groups, load_b, load_groups, load_h
+from fxlora.kernels.launch import Described, Launcher
 from fxlora.kernels.tiles import ExpertPrefillTile
 from fxlora.kernels.triton_helpers import INTERPRET, cdiv, dot, strided
 
@@ -86,7 +87,9 @@ def expert_prefill_kernel(
     EVEN: tl.constexpr,
     EVEN_K: tl.constexpr,
     IN_PLACE: tl.constexpr,
+    X_TMA: tl.constexpr,  # x_desc is there
     HAS_BIAS: tl.constexpr,
+    HAS_POOL: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
     """Every tile of y: base GEMM, adapters, bias, one store; rows without an expert become zero."""
@@ -101,14 +104,14 @@ def expert_prefill_kernel(
         cols = first_col + tl.arange(0, BN)
         steps = tl.where(expert < num_experts, tl.cdiv(num_features, BK), 0)
         count = 0
-        if adapters is not None:
+        if HAS_POOL:
             count = tl.where(steps > 0, count_groups(row_tile, adapters), 0)  # on its way during the base GEMM
         acc = tl.zeros([BM, BN], tl.float32)
         for step in tl.range(0, steps, num_stages=STAGES):
             x_tile = load_x(x, x_desc, first, rows, row_mask, step * BK, num_features, BK, EVEN_K)
             w_tile = load_w(w, w_desc, expert, first_col, step * BK, num_cols, num_features, BN, BK, FORM, EVEN)
             acc = dot(x_tile, w_tile, acc, "ieee")
-        if adapters is not None:
+        if HAS_POOL:
             own_rows = tl.where(row_mask, rows, num_rows)  # those of other tiles have no slots
             acc = add_groups(acc, count, row_tile, own_rows, cols, adapters, num_rows, num_cols, J, BM, BR, STAGES)
         if HAS_BIAS:
@@ -119,32 +122,41 @@ def expert_prefill_kernel(
         tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=row_mask[:, None] & (cols < num_cols)[None, :])
 
 
+_launcher = Launcher(expert_prefill_kernel)
+
+
 def prefill(call: ExpertCall, tile: ExpertPrefillTile) -> torch.Tensor:
     """y [T, N] for `call`."""
-    in_place_x = tile.x_tma and call.in_place and _tma_reads(call.x, call)
+    x_tma = tile.x_tma and call.in_place and _tma_reads(call.x, call)
     adapters = None
     if call.has_pool:
         adapters = adapters_of(call)
-        block = [tile.shrink_BM, tile.shrink_BK]
-        shrink_tiles(call, TensorDescriptor.from_tensor(call.x, block) if in_place_x else None, adapters, tile)
+        shrink_tiles(call, adapters, tile, x_tma)
     y = call.x.new_empty(call.rows, call.columns)
     form, w_desc = _described(call, tile)
-    x_desc = TensorDescriptor.from_tensor(call.x, [call.height, tile.BK]) if in_place_x else None
-    even_k = call.features % tile.BK == 0
-    expert_prefill_kernel[(min(call.tiles * cdiv(call.columns, tile.BN), tile.programs),)](
+    plan = call.plan(_launcher, tile, lambda: _plan(call, tile, form, x_tma), step=(form, x_tma))
+    call.launch(
+        plan,
         (call.x, call.x.stride(0)),
-        x_desc,
+        Described(call.x, (call.height, tile.BK)) if x_tma else None,
         strided(call.weight),
         w_desc,
         call.strided_bias,
         y,
         adapters,
         call.segments,
-        call.rows,
-        call.num_experts,
-        call.bound,
-        call.features,
-        call.columns,
+        *plan.numbers,
+    )
+    return y
+
+
+def _plan(call: ExpertCall, tile: ExpertPrefillTile, form: int, x_tma: bool) -> Plan:
+    even_k = call.features % tile.BK == 0
+    return call.planned(
+        _launcher,
+        (min(call.tiles * cdiv(call.columns, tile.BN), tile.programs),),
+        (call.rows, call.num_experts, call.bound, call.features, call.columns),
+        tile.num_warps,
         J=call.width,
         BM=call.height,
         BN=tile.BN,
@@ -154,20 +166,20 @@ def prefill(call: ExpertCall, tile: ExpertPrefillTile) -> torch.Tensor:
         EVEN=even_k and call.columns % tile.BN == 0,
         EVEN_K=even_k,
         IN_PLACE=call.in_place,
+        X_TMA=x_tma,
         HAS_BIAS=call.has_bias,
+        HAS_POOL=call.has_pool,
         STAGES=tile.num_stages,
-        num_warps=tile.num_warps,
     )
-    return y
 
 
-def _described(call: ExpertCall, tile: ExpertPrefillTile) -> tuple[int, TensorDescriptor | None]:
-    """How W is read, and its TMA descriptor."""
+def _described(call: ExpertCall, tile: ExpertPrefillTile) -> tuple[int, Described | None]:
+    """How W is read, and as what by TMA."""
     weight = call.weight
     if tile.w_tma and _tma_reads(weight, call):
-        return _ALONG_K, TensorDescriptor.from_tensor(weight, [1, tile.BN, tile.BK])
+        return _ALONG_K, Described(weight, (1, tile.BN, tile.BK))
     if tile.w_tma and _tma_reads(weight.mT, call):
-        return _ALONG_N, TensorDescriptor.from_tensor(weight.mT, [1, tile.BK, tile.BN])
+        return _ALONG_N, Described(weight.mT, (1, tile.BK, tile.BN))
     return _POINTERS, None
 
 

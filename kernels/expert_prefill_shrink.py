@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fxlora.kernels.call import Plan
 from fxlora.kernels.expert_call import ExpertCall, load_x, rows_of, tile_record, tiles_in_use
 from fxlora.kernels.groups import FIELDS, MOST, list_capacity, list_words, slots_of, spread
+from fxlora.kernels.launch import Described, Launcher
 from fxlora.kernels.tiles import ExpertPrefillTile
 from fxlora.kernels.triton_helpers import cdiv, dot, next_power_of_2
 
@@ -51,13 +52,16 @@ def adapters_of(call: ExpertCall) -> ExpertAdapters:
     pool = call.site.pool
     assert pool is not None
     width = cdiv(pool.rank_bound, 16) * 16
-    h_EW = call.x.new_empty(call.entries, width)
+    h_EW = call.new_scratch(call.entries, width, dtype=call.x.dtype)
     capacity = list_capacity(call.site.max_adapters, call.height * call.width, width)
-    groups = torch.empty(call.tiles, list_words(capacity), dtype=torch.int32, device=call.x.device)
+    groups = call.new_scratch(call.tiles, list_words(capacity), dtype=torch.int32)
     slots = call.row_slots.contiguous()
     rows = (slots, slots if call.row_coeffs is None else call.row_coeffs.contiguous())
-    table = (pool.a_start, pool.a_step, pool.b_start, pool.b_step, pool.rank, pool.scaling)
-    return ExpertAdapters(pool.a, pool.b, *table, call.site.max_adapters, *rows, h_EW, width, groups, capacity)
+    a, b, a_start, a_step, b_start, b_step, rank, scaling = call.site.fixed
+    return ExpertAdapters(
+        a, b, a_start, a_step, b_start, b_step, rank, scaling, call.site.max_adapters, *rows, h_EW, width, groups,
+        capacity,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -150,6 +154,7 @@ def expert_shrink_tiles_kernel(
     STAGES: tl.constexpr,
     EVEN_K: tl.constexpr,
     IN_PLACE: tl.constexpr,
+    X_TMA: tl.constexpr,  # x_desc is there
     HAS_COEFFS: tl.constexpr,
 ) -> None:
     """Groups of all row tiles of the batch, and h of their rows, BM of them at a time."""
@@ -174,19 +179,29 @@ def expert_shrink_tiles_kernel(
                 )  # fmt: skip
 
 
-def shrink_tiles(
-    call: ExpertCall, x_desc: TensorDescriptor | None, adapters: ExpertAdapters, tile: ExpertPrefillTile
-) -> None:
-    """Fills h and the groups of `adapters`."""
-    expert_shrink_tiles_kernel[(min(call.tiles * (call.height // tile.shrink_BM), tile.shrink_programs),)](
+_launcher = Launcher(expert_shrink_tiles_kernel)
+
+
+def shrink_tiles(call: ExpertCall, adapters: ExpertAdapters, tile: ExpertPrefillTile, x_tma: bool) -> None:
+    """Fills h and the groups of `adapters`. x_tma: TMA can read x."""
+    plan = call.plan(_launcher, tile, lambda: _plan(call, tile, x_tma), step=x_tma)
+    call.launch(
+        plan,
         (call.x, call.x.stride(0)),
-        x_desc,
+        Described(call.x, (tile.shrink_BM, tile.shrink_BK)) if x_tma else None,
         adapters,
         call.segments,
-        call.rows,
-        call.num_experts,
-        call.bound,
-        call.features,
+        *plan.numbers,
+    )
+
+
+def _plan(call: ExpertCall, tile: ExpertPrefillTile, x_tma: bool) -> Plan:
+    return call.planned(
+        _launcher,
+        (min(call.tiles * (call.height // tile.shrink_BM), tile.shrink_programs),),
+        (call.rows, call.num_experts, call.bound, call.features),
+        tile.shrink_warps,
+        registers=_REGISTERS,
         J=call.width,
         L=next_power_of_2(min(call.site.max_adapters, call.height * call.width)),
         HEIGHT=call.height,
@@ -196,7 +211,6 @@ def shrink_tiles(
         STAGES=tile.shrink_stages,
         EVEN_K=call.features % tile.shrink_BK == 0,
         IN_PLACE=call.in_place,
+        X_TMA=x_tma,
         HAS_COEFFS=call.has_coeffs,
-        num_warps=tile.shrink_warps,
-        maxnreg=_REGISTERS,
     )

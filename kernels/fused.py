@@ -126,7 +126,8 @@ def fused(call: LinearCall, tiles: FusedTiles) -> list[torch.Tensor]:
     if call.members.has_pools:
         shrink_groups(call, scratch, tiles.shrink)
     plan = call.plan(_launcher, tiles, lambda: _plan(call, scratch, tiles))
-    plan.launch(
+    call.launch(
+        plan,
         (call.x, *call.x.stride()),
         call.strided_weights,
         call.strided_biases,

@@ -41,14 +41,15 @@ def add_block(acc, x_at, w_at, first, col_mask, num_features, BK: tl.constexpr, 
 
 @triton.jit
 def product(
-    x_at, w_at, w_tile, col_mask, num_features, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr
-) -> tl.tensor:
+    x_at, w_at, w_tile, col_mask, num_features, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BLOCKS: tl.constexpr, EVEN: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """[BN] fp32: a row of x times BN rows of W, of which w_tile is the first block.
 
-    All of W is asked for at once, up to as many blocks as registers still take; then eight blocks at a time.
+    BLOCKS of W are asked for at once, all where they are no more: what is unrolled further has spilled registers.
     """
-    STEP: tl.constexpr = 8 * BK
-    IN_STEPS: tl.constexpr = 0 if K <= 28 * BK else (K - BK) // STEP * STEP
+    STEP: tl.constexpr = BLOCKS * BK
+    IN_STEPS: tl.constexpr = 0 if K <= STEP else (K - BK) // STEP * STEP
     ks = tl.arange(0, BK)
     x_tile = tl.load(x_at + ks, mask=ks < num_features, other=0.0)
     acc = w_tile.to(tl.float32) * x_tile.to(tl.float32)[None, :]
@@ -80,8 +81,8 @@ def times_h(b, h_at, rank, first, BR: tl.constexpr) -> tl.tensor:
 @triton.jit
 def gemv_tile(
     x, w, bias, y_ptr, h_ptr, h_stride, slots, site, b_ptr, row, block, num_features, num_cols, max_adapters,
-    J: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, EVEN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_POOL: tl.constexpr, PDL: tl.constexpr,
+    J: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr, BR: tl.constexpr,
+    EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POOL: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """Columns block * BN .. of one row of one member. W and the first ranks of B are asked for before anything else."""
     cols = block * BN + tl.arange(0, BN)
@@ -93,7 +94,7 @@ def gemv_tile(
     if HAS_POOL:
         rank, start, _ = adapter_of(slot_of(row * J, slots, max_adapters, J), site)
         b = load_b(b_ptr, start, rank, 0, cols, col_mask, num_cols, BR)
-    y = product(x[0] + row.to(tl.int64) * x[1], w_at, w_tile, col_mask, num_features, K, BN, BK, EVEN)
+    y = product(x[0] + row.to(tl.int64) * x[1], w_at, w_tile, col_mask, num_features, K, BN, BK, BLOCKS, EVEN)
     if HAS_BIAS:
         y += tl.load(bias[0] + cols * bias[1], mask=col_mask, other=0.0).to(tl.float32)
     wait_for_earlier(PDL)
@@ -130,6 +131,7 @@ def gemv_kernel(
     K: tl.constexpr,  # num_features rounded up to a multiple of BK
     BN: tl.constexpr,
     BK: tl.constexpr,
+    BLOCKS: tl.constexpr,  # of BK in-features, asked for at once
     BR: tl.constexpr,
     EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,  # one flag for each member
@@ -146,8 +148,8 @@ def gemv_kernel(
             gemv_tile(
                 x, weights[member], biases[member], ys[member], h_ptr + member * num_rows * J * h_stride, h_stride,
                 slots, sites[member], b_ptrs[member], (program - begin) % num_rows, (program - begin) // num_rows,
-                num_features, widths[member], max_adapters, J, K, BN, BK, BR, EVEN, HAS_BIAS[member], HAS_POOL[member],
-                PDL,
+                num_features, widths[member], max_adapters, J, K, BN, BK, BLOCKS, BR, EVEN, HAS_BIAS[member],
+                HAS_POOL[member], PDL,
             )  # fmt: skip
         begin = end
 
@@ -159,12 +161,13 @@ def gemv(call: LinearCall, tile: GemvTile) -> list[torch.Tensor]:
     """The members' outputs for `call`. Weights must have adjacent columns."""
     members = call.members
     stride = max(2, next_power_of_2(members.h_width))
-    h = call.x.new_empty(len(call.widths) * call.entries * stride if members.has_pools else 0, dtype=torch.float32)
+    h = call.new_scratch(len(call.widths) * call.entries * stride if members.has_pools else 0, dtype=torch.float32)
     if members.has_pools:
         shrink(call, h, stride, tile.shrink)
     outputs = call.new_outputs()
     plan = call.plan(_launcher, tile, lambda: _plan(call, stride, tile))
-    plan.launch(
+    call.launch(
+        plan,
         (call.x, call.x.stride(0)),
         tuple([(weight, weight.stride(0)) for weight in call.weights]),
         call.strided_biases,
@@ -191,6 +194,7 @@ def _plan(call: LinearCall, stride: int, tile: GemvTile) -> Plan:
         K=cdiv(call.features, tile.BK) * tile.BK,
         BN=tile.BN,
         BK=tile.BK,
+        BLOCKS=tile.blocks,
         BR=min(64, stride),
         EVEN=call.features % tile.BK == 0 and not any([n % tile.BN for n in call.widths]),
         HAS_BIAS=call.has_bias,

@@ -45,8 +45,8 @@ def scratch_of(call: LinearCall, block_rows: int, sorts: bool) -> Scratch:
     width = max(16, next_power_of_2(call.members.h_width))
     capacity = list_capacity(call.members.max_adapters, block_rows * call.width, width)
     members = len(call.widths)
-    h = call.x.new_empty(members, call.entries, width)
-    groups = call.row_slots.new_empty(members, cdiv(call.rows, block_rows), list_words(capacity))
+    h = call.new_scratch(members, call.entries, width, dtype=call.x.dtype)
+    groups = call.new_scratch(members, cdiv(call.rows, block_rows), list_words(capacity), dtype=torch.int32)
     is_sorted = sorts and call.width == 1 and call.rows > block_rows
     return Scratch(h, width, groups, capacity, call.row_slots.contiguous(), block_rows, is_sorted)
 
@@ -122,7 +122,8 @@ _launcher = Launcher(group_shrink_kernel)
 def shrink_groups(call: LinearCall, scratch: Scratch, tile: ShrinkTile) -> None:
     """Fills the lists of groups, and h of each entry: whole groups, zero beyond the rank. tile: of one part."""
     plan = call.plan(_launcher, (tile, scratch.block_rows), lambda: _plan(call, scratch, tile))
-    plan.launch(
+    call.launch(
+        plan,
         (call.x, *call.x.stride()),
         scratch.h,
         scratch.width,

@@ -5,6 +5,7 @@ there are many. A `Launcher` keeps compiled kernels under a key of its own and c
 launch under a key goes through `kernel[grid]`, which compiles, so a key only has to be finer than Triton's. It holds:
     device, num_warps, num_stages, pdl, registers, names and values of the constants;
     of a tensor: dtype, device and address modulo 16;
+    of what TMA moves: dtype, device and block;
     of an int: its value; of an int parameter in `do_not_specialize`: whether it fits 32 bits.
 Ints that change from batch to batch belong in `do_not_specialize`, or each new value costs one plain launch. Triton
 knobs are read at the first launch under a key.
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fxlora.kernels.triton_helpers import INTERPRET
 
@@ -64,6 +66,32 @@ class Fixed:
 _tokens: dict[object, object] = {}
 
 
+class Described:
+    """An argument that TMA reads or writes: a tensor and the block of each copy. Triton gets a `TensorDescriptor`.
+
+    Strides are multiples of 16 bytes but for the last, which is 1; the address is one too.
+    """
+
+    __slots__ = ("base", "block", "key", "shape", "strides")
+    padding = "zero"  # what Triton's launcher asks a descriptor for
+    round_f32_to_tf32 = False
+
+    def __init__(self, base: torch.Tensor, block: tuple[int, ...]) -> None:
+        self.base = base
+        self.block = block
+        self.shape: tuple[int, ...] = tuple(base.shape)
+        self.strides: tuple[int, ...] = base.stride()
+        self.key = (base.dtype, base.get_device(), block)
+
+    def at(self, base: Any) -> Described:
+        """The same memory layout at another address, that of `base` (only its `data_ptr` is asked)."""
+        moved = Described.__new__(Described)
+        moved.base, moved.block, moved.shape, moved.strides, moved.key = (
+            base, self.block, self.shape, self.strides, self.key,
+        )  # fmt: skip
+        return moved
+
+
 class _Family(NamedTuple):
     """Compiled kernels of one choice of constants and options."""
 
@@ -86,19 +114,24 @@ class Variant:
 
     def launch(self, grid: tuple[int, ...], args: tuple[object, ...]) -> None:
         """As `Launcher.launch`."""
+        enter, call = (None, ()) if hooked() else self.entry_of(args)
+        if enter is None:
+            self.launcher.launch_plain(grid, args, self)
+        else:
+            dims = len(grid)
+            y, z = grid[1] if dims > 1 else 1, grid[2] if dims > 2 else 1
+            enter(grid[0], y, z, raw_stream(self.device), call)
+
+    def entry_of(self, args: tuple[object, ...]) -> tuple[Enter | None, tuple[object, ...]]:
+        """The compiled kernel for such arguments, if it is known, and what it gets for these."""
         family = self.family
-        if family is not None and not _hooked():
-            try:
-                key, call = family.bind(args)
-            except (AttributeError, TypeError, ValueError):  # arguments of other kinds
-                key, call = None, ()
-            enter = family.kernels.get(key)
-            if enter is not None:
-                dims = len(grid)
-                y, z = grid[1] if dims > 1 else 1, grid[2] if dims > 2 else 1
-                enter(grid[0], y, z, raw_stream(self.device), call)
-                return
-        self.launcher.launch_plain(grid, args, self)
+        if family is None:
+            return None, ()
+        try:
+            key, call = family.bind(args)
+        except (AttributeError, TypeError, ValueError):  # arguments of other kinds
+            return None, ()
+        return family.kernels.get(key), call
 
 
 class Launcher:
@@ -124,7 +157,8 @@ class Launcher:
     ) -> None:
         """One launch on the current stream of GPU `device`, which has to be the current GPU.
 
-        args: one for each parameter that is not constexpr: a tensor, an int, None, a Fixed, or a tuple of these. The
+        args: one for each parameter that is not constexpr: a tensor, an int, None, a Fixed, a Described, or a tuple
+        (a NamedTuple, where the kernel reads its fields by name) of these. The
         kind of each may depend on the constants only. constants: by name, in the kernel's order. pdl: the launch may
         begin before the one ahead of it ends; the kernel says where it waits. registers: most of a thread.
         """
@@ -235,7 +269,7 @@ def _release() -> tuple[int, ...]:
     return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
-def _hooked() -> bool:
+def hooked() -> bool:
     """Someone wants to hear of launches, or changes how kernels are compiled."""
     runtime = triton.knobs.runtime
     for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
@@ -248,7 +282,11 @@ def _plain(arg: object) -> object:
     """What Triton itself gets."""
     if isinstance(arg, Fixed):
         return arg.args
-    return tuple(map(_plain, arg)) if isinstance(arg, tuple) else arg
+    if isinstance(arg, Described):
+        return TensorDescriptor(arg.base, arg.shape, arg.strides, list(arg.block))
+    if isinstance(arg, tuple):
+        return getattr(arg, "_make", tuple)(map(_plain, arg))  # a NamedTuple stays one
+    return arg
 
 
 def kinds_of(args: Sequence[object], parameters: Sequence[Any]) -> tuple[object, ...] | None:
@@ -260,12 +298,12 @@ def kinds_of(args: Sequence[object], parameters: Sequence[Any]) -> tuple[object,
 
 
 def _kind(arg: object, unspecialized: bool = False) -> object:
-    """tensor, int, free (an int whose value Triton ignores), none, fixed, or a tuple of these."""
+    """tensor, int, free (an int whose value Triton ignores), none, fixed, described, or a tuple of these."""
     if isinstance(arg, torch.Tensor):
         return "tensor"
-    if isinstance(arg, Fixed):
-        return "fixed"
-    if type(arg) is tuple:
+    if isinstance(arg, Fixed | Described):
+        return "fixed" if isinstance(arg, Fixed) else "described"
+    if isinstance(arg, tuple):
         kinds = tuple(map(_kind, arg))
         return None if None in kinds else kinds
     if type(arg) is int:
@@ -288,7 +326,8 @@ def _binder(kinds: tuple[object, ...]) -> Bind:
             statements.append(f"p{name} = {name}.data_ptr()")
             keys.append(f"{name}.dtype, {name}.get_device(), p{name} & 15")
             return name, f"p{name}"
-        keys.append({"free": f"{name} >> 31", "fixed": f"{name}.token"}.get(str(kind), name))
+        key = {"free": f"{name} >> 31", "fixed": f"{name}.token", "described": f"{name}.key"}
+        keys.append(key.get(str(kind), name))
         return name, f"{name}.call" if kind == "fixed" else name
 
     pattern, value = visit(kinds)

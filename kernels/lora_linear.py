@@ -62,9 +62,20 @@ def lora_linear(
     with device_of(x):
         for members in derived_of(group, _runs_of):
             part = slice(len(outputs), len(outputs) + len(members.pools))
-            call = LinearCall(x, weights[part], biases[part], row_slots, row_coeffs, segments, members)
-            body, tiles = body_of(call)
-            outputs += body(call, tiles) if call.rows else call.new_outputs()
+            inputs = (x, row_slots, row_coeffs, segments, weights[part], biases[part])
+            outputs += members.replays.run(*inputs) or _run(inputs, members)
+    return outputs
+
+
+def _run(inputs: tuple[Any, ...], members: Members) -> list[torch.Tensor]:
+    """The outputs of members that share launches. inputs: as of `Replays.run`."""
+    x, row_slots, row_coeffs, segments, weights, biases = inputs
+    call = LinearCall(x, weights, biases, row_slots, row_coeffs, segments, members)
+    if not call.rows:
+        return call.new_outputs()
+    body, tiles = body_of(call)
+    outputs = body(call, tiles)
+    members.replays.learn(inputs, call, outputs)
     return outputs
 
 

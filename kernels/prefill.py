@@ -21,15 +21,14 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fxlora.kernels.call import LinearCall
+from fxlora.kernels.call import LinearCall, Plan
 from fxlora.kernels.group_shrink import Scratch, scratch_of, shrink_groups
 from fxlora.kernels.groups import Adapters, add_groups, count_groups, load_b, load_groups, load_h
+from fxlora.kernels.launch import Described, Launcher
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
-from fxlora.kernels.registry import SitePool
 from fxlora.kernels.tiles import PrefillTile
-from fxlora.kernels.triton_helpers import INTERPRET, cdiv, dot
+from fxlora.kernels.triton_helpers import cdiv, dot
 
 _BAND = 8  # row tiles whose tiles of y follow each other, so that W and x are read from L2
 _AHEAD = 6  # loads of the expand are issued this many steps before the last one of the base GEMM
@@ -132,6 +131,8 @@ def prefill_kernel(
     AHEAD: tl.constexpr,
     DEPTH: tl.constexpr,
     LATER: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_POOL: tl.constexpr,
     PDL: tl.constexpr,
     FIRST: tl.constexpr,  # no launch of this call comes before
 ) -> None:
@@ -145,7 +146,7 @@ def prefill_kernel(
         band, in_band = tile // (BAND * tiles_n), tile % (BAND * tiles_n)
         height = tl.minimum(tiles_m - band * BAND, BAND)
         row_tile, col_tile = band * BAND + in_band % height, in_band // height
-        if adapters is not None:
+        if HAS_POOL:
             acc = adapted_tile(
                 x_desc, w_desc, row_tile, col_tile, adapters, num_rows, num_cols, steps, J, BM, BN, BK, BR, STAGES,
                 AHEAD, DEPTH, LATER, PDL,
@@ -155,11 +156,14 @@ def prefill_kernel(
             for step in tl.range(0, steps, num_stages=STAGES):
                 x_tile, w_tile = x_desc.load([row_tile * BM, step * BK]), w_desc.load([col_tile * BN, step * BK])
                 acc = dot(x_tile, w_tile.T, acc, "ieee")
-        if bias_ptr is not None:
+        if HAS_BIAS:
             cols = col_tile * BN + tl.arange(0, BN)
             acc += tl.load(bias_ptr + cols, mask=cols < num_cols, other=0.0).to(tl.float32)[None, :]
         store_tile(y_desc, row_tile * BM, col_tile * BN, acc, BM, BN, PARTS)
     wait_for_earlier(PDL)
+
+
+_launcher = Launcher(prefill_kernel)
 
 
 def prefill(call: LinearCall, tile: PrefillTile) -> list[torch.Tensor]:
@@ -171,53 +175,71 @@ def prefill(call: LinearCall, tile: PrefillTile) -> list[torch.Tensor]:
     if call.members.has_pools:
         shrink_groups(call, scratch, tile.shrink)
     outputs = call.new_outputs()
-    for member, pool in enumerate(call.members.pools):
-        adapters = None if pool is None else _adapters_of(call, scratch, member, pool)
-        _launch(call, outputs[member].view(call.rows, -1), member, adapters, scratch.width, tile)
+    x = Described(call.x, (tile.BM, tile.BK))
+    for member, y in enumerate(outputs):
+        if y.numel():
+            _launch(call, x, y.view(call.rows, -1), member, _adapters_of(call, scratch, member), scratch.width, tile)
     return outputs
 
 
-def _adapters_of(call: LinearCall, scratch: Scratch, member: int, pool: SitePool) -> Adapters:
+def _adapters_of(call: LinearCall, scratch: Scratch, member: int) -> Adapters | None:
     """The kernel's view of a member's pool and rows."""
+    pool = call.members.fixed_b[member]
+    if pool is None:
+        return None
+    b, start, rank = pool
     return Adapters(
-        pool.b, pool.start, pool.rank, call.members.max_adapters, scratch.slots, scratch.h[member],
-        scratch.width, scratch.groups[member], scratch.capacity,
+        b, start, rank, call.members.max_adapters, scratch.slots, scratch.h[member], scratch.width,
+        scratch.groups[member], scratch.capacity,
     )  # fmt: skip
 
 
 def _launch(
-    call: LinearCall, y: torch.Tensor, member: int, adapters: Adapters | None, width: int, tile: PrefillTile
-) -> None:
+    call: LinearCall, x: Described, y: torch.Tensor, member: int, adapters: Adapters | None, width: int,
+    tile: PrefillTile,
+) -> None:  # fmt: skip
     """One member's y [T, N]."""
-    if not y.numel():
-        return
-    bias, parts = call.biases[member], 2 if tile.BN >= 128 else 1
-    tiles = cdiv(call.rows, tile.BM) * cdiv(y.shape[1], tile.BN)
-    options = {"launch_pdl": True, "maxnreg": tile.registers} if call.overlap and not INTERPRET.value else {}
-    prefill_kernel[(min(tiles, resident_programs(call.x.device)),)](
-        TensorDescriptor.from_tensor(call.x, [tile.BM, tile.BK]),
-        TensorDescriptor.from_tensor(call.weights[member], [tile.BN, tile.BK]),
-        TensorDescriptor.from_tensor(y, [tile.BM, tile.BN // parts]),
+    bias = call.biases[member]
+    plan = call.plan(_launcher, tile, lambda: _plan(call, member, width, tile), step=member)
+    call.launch(
+        plan,
+        x,
+        Described(call.weights[member], (tile.BN, tile.BK)),
+        Described(y, (tile.BM, tile.BN // _parts(tile))),
         None if bias is None else bias.contiguous(),
         adapters,
-        call.rows,
-        call.features // 8,
-        y.shape[1] // 8,
+        *plan.numbers,
+    )
+
+
+def _parts(tile: PrefillTile) -> int:
+    return 2 if tile.BN >= 128 else 1
+
+
+def _plan(call: LinearCall, member: int, width: int, tile: PrefillTile) -> Plan:
+    columns = call.widths[member]
+    tiles = cdiv(call.rows, tile.BM) * cdiv(columns, tile.BN)
+    return call.planned(
+        _launcher,
+        (min(tiles, resident_programs(call.x.device)),),
+        (call.rows, call.features // 8, columns // 8),
+        tile.num_warps,
+        registers=tile.registers if call.overlap else None,
         J=call.width,
         BM=tile.BM,
         BN=tile.BN,
         BK=tile.BK,
         BR=tile.BR,
         BAND=_BAND,
-        PARTS=parts,
+        PARTS=_parts(tile),
         STAGES=tile.num_stages,
         AHEAD=_AHEAD,
         DEPTH=1 if min(2 * width, 64) <= tile.BR else 2,
         LATER=tile.later,
-        PDL=call.overlap and not INTERPRET.value,
+        HAS_BIAS=call.has_bias[member],
+        HAS_POOL=call.members.has_pool[member],
+        PDL=call.overlap,
         FIRST=member == 0 and not call.members.has_pools,
-        num_warps=tile.num_warps,
-        **options,
     )
 
 

@@ -132,7 +132,8 @@ _launcher = Launcher(shrink_kernel)
 def shrink(call: LinearCall, h: torch.Tensor, stride: int, tile: VectorTile) -> None:
     """Fills h, fp32 [members, E, stride], as far as each entry's rank."""
     plan = call.plan(_launcher, tile, lambda: _plan(call, tile))
-    plan.launch(
+    call.launch(
+        plan,
         (call.x, call.x.stride(0)),
         h,
         stride,

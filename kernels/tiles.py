@@ -125,11 +125,12 @@ class PrefillTile:
 
 @dataclass(frozen=True)
 class GemvTile:
-    """Of gemv.py."""
+    """Of gemv.py; a program asks for so many blocks [BN, BK] of W at once."""
 
     BN: int
     BK: int
     num_warps: int
+    blocks: int
     shrink: VectorTile
 
 
@@ -209,7 +210,12 @@ _SHRINK_TALL = ShrinkTile(64, 256, 4, 528, 4, 3, 4)
 _SHRINK_ALONE = ShrinkTile(64, 256, 1, 264, 4, 4, 4)
 _SHRINK_RANKS = ShrinkTile(64, 256, 1, 264, 4, 4, 1)
 _SHRINK_BESIDE = ShrinkTile(16, 256, 1, 132, 4, 4, 4, 96)
-_GEMV = {2048: GemvTile(4, 2048, 4, _VECTOR), 8192: GemvTile(4, 1024, 2, _VECTOR), None: GemvTile(8, 512, 2, _VECTOR)}
+_GEMV = {
+    2048: GemvTile(4, 2048, 4, 8, _VECTOR),
+    4096: GemvTile(4, 1024, 2, 8, _VECTOR),
+    6144: GemvTile(2, 1024, 1, 8, _VECTOR),
+    None: GemvTile(8, 512, 2, 8, _VECTOR),
+}
 _EXPAND, _EXPAND_MANY = ExpandTile(64, 256, 1056, 4), ExpandTile(64, 256, 528, 4)
 _FP32 = {16: GemmTile(16, 64, 32, 1, False, 4, 3), None: GemmTile(64, 64, 32, 1, False, 4, 3)}
 WIDE, TALL = 20000, 8192
@@ -327,8 +333,10 @@ def expert_prefill_tile(height: int, columns: int, dtype: torch.dtype) -> Expert
     """Tile of experts over many rows each. height: rows of a tile, 64 or 128."""
     if dtype == torch.float32:
         return ExpertPrefillTile(64, 32, 16, 264, 8, 2, False, False, 32, 16, 32, 528, 4, 2)
-    if height < 128:
+    if height < 128 and columns < 4096:
         return ExpertPrefillTile(128, 64, 32, 396, 4, 3, True, True, 64, 128, 64, 396, 4, 3)
+    if height < 128:
+        return ExpertPrefillTile(256, 64, 64, 132, 8, 4, True, True, 64, 128, 64, 396, 4, 3)
     return ExpertPrefillTile(256, 64, 32, 132, 8, 3, True, True, 64, 64, 64, 264, 4, 5)
 
 

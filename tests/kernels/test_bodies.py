@@ -66,8 +66,8 @@ FUSED = {
     "swap": FusedTiles(replace(ALONE, BR=32), GemmTile(16, 64, 32, 1, True, 4, 2), 64, 3),
 }
 GEMV = {
-    "one block": GemvTile(16, 64, 4, VectorTile(8, 64, 2, 5, 4)),
-    "several blocks": GemvTile(8, 32, 1, VectorTile(4, 64, 3, 7, 4)),
+    "one block": GemvTile(16, 64, 4, 28, VectorTile(8, 64, 2, 5, 4)),
+    "several blocks": GemvTile(8, 32, 1, 2, VectorTile(4, 64, 3, 7, 4)),
 }
 PREFILL = PrefillTile(*((32, 32, 32) if INTERPRET else (64, 64, 64)), 16, 4, 3, (32, 2), ALONE)
 
@@ -241,7 +241,7 @@ def test_more_in_features_than_are_loaded_at_once(body: str) -> None:
     """Loops of several loads, and the loads left over behind them: 24 and 47 blocks of 1500 in-features."""
     case = small_case(rows=3, features=1500, outs=(24,), ranks=(8, 70), bias=True)
     tall = VectorTile(64, 64, 2, 5, 4)
-    tile = GemvTile(8, 32, 1, tall) if body == "gemv" else replace(DECODE["swap"], shrink=tall)
+    tile = GemvTile(8, 32, 1, 4, tall) if body == "gemv" else replace(DECODE["swap"], shrink=tall)
     check(body, case, tile)
 
 

@@ -1,0 +1,238 @@
+"""Op calls like an earlier one, without the Python that prepares a call.
+
+Stage: run time, ahead of everything in the Triton bodies of `lora_linear` and `lora_experts`. What a call launches
+follows from shapes, strides, dtypes and alignment of its tensors; only addresses differ from call to call. The second
+call of a kind leaves a function behind: it looks whether a call is of that kind, allocates outputs and scratch, and
+enters the kernels with their addresses, which takes a third of the host's time. Weights and biases are expected where
+they were. What is not of the kind, and what launches in ways not recorded here, goes the long way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import count
+from types import CodeType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fxlora.kernels.launch import Described, Fixed, hooked, raw_stream
+
+if TYPE_CHECKING:
+    from fxlora.kernels.call import PlannedCall
+
+Outputs = list[torch.Tensor]
+Replay = Callable[..., Outputs | None]
+"""(x, row_slots, row_coeffs, segments, weights, biases) -> the outputs, None if the call is not of this kind."""
+
+MOST_KINDS, MOST_MADE = 512, 2048
+"""Kinds remembered for a group, and functions made for it altogether (kinds that take turns under one key)."""
+
+_ROOM = 512
+"""Bytes that parts of the scratch begin at multiples of."""
+
+
+class Replays:
+    """The functions of one group."""
+
+    def __init__(self) -> None:
+        self._functions: dict[object, Replay | bool] = {}  # True: seen once, False: nothing repeats it
+        self._left = MOST_MADE
+
+    def run(
+        self,
+        x: torch.Tensor,
+        row_slots: torch.Tensor,
+        row_coeffs: torch.Tensor | None,
+        segments: torch.Tensor,
+        weights: Sequence[torch.Tensor],
+        biases: Sequence[torch.Tensor | None],
+    ) -> Outputs | None:
+        """The outputs of a call whose kind is known, else None."""
+        function = self._functions.get((x.shape, x.stride(), row_slots.shape, row_slots.stride()))
+        if function is None or isinstance(function, bool):
+            return None
+        return function(x, row_slots, row_coeffs, segments, weights, biases)
+
+    def learn(self, inputs: tuple[Any, ...], call: PlannedCall, outputs: Outputs) -> None:
+        """Remember a call that was made, with the arguments of `run`; the second one of a kind is kept."""
+        x, row_slots = inputs[:2]
+        key = (x.shape, x.stride(), row_slots.shape, row_slots.stride())
+        known = self._functions.get(key)
+        if known is None:
+            if len(self._functions) >= MOST_KINDS:
+                self._functions.clear()
+            self._functions[key] = True
+        elif known is not False and self._left and not hooked():
+            self._left -= 1
+            self._functions[key] = _Writer(call, outputs, *inputs).function() or False
+
+
+class _NotRecordedError(Exception):
+    """A call that no function can repeat."""
+
+
+class _Writer:
+    """Writes the function of one call. Constants are names in its scope, so that calls alike share their text."""
+
+    def __init__(
+        self,
+        call: PlannedCall,
+        outputs: Outputs,
+        x: torch.Tensor,
+        row_slots: torch.Tensor,
+        row_coeffs: torch.Tensor | None,
+        segments: torch.Tensor,
+        weights: Sequence[torch.Tensor],
+        biases: Sequence[torch.Tensor | None],
+    ) -> None:
+        self._call, self._outputs = call, outputs
+        self._moving = {"x": x, "row_slots": row_slots, "row_coeffs": row_coeffs, "segments": segments}
+        self._weights, self._biases = weights, biases
+        self._scope: dict[str, Any] = {"__name__": __name__, "hooked": hooked, "raw_stream": raw_stream}
+        self._numbers = count()
+
+    def function(self) -> Replay | None:
+        """None where the call launched what cannot be repeated."""
+        try:
+            launches = [self._launch(plan, args) for plan, args in self._call.launches]
+        except _NotRecordedError:
+            return None
+        if not launches:
+            return None
+        presence = "is" if self._moving["row_coeffs"] is None else "is not"
+        lines = [f"if not (row_coeffs {presence} None):", "    return None"]
+        lines += [*self._unpacked(), *self._guards(), *self._allocations(), *launches]
+        lines.append(f"return [{', '.join(f'y{i}' for i in range(len(self._outputs)))}]")
+        head = "def replay(x, row_slots, row_coeffs, segments, weights, biases):"
+        exec(_compiled("\n    ".join([head, *lines])), self._scope)
+        return self._scope["replay"]
+
+    def _constant(self, value: object) -> str:
+        name = f"c{next(self._numbers)}"
+        self._scope[name] = value
+        return name
+
+    def _unpacked(self) -> list[str]:
+        lines = [f"p_{name} = {name}.data_ptr()" for name, tensor in self._moving.items() if tensor is not None]
+        names = [f"w{i}" for i in range(len(self._weights))], [f"b{i}" for i in range(len(self._biases))]
+        return [*lines, f"{', '.join(names[0])}, = weights", f"{', '.join(names[1])}, = biases"]
+
+    def _guards(self) -> list[str]:
+        """What differs from call to call of one kind is addresses of aligned tensors, nothing else."""
+        x, coeffs = self._moving["x"], self._moving["row_coeffs"]
+        segments = self._moving["segments"]
+        assert x is not None
+        assert segments is not None
+        tests = [f"x.dtype is not {self._constant(x.dtype)}", f"x.get_device() != {self._constant(x.get_device())}"]
+        tests.append(f"segments.shape != {self._constant(segments.shape)}")
+        if coeffs is not None:
+            tests.append(f"row_coeffs.shape != {self._constant(coeffs.shape)}")
+            tests.append(f"row_coeffs.stride() != {self._constant(coeffs.stride())}")
+        for name, tensor in self._moving.items():
+            if tensor is not None:
+                tests.append(f"p_{name} & 15 != {self._constant(tensor.data_ptr() & 15)}")
+                if name != "x":
+                    tests.append(f"{name}.dtype is not {self._constant(tensor.dtype)}")
+        fixed = [(f"w{i}", weight) for i, weight in enumerate(self._weights)]
+        for name, tensor in [*fixed, *((f"b{i}", bias) for i, bias in enumerate(self._biases))]:
+            if tensor is None:
+                tests.append(f"{name} is not None")
+                continue
+            tests += [] if name[0] == "w" else [f"{name} is None"]
+            tests += [
+                f"{name}.data_ptr() != {self._constant(tensor.data_ptr())}",
+                f"{name}.shape != {self._constant(tensor.shape)}",
+                f"{name}.stride() != {self._constant(tensor.stride())}",
+                f"{name}.dtype is not {self._constant(tensor.dtype)}",
+            ]
+        return [f"if {' or '.join([*tests, 'hooked()'])}:", "    return None"]
+
+    def _allocations(self) -> list[str]:
+        lines = []
+        for i, output in enumerate(self._outputs):
+            options = "" if output.dtype is self._scope_dtype() else f", dtype={self._constant(output.dtype)}"
+            lines.append(f"y{i} = x.new_empty({self._constant(output.shape)}{options})")
+            lines.append(f"p_y{i} = y{i}.data_ptr()")
+        total = sum(_room(part) for part in self._call.scratch)
+        if total:
+            lines += [f"s = x.new_empty({self._constant(total)}, dtype={self._constant(torch.uint8)})"]
+            lines += ["p_s = s.data_ptr()"]
+        return [*lines, f"stream = raw_stream({self._constant(self._call.device_index)})"]
+
+    def _scope_dtype(self) -> torch.dtype | None:
+        x = self._moving["x"]
+        return None if x is None else x.dtype
+
+    def _launch(self, plan: Any, args: tuple[object, ...]) -> str:
+        enter, _ = plan.variant.entry_of(args)
+        if enter is None:
+            raise _NotRecordedError
+        grid = ", ".join(self._constant(side) for side in (*plan.grid, 1, 1)[:3])
+        return f"{self._constant(enter)}({grid}, stream, {self._text(args)})"
+
+    def _text(self, arg: object) -> str:
+        """Expression of what a kernel gets for an argument."""
+        found, text = self._value(arg)
+        return text if found else self._constant(arg if text is None else text)
+
+    def _value(self, arg: object) -> tuple[bool, Any]:
+        """(True, expression) of what moves, (False, value) of what does not."""
+        if isinstance(arg, Fixed):
+            return False, arg.call
+        if isinstance(arg, torch.Tensor):
+            return self._address(arg)
+        if isinstance(arg, Described):
+            moving, name = self._owner(arg.base)
+            described = arg.at(_Address(arg.base.data_ptr()))
+            return (True, f"{self._constant(described)}.at({name})") if moving else (False, described)
+        if isinstance(arg, tuple):
+            parts = [self._value(part) for part in arg]
+            if not any(moving for moving, _ in parts):
+                return False, tuple(value for _, value in parts)
+            return True, f"({''.join(f'{v if moving else self._constant(v)}, ' for moving, v in parts)})"
+        return False, arg
+
+    def _owner(self, tensor: torch.Tensor) -> tuple[bool, str]:
+        """(whether it moves, name) of the input or output that begins where this tensor does."""
+        at = tensor.data_ptr()
+        for name, moving in self._moving.items():
+            if moving is not None and moving.data_ptr() == at:
+                return True, name
+        for i, output in enumerate(self._outputs):
+            if output.data_ptr() == at:
+                return True, f"y{i}"
+        if any(fixed is not None and fixed.data_ptr() == at for fixed in (*self._weights, *self._biases)):
+            return False, ""
+        raise _NotRecordedError
+
+    def _address(self, tensor: torch.Tensor) -> tuple[bool, Any]:
+        if not tensor.numel():
+            return False, 0
+        begin, storage = 0, tensor.untyped_storage().data_ptr()
+        for part in self._call.scratch:
+            if part.untyped_storage().data_ptr() == storage and part.numel():
+                return True, f"p_s + {self._constant(begin + tensor.data_ptr() - storage)}"
+            begin += _room(part)
+        moving, name = self._owner(tensor)
+        return (True, f"p_{name}") if moving else (False, tensor.data_ptr())
+
+
+class _Address:
+    """Stands for a tensor that this function must not keep alive."""
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+def _room(part: torch.Tensor) -> int:
+    return -(-part.untyped_storage().nbytes() // _ROOM) * _ROOM
+
+
+@lru_cache(maxsize=1024)
+def _compiled(text: str) -> CodeType:
+    return compile(text, "<replay of an op call>", "exec")

@@ -1,0 +1,213 @@
+"""Replays: the third call of a kind enters the kernels as the first two did, at its own addresses, or goes the long
+way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fxlora.kernels import ops
+from tests.kernels.cases import HAS_CUDA, Case, equal_bits, make_case, registered
+from tests.kernels.expert_cases import ExpertCase, make_expert_case
+
+pytest.importorskip("triton")
+from fxlora.kernels import call as calls
+from fxlora.kernels import expert_call, launch, lora_experts, lora_linear, replay
+
+pytestmark = pytest.mark.skipif(ops.INTERPRET, reason="interpreted kernels are launched plainly")
+
+BF16 = torch.bfloat16
+LINEARS: dict[str, dict[str, Any]] = {
+    "gemv": {"rows": 1, "outs": (64,)},
+    "gemv, three members, one without a pool": {"rows": 1, "outs": (64, 32, 16), "none_members": (1,), "bias": True},
+    "decode": {"rows": 16, "outs": (1024,)},
+    "decode, two slots, bias": {"rows": 16, "outs": (1024, 64), "width": 2, "bias": True},
+    "decode, its own shrink": {"rows": 200, "outs": (1024,)},
+    "fused": {"rows": 200, "outs": (256, 64)},
+    "prefill": {"rows": 300, "outs": (256, 64)},
+    "prefill, a member without a pool": {"rows": 300, "outs": (256, 64), "none_members": (0,), "bias": True},
+}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "decode": {"rows": 20},
+    "decode, any order, bias": {"rows": 20, "in_place": False, "bias": True, "width": 2},
+    "prefill": {"rows": 400},
+    "prefill, transposed, any order": {"rows": 400, "transposed": True, "in_place": False},
+    "prefill, no pool": {"rows": 400, "has_pool": False},
+}
+
+
+class Entries:
+    """What kernels were entered with. `long` counts calls that were prepared."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[str, object]] = []
+        self.long = 0
+
+    def taken(self, names: dict[int, str], constant: set[int]) -> list[Any]:
+        """What was entered since the last time, addresses by name, scratch by the order in which it turned up."""
+        scratch: dict[int, str] = {}
+
+        def visit(value: object) -> object:
+            if isinstance(value, launch.Described):
+                return visit(value.base.data_ptr()), value.shape, value.strides, value.block
+            if isinstance(value, tuple):
+                return tuple(map(visit, value))
+            if not isinstance(value, int) or value < 1 << 24 or value in constant:
+                return value
+            return names.get(value) or scratch.setdefault(value, f"scratch {len(scratch)}")
+
+        log, self.log = self.log, []
+        return [(kernel, visit(found)) for kernel, found in log]
+
+
+@pytest.fixture
+def entries(monkeypatch: pytest.MonkeyPatch) -> Entries:
+    """Nothing runs: kernels are known at their first launch, and their entries write down what they get."""
+    found = Entries()
+
+    def launch_plain(self: Any, grid: tuple[int, ...], args: tuple[object, ...], variant: Any) -> None:
+        kinds = launch.kinds_of(args, self.kernel.params)
+        assert kinds is not None
+        variant.family = variant.family or launch._Family(kinds, launch._binder(kinds), {})
+        name = self.kernel.fn.__name__
+        variant.family.kernels[variant.family.bind(args)[0]] = lambda *given: found.log.append((name, given))
+        variant.launch(grid, args)
+
+    def counted(make: Callable[..., Any]) -> Callable[..., Any]:
+        def prepare(*args: Any) -> Any:
+            found.long += 1
+            return make(*args)
+
+        return prepare
+
+    monkeypatch.setattr(launch.Launcher, "launch_plain", launch_plain)
+    for module in (launch, replay):
+        monkeypatch.setattr(module, "raw_stream", lambda device: 7)
+    for module in (calls, expert_call):
+        monkeypatch.setattr(module, "can_overlap", lambda device: True)
+    monkeypatch.setattr(lora_linear, "LinearCall", counted(lora_linear.LinearCall))
+    monkeypatch.setattr(lora_experts, "ExpertCall", counted(lora_experts.ExpertCall))
+    return found
+
+
+def moved(case: Any) -> Any:
+    """The same call with what changes from call to call elsewhere in memory."""
+    names = [name for name in ("x", "row_slots", "row_coeffs", "offsets", "expert_ids") if hasattr(case, name)]
+    return replace(
+        case, **{name: None if getattr(case, name) is None else getattr(case, name).clone() for name in names}
+    )
+
+
+def run_linear(case: Case, handle: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    segments = ops.segment_rows(case.row_slots, case.max_adapters)
+    rest = (case.row_slots, case.row_coeffs, segments, handle)
+    return lora_linear.lora_linear(case.x, case.weights, case.biases, *rest), segments
+
+
+def run_experts(case: ExpertCase, handle: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    segments = case.segments()
+    rest = (case.row_slots, case.row_coeffs, segments, handle)
+    return [lora_experts.lora_experts(case.x, case.weight, case.bias, *rest)], segments
+
+
+def names_of(case: Any, outputs: Sequence[torch.Tensor], segments: torch.Tensor) -> dict[int, str]:
+    named = {"x": case.x, "slots": case.row_slots, "coeffs": case.row_coeffs, "segments": segments}
+    named |= {f"y{i}": output for i, output in enumerate(outputs)}
+    return {tensor.data_ptr(): name for name, tensor in named.items() if tensor is not None}
+
+
+def constants_of(case: Any) -> set[int]:
+    """Addresses of pools, weights and biases."""
+    pools = case.pools if isinstance(case, Case) else (case.pool,)
+    fixed = [*case.weights, *case.biases] if isinstance(case, Case) else [case.weight, case.bias]
+    for pool in pools:
+        fixed += [] if pool is None else [value for value in vars(pool).values() if isinstance(value, torch.Tensor)]
+    return {tensor.data_ptr() for tensor in fixed if tensor is not None}
+
+
+def check_replay(case: Any, run: Any, entries: Entries) -> None:
+    pools = case.pools if isinstance(case, Case) else (case.pool,)
+    with registered(pools) as handle:
+        taken, kept = [], []
+        for _ in range(4):
+            case = moved(case)
+            outputs, segments = run(case, handle)
+            kept.append((case, outputs, segments))  # alive, so that no address comes again
+            taken.append(entries.taken(names_of(case, outputs, segments), constants_of(case)))
+        assert entries.long == 2
+        assert taken[0]
+        assert taken[0] == taken[1] == taken[2] == taken[3]
+        shapes = [[(y.shape, y.dtype, y.stride()) for y in outputs] for _, outputs, _ in kept]
+        assert shapes[0] == shapes[3]
+
+
+@pytest.mark.parametrize("name", LINEARS)
+def test_a_linear_is_entered_as_before(name: str, entries: Entries) -> None:
+    check_replay(make_case(features=64, dtype=BF16, **LINEARS[name]), run_linear, entries)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_are_entered_as_before(name: str, entries: Entries) -> None:
+    check_replay(make_expert_case(features=64, out=32, dtype=BF16, **EXPERTS[name]), run_experts, entries)
+
+
+def test_what_is_not_of_the_kind_goes_the_long_way(entries: Entries) -> None:
+    case = make_case(rows=16, features=64, outs=(1024,), dtype=BF16, bias=True)
+    with registered(case.pools) as handle:
+        for _ in range(3):
+            run_linear(case, handle)
+        assert entries.long == 2
+        shifted = torch.zeros(16 * 64 + 1, dtype=BF16)[1:].view(16, 64)
+        others = [
+            replace(case, weights=[case.weights[0].clone()]),
+            replace(case, biases=[case.biases[0].clone()]),
+            replace(case, biases=[None]),
+            replace(case, x=shifted),
+            replace(case, x=case.x.view(4, 4, 64)),
+            replace(case, row_coeffs=torch.ones(16, 1)),
+            replace(case, x=case.x[:5], row_slots=case.row_slots[:5]),
+        ]
+        for number, other in enumerate(others):
+            run_linear(other, handle)
+            assert entries.long == 3 + number
+        run_linear(case, handle)
+        assert entries.long == 3 + len(others)  # of calls that look alike from afar the last one is known
+        run_linear(replace(case, row_slots=case.row_slots.flip(0)), handle)
+        assert entries.long == 3 + len(others)
+
+
+def test_copies_of_strided_input_are_made_again_each_time(entries: Entries) -> None:
+    case = make_case(rows=300, features=64, outs=(256,), dtype=BF16)
+    strided = replace(case, x=torch.randn(64, 300, dtype=BF16).t())
+    with registered(case.pools) as handle:
+        for _ in range(4):
+            run_linear(strided, handle)
+    assert entries.long == 4
+
+
+@pytest.mark.skipif(not HAS_CUDA, reason="needs CUDA")
+@pytest.mark.parametrize("name", LINEARS)
+def test_a_replayed_linear_has_the_bits_of_a_prepared_one(name: str) -> None:
+    case = make_case(features=64, dtype=BF16, device="cuda", **LINEARS[name])
+    with registered(case.pools) as handle:
+        results = []
+        for _ in range(4):
+            results.append(run_linear(case, handle)[0])
+            case = moved(case)
+    assert all(equal_bits(results[0], other, slice(None)) for other in results[1:])
+
+
+@pytest.mark.skipif(not HAS_CUDA, reason="needs CUDA")
+@pytest.mark.parametrize("name", EXPERTS)
+def test_replayed_experts_have_the_bits_of_prepared_ones(name: str) -> None:
+    case = make_expert_case(features=64, out=32, dtype=BF16, device="cuda", **EXPERTS[name])
+    with registered([case.pool]) as handle:
+        results = []
+        for _ in range(4):
+            results.append(run_experts(case, handle)[0])
+            case = moved(case)
+    assert all(torch.equal(results[0][0], other[0]) for other in results[1:])
