@@ -26,7 +26,7 @@ Outputs = list[torch.Tensor]
 Replay = Callable[..., Outputs | None]
 """(x, row_slots, row_coeffs, segments, weights, biases) -> the outputs, None if the call is not of this kind."""
 
-MOST_KINDS, MOST_MADE = 512, 2048
+MOST_KINDS, MOST_MADE = 32, 512
 """Kinds remembered for a group, and functions made for it altogether (kinds that take turns under one key)."""
 
 _ROOM = 512

@@ -85,9 +85,10 @@ def experts(tokens: int, top_k: int, count: int, features: int, out: int, rank: 
     unregister_runtime([handle])
 
 
-CALLS: dict[str, Callable[[], None]] = {
+CALLS: dict[str, Callable[[], object]] = {
     "one row": lambda: linear(1, 4096, 4096),
     "one row, tall": lambda: linear(1, 14336, 4096),
+    "one row, many widths": lambda: [linear(1, k, 4096) for k in (2048, 5120, 8192, 11008, 12288, 18944, 28672)],
     "few rows": lambda: linear(16, 4096, 4096),
     "few rows, tall": lambda: linear(16, 14336, 4096),
     "few rows, wide": lambda: linear(16, 4096, 14336, 14336),
@@ -101,6 +102,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "experts, few rows": lambda: experts(16, 8, 128, 2048, 1536),
     "experts, few rows, tall": lambda: experts(16, 2, 8, 14336, 4096),
     "experts, many rows": lambda: experts(2048, 8, 128, 2048, 1536),
+    "experts, many rows, wide": lambda: experts(512, 8, 64, 2048, 4096),
 }
 
 
