@@ -21,6 +21,7 @@ from fxlora.adapter import AdapterSource
 from fxlora.attach import attach
 from fxlora.batch import Adapters
 from fxlora.errors import CallError, GraphBreakError, NeedsExampleInputsError
+from fxlora.mm_encoders import FEATURES, modules_that_run, vouched_features
 from fxlora.passes.plan import Targets
 from fxlora.passes.rows.seeds import BatchDims
 from fxlora.passes.sites import Site, Skipped
@@ -202,12 +203,22 @@ class _Generates(_Compiled):
         return cast("Any", super())._expand_inputs_for_generation(expand_size, *args, **kwargs)
 
     def _supports_mm_encoder_outputs(self) -> bool:
-        return False  # encoders of images and sound then run inside the compiled forward, not beside it
+        """Whether encoders of images run beside the compiled forward; they run inside unless the caller vouches for
+        their input, as the rows of what they return cannot be followed."""
+        vouched = vouched_features(self.runtime.batch_dims)
+        return bool(vouched) and cast("Any", super())._supports_mm_encoder_outputs()
+
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        with modules_that_run() as run:
+            prepared = cast("Any", super())._prepare_multimodal_encoder_kwargs_for_generation(*args, **kwargs)
+        self.runtime.require_no_adapter_on(run, "the encoder of images")
+        return prepared
 
 
 def _compiled_forward(model: nn.Module, backend: functools.partial[Callable[..., Any]]) -> Callable[..., Any]:
     """The forward of a module as whole graphs of dynamic batch and length."""
     from torch._dynamo.exc import Unsupported, UserError
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
     original = model.forward
 
@@ -223,19 +234,24 @@ def _compiled_forward(model: nn.Module, backend: functools.partial[Callable[...,
     compiled = torch.compile(own, backend=backend, fullgraph=True, dynamic=True, **limit)
 
     untried = [True]
+    beside = (
+        " (with batch_dims={'pixel_values': None}, `generate` runs encoders of images beside it)"
+        if FEATURES in inspect.signature(original).parameters
+        else ""
+    )
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
         with _tracing:
             try:
                 return compiled(*args, **kwargs)
-            except (Unsupported, UserError) as error:
+            except (Unsupported, UserError, GuardOnDataDependentSymNode) as error:
                 if untried and untried.pop():
                     call_once(original, args, kwargs)
                     return call(*args, **kwargs)
                 raise GraphBreakError(
                     f"the forward of this {type(model).__name__} is no single graph, and nothing can be proven "
-                    f"across a graph break: {error}"
+                    f"across a graph break{beside}: {error}"
                 ) from error
 
     return call

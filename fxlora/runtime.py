@@ -11,7 +11,7 @@ import logging
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -28,6 +28,7 @@ from fxlora.capture import capture, output_embedding
 from fxlora.dynamo_inputs import DynamoInputs
 from fxlora.errors import (
     AdapterInUseError,
+    CallError,
     CaptureError,
     GraphError,
     NotAttachedError,
@@ -37,9 +38,11 @@ from fxlora.errors import (
     UnknownAdapterError,
 )
 from fxlora.live_batch import Batch, LiveBatch
+from fxlora.mm_encoders import FEATURES, vouched_features
 from fxlora.passes.pipeline import Job, analyse
 from fxlora.passes.plan import AdapterShape, Plan, Targets, check_target_names, targeted_paths
-from fxlora.passes.rows.seeds import BatchDims
+from fxlora.passes.rows.seeds import BatchDims, dims_of_call
+from fxlora.passes.rows.worlds import GraphInput
 from fxlora.passes.sites import NOT_READ, Site, Skipped
 from fxlora.passes.weights import tensor_key
 from fxlora.pool import AdapterPool
@@ -228,9 +231,8 @@ class Runtime:
         cacheless = {"use_cache": False} if "use_cache" in self.argument_names[len(call[0]) :] else {}
         try:
             gm = capture(model, *call[0], **{**cacheless, **call[1]})
-            job, _ = graph_job(
-                gm, self.shape, targets=self.targets, batch_dims=self.batch_dims, model=model, group_siblings=False
-            )
+            job, _ = graph_job(gm, self.shape, targets=self.targets, model=model, group_siblings=False)
+            job.batch_dims = self._dims_of(job.inputs)
             plan = analyse(job)
         except CaptureError as error:
             if given is not None:
@@ -263,18 +265,38 @@ class Runtime:
     def job(self, gm: fx.GraphModule, inputs: DynamoInputs) -> Job:
         """What the passes take, for one of dynamo's graphs, which they then edit in place."""
         model = self.model()
+        arguments = inputs.arguments(self.argument_names)
         return Job(
             gm=gm,
-            inputs=inputs.arguments(self.argument_names),
+            inputs=arguments,
             bound=inputs.bound,
             models=[] if model is None else [model],
-            batch_dims=self.batch_dims,
+            batch_dims=self._dims_of(arguments),
             targets=self.targets,
             shape=self.shape,
             output_embedding=None if self.output_embedding is None else self.names[self.output_embedding],
             group_siblings=self.group_siblings,
             whole=False,
         )
+
+    def _dims_of(self, inputs: Sequence[GraphInput]) -> BatchDims:
+        """`batch_dims` as they hold for one call."""
+        dims = self.batch_dims
+        if isinstance(dims, Mapping) and FEATURES in self.argument_names:
+            dims = {**dims, **vouched_features(dims)}
+        return dims_of_call(inputs, dims, self.argument_names)
+
+    def require_no_adapter_on(self, modules: Iterable[nn.Module], what: str) -> None:
+        """Raise CallError where a loaded adapter adds to a weight of modules that ran outside of compiled graphs."""
+        weights = {self._weight(p) for module in modules for p in module.parameters(recurse=False)}
+        for name in self.pool.names:
+            for site in self.pool.sites_of(name):
+                if self._weight(site.weight) in weights:
+                    raise CallError(
+                        f"adapter {name!r} adds to {site.name}, but {what} ran outside of the compiled graphs, without "
+                        f"adapters. Leave the input it reads out of `batch_dims`, so that it runs inside, or unload "
+                        f"the adapter"
+                    )
 
     def admit(self, job: Job, plan: Plan, *, whole: bool = True) -> dict[Site, Site]:
         """Take in what a graph shows: its sites get memory, adapters that waited for them are placed.

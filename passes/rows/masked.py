@@ -30,7 +30,7 @@ def write(p: Prover, node: fx.Node, target: fx.Node, items: Sequence[Any], value
     mask, first = found
     end = first + p.ndim(mask)
     rows = [p.rows(target), shift(p.rows(mask), first)]
-    source = _picked_by(p, value, items)
+    source = _picked_by(p, node, value, items)
     if source is not None:
         if any(p.shape(source, w)[first:end] != p.shape(mask, w) for w in range(p.count)):
             return Mixed("a write of what the same mask picked out of a tensor of other sizes")
@@ -69,17 +69,34 @@ def _is_one(p: Prover, value: fx.Node, dim: int) -> bool:
         return False
 
 
-def _picked_by(p: Prover, value: Any, items: Sequence[Any]) -> fx.Node | None:
-    """The tensor out of which the same mask picked the value, seen through elementwise ops of one operand."""
-    while isinstance(value, fx.Node) and is_pointwise(op_name(value)) and value.all_input_nodes == [operand(value)]:
-        value = operand(value)
+def _picked_by(p: Prover, node: fx.Node, value: Any, items: Sequence[Any]) -> fx.Node | None:
+    """The tensor out of which the same mask picked the value, seen through elementwise ops.
+
+    Their other operands hold nothing of any request: numbers and weights for all alike, or vectors for each true
+    element that the caller vouches for, as `masked_scatter` takes them.
+    """
+    listed = False
+    while isinstance(value, fx.Node) and is_pointwise(op_name(value)):
+        operands = value.all_input_nodes
+        picked = operands if len(operands) == 1 else [n for n in operands if p.rows(n) is not None]
+        if len(picked) != 1 or p.ndim(picked[0]) != p.ndim(value):
+            break
+        beside = [n for n in operands if n is not picked[0] and p.is_tensor(n)]
+        lists = [n for n in beside if p.ndim(n) == p.ndim(value) and not _is_one(p, n, 0)]
+        if any(p.strangers_behind(n) for n in lists):
+            return None
+        listed, value = listed or bool(lists), picked[0]
     if not isinstance(value, fx.Node) or op_name(value) not in ("getitem", "index"):
         return None
     source, key = operand(value), argument(value, 1, "indices")
     same = [*key] if isinstance(key, tuple | list) else [key]
     if not p.is_tensor(source) or len(same) != len(items):
         return None
-    return source if all(_same(a, b) for a, b in zip(same, items, strict=True)) else None
+    if not all(_same(a, b) for a, b in zip(same, items, strict=True)):
+        return None
+    if listed:
+        p.assume(node, "what inputs without a request dim hold goes to the masked places of the request it belongs to")
+    return source
 
 
 def _same(a: Any, b: Any) -> bool:

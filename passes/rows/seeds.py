@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import fx
 
@@ -65,13 +65,34 @@ def trusted_inputs(inputs: Sequence[GraphInput], batch_dims: BatchDims) -> set[f
     return {inp.node for name in names for inp in _matching(inputs, name)}
 
 
-def _matching(inputs: Sequence[GraphInput], name: str) -> list[GraphInput]:
-    """The inputs a name means: by its whole path, or by its first part."""
+def dims_of_call(inputs: Sequence[GraphInput], batch_dims: BatchDims, arguments: Collection[str]) -> BatchDims:
+    """`batch_dims` without the inputs that one call of a forward left out: images, say, in a step of decoding.
+
+    arguments: what the forward takes; other names stay, and are refused. So do the request dims, if all their inputs
+    were left out.
+    """
+    if not isinstance(batch_dims, Mapping):
+        return batch_dims
+    kept = {
+        name: given for name, given in batch_dims.items() if name.split(".")[0] not in arguments or _found(inputs, name)
+    }
+    if any(given is not None for given in batch_dims.values()) and all(given is None for given in kept.values()):
+        return batch_dims
+    return kept or None
+
+
+def _found(inputs: Sequence[GraphInput], name: str) -> list[GraphInput]:
+    """The inputs a name means: by its whole path, or by the first parts of it."""
     tensors = [inp for inp in inputs if inp.dtype is not None and inp.sizes]
     exact = [inp for inp in tensors if inp.name == name]
-    matches = exact or [
-        inp for inp in tensors if name in (inp.name, inp.name.split(".")[0], re.sub(r"_\d+$", "", inp.name))
+    return exact or [
+        inp for inp in tensors if inp.name.startswith(f"{name}.") or name == re.sub(r"_\d+$", "", inp.name)
     ]
+
+
+def _matching(inputs: Sequence[GraphInput], name: str) -> list[GraphInput]:
+    tensors = [inp for inp in inputs if inp.dtype is not None and inp.sizes]
+    matches = _found(inputs, name)
     if not matches:
         raise BatchDimsError(
             f"batch_dims names the input {name!r}; the graph's tensor inputs are {[inp.name for inp in tensors]}"

@@ -244,8 +244,9 @@ def _symbol_sizes(
             hint = int(hints[symbol]) if symbol in hints else 2
             # Apart from each other if the guards allow; else as far from each other as traced; else as traced.
             apart = (next(others), hint + (i + 1) * (world + 1), hint + 3 * (world + 1), hint)
-            chosen[symbol] = apart[attempt]
+            chosen[symbol] = apart[attempt] if symbol in hints else _into(env.var_to_range.get(symbol), apart[attempt])
         chosen = {s: sympy.Integer(size) for s, size in chosen.items()}
+        chosen |= _asserted(env, chosen)
         solved = {**chosen, **{s: sympy.sympify(value) for s, value in numbers.items()}}
         for symbol, expression in replacements.items():
             value = _substitute(expression, chosen, replacements)
@@ -254,6 +255,24 @@ def _symbol_sizes(
         if all(_in_range(env.var_to_range.get(s), v) for s, v in solved.items()) and _guards_hold(env, solved):
             return solved
     return None
+
+
+def _into(bounds: Any, size: int) -> int:
+    """The size that data gives, as near to this one as its bounds allow."""
+    return size if bounds is None else int(max(bounds.lower, min(bounds.upper, size)))
+
+
+def _asserted(env: Any, chosen: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Sizes that data gives and the graph asserts to be equal to others."""
+    found = {}
+    for symbol, asserts in getattr(env, "deferred_runtime_asserts", {}).items():
+        for said in asserts:
+            sides = said.expr.args if isinstance(said.expr, sympy.Eq) else ()
+            others = [side for side in sides if side != symbol]
+            value = others[0].xreplace(chosen) if len(others) == 1 and len(sides) == 2 else None
+            if symbol in chosen and value is not None and value.is_Integer:
+                found[symbol] = value
+    return found
 
 
 def _substitute(expression: Any, chosen: Mapping[Any, int], replacements: Mapping[Any, Any]) -> Any:
