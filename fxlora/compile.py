@@ -20,8 +20,8 @@ from torch import nn
 from fxlora.adapter import AdapterSource
 from fxlora.attach import attach
 from fxlora.batch import Adapters
-from fxlora.errors import CallError, GraphBreakError, NeedsExampleInputsError
-from fxlora.mm_encoders import FEATURES, modules_that_run, vouched_features
+from fxlora.errors import CallError, GraphBreakError, NeedsExampleInputsError, RowsNotProvenError
+from fxlora.mm_encoders import advice, modules_that_run, vouched_features
 from fxlora.passes.plan import Targets
 from fxlora.passes.rows.seeds import BatchDims
 from fxlora.passes.sites import Site, Skipped
@@ -234,11 +234,6 @@ def _compiled_forward(model: nn.Module, backend: functools.partial[Callable[...,
     compiled = torch.compile(own, backend=backend, fullgraph=True, dynamic=True, **limit)
 
     untried = [True]
-    beside = (
-        " (with batch_dims={'pixel_values': None}, `generate` runs encoders of images beside it)"
-        if FEATURES in inspect.signature(original).parameters
-        else ""
-    )
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -249,10 +244,15 @@ def _compiled_forward(model: nn.Module, backend: functools.partial[Callable[...,
                 if untried and untried.pop():
                     call_once(original, args, kwargs)
                     return call(*args, **kwargs)
+                note = advice(original, kwargs)
                 raise GraphBreakError(
                     f"the forward of this {type(model).__name__} is no single graph, and nothing can be proven "
-                    f"across a graph break{beside}: {error}"
+                    f"across a graph break{note and f' ({note})'}: {error}"
                 ) from error
+            except RowsNotProvenError as error:
+                if note := advice(original, kwargs):
+                    error.add_note(note)
+                raise
 
     return call
 

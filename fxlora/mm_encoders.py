@@ -7,7 +7,8 @@ They run so only where the caller vouches for the order of their input, and no a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +30,17 @@ def vouched_features(batch_dims: BatchDims) -> dict[str, None]:
         return {}
     vouched = {name for name, given in batch_dims.items() if given is None}
     return {f"{FEATURES}.{modality}": None for modality, names in _INPUTS.items() if vouched.intersection(names)}
+
+
+def advice(forward: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
+    """What helps where a forward with these arguments is no graph or its rows are not proven; empty if nothing does."""
+    given = [name for names in _INPUTS.values() for name in names if arguments.get(name) is not None]
+    if not given or FEATURES not in inspect.signature(forward).parameters:
+        return ""
+    return (
+        f"batch_dims={{{given[0]!r}: None}} says that this input comes in the order of the requests; `generate` then "
+        f"runs its encoder beside the graph"
+    )
 
 
 @contextmanager

@@ -10,9 +10,10 @@ import peft
 import pytest
 import torch
 import transformers
+from torch.torch_version import TorchVersion
 
 import fxlora
-from fxlora.errors import BatchDimsError, CallError, GraphBreakError, UnboundTensorError
+from fxlora.errors import BatchDimsError, CallError, GraphBreakError, RowsNotProvenError, UnboundTensorError
 
 pytestmark = pytest.mark.skipif(
     not hasattr(transformers.GenerationMixin, "_supports_mm_encoder_outputs"),
@@ -134,6 +135,7 @@ def test_an_input_that_the_forward_does_not_take_is_refused() -> None:
         fxlora.compile(build("qwen2.5-vl"), max_rank=8, backend="eager", batch_dims={"pixels": None})
 
 
+@pytest.mark.skipif(TorchVersion(torch.__version__) < "2.12", reason="dynamo of torch 2.11 gets no whole graph of it")
 def test_no_adapter_is_left_out_beside_the_graph(tmp_path: Path) -> None:
     """An encoder that a trace has seen gets no sites from a vouched input; should it have some, the call is refused."""
     text = transformers.GemmaConfig(**{k: v for k, v in TEXT.items() if k != "rope_parameters"}, head_dim=16)
@@ -157,6 +159,13 @@ def test_no_adapter_is_left_out_beside_the_graph(tmp_path: Path) -> None:
         copy.deepcopy(base), max_rank=8, backend="eager", example_inputs=given, batch_dims=VOUCHED
     )
     served.load_adapter("words", save(base, tmp_path / "words", TARGETS["a"]))
+    unvouched: Any = fxlora.compile(copy.deepcopy(base), max_rank=8, backend="eager")
+    unvouched.load_adapter("words", str(tmp_path / "words"))
+    several = {**given, "pixel_values": torch.randn(4, 3, 16, 16), "input_ids": ids.clone()}
+    several["input_ids"][:, 7:11] = IMAGE
+    with pytest.raises(RowsNotProvenError, match="pixel_values") as refusal:
+        unvouched.generate(**several, adapters="words", max_new_tokens=2)
+    assert "batch_dims={'pixel_values': None}" in refusal.value.__notes__[0]
     options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     model = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "words")).eval()
     got = served.generate(**given, adapters=["words", None], **options)
