@@ -191,17 +191,18 @@ class ExpertPrefillTile:
 
 # Chosen for bf16 by CUDA-graph replay over weights that do not fit L2, adapters of rank 16 (most rank 16), in
 # microseconds behind a kernel that overlaps nothing, beside torch.mm in the same run; NVIDIA H200, torch 2.11.0,
-# triton 3.6.0, 2026-11-28. fp32 tiles were not measured.
+# triton 3.6.0, 2026-11-29. fp32 tiles were not measured.
 #     K x N            M 1           M 16, 16 adapters   M 64, 8       M 64, 64      M 256, 64     M 2048, 8
 #     4096 x 4096      10.8 (12.4)   14.4 (13.6)         17.2 (12.0)   23.0 (12.3)   31.8 (16.7)   111 (93)
 #     2048 x 4096       6.9 (6.6)     9.5 (7.3)          11.1 (7.3)                  21.6 (9.8)
-#     14336 x 4096     30.3 (30.4)   37.7 (33.1)         45.2 (36.5)                 79.9 (49.2)
+#     14336 x 4096     31.1 (30.5)   37.7 (33.1)         45.2 (36.5)                 79.9 (49.2)
 #     4096 x 28672     55.2 (54.4)   63.7 (57.6)         65.0 (62.4)                138.8 (92.7)   766 (678)
 #     2048 x 128        3.5 (5.0)     5.1 (5.5)                                      10.5 (5.3)
 # Experts beside torch._grouped_mm, 128 of them with 8 to a token, 8 adapters: 2048 x 1536 at 16 tokens 126 (175), at
 # 2048 tokens 371 (383); 768 x 2048 at 16 tokens 70 (108), at 2048 tokens 219 (209). 8 experts with 2 to a token, 16
-# adapters: 4096 x 28672 at 16 tokens 443 (704). 256 experts with 8 to a token, 16 adapters: 7168 x 4096 at 16 tokens
-# 1343 (1950).
+# adapters: 4096 x 28672 at 16 tokens 443 (704). 256 experts with 8 to a token: 7168 x 4096 at 16 tokens, 16 adapters 1343
+# (1950), at 2048 tokens, 8 adapters 4062 (4456). Vector products ask for eight blocks of W at most: unrolled further they
+# spilled at some widths, 267 us at 11008 x 4096 where this takes 25.
 _VECTOR = VectorTile(4, 2048, 16, 528, 4)
 _SHRINK_ROWS = VectorTile(4, 2048, 16, 128, 4)
 _SHRINK_SHORT = VectorTile(8, 1024, 16, 128, 4)
