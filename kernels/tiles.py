@@ -200,9 +200,9 @@ class ExpertPrefillTile:
 #     2048 x 128        3.5 (5.0)     5.1 (5.5)                                      10.5 (5.3)
 # Experts beside torch._grouped_mm, 128 of them with 8 to a token, 8 adapters: 2048 x 1536 at 16 tokens 126 (175), at
 # 2048 tokens 371 (383); 768 x 2048 at 16 tokens 70 (108), at 2048 tokens 219 (209). 8 experts with 2 to a token, 16
-# adapters: 4096 x 28672 at 16 tokens 443 (704). 256 experts with 8 to a token: 7168 x 4096 at 16 tokens, 16 adapters 1343
-# (1950), at 2048 tokens, 8 adapters 4062 (4456). Vector products ask for eight blocks of W at most: unrolled further they
-# spilled at some widths, 267 us at 11008 x 4096 where this takes 25.
+# adapters: 4096 x 28672 at 16 tokens 443 (704). 256 experts with 8 to a token: 7168 x 4096 at 16 tokens, 16 adapters
+# 1343 (1950), at 2048 tokens, 8 adapters 4062 (4456). Vector products ask for eight blocks of W at most: unrolled
+# further they spilled at some widths, 267 us at 11008 x 4096 where this takes 25.
 _VECTOR = VectorTile(4, 2048, 16, 528, 4)
 _SHRINK_ROWS = VectorTile(4, 2048, 16, 128, 4)
 _SHRINK_SHORT = VectorTile(8, 1024, 16, 128, 4)
