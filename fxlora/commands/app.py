@@ -31,6 +31,7 @@ class Benchmark(StrEnum):
 
     cpu = "cpu"
     experts = "experts"
+    shapes = "shapes"
     linear = "linear"
     decode = "decode"
 
