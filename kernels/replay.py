@@ -88,6 +88,7 @@ class _Writer:
         biases: Sequence[torch.Tensor | None],
     ) -> None:
         self._call, self._outputs = call, outputs
+        self._x, self._coeffs, self._segments = x, row_coeffs, segments
         self._moving = {"x": x, "row_slots": row_slots, "row_coeffs": row_coeffs, "segments": segments}
         self._weights, self._biases = weights, biases
         self._scope: dict[str, Any] = {"__name__": __name__, "hooked": hooked, "raw_stream": raw_stream}
@@ -101,7 +102,7 @@ class _Writer:
             return None
         if not launches:
             return None
-        presence = "is" if self._moving["row_coeffs"] is None else "is not"
+        presence = "is" if self._coeffs is None else "is not"
         lines = [f"if not (row_coeffs {presence} None):", "    return None"]
         lines += [*self._unpacked(), *self._guards(), *self._allocations(), *launches]
         lines.append(f"return [{', '.join(f'y{i}' for i in range(len(self._outputs)))}]")
@@ -121,20 +122,15 @@ class _Writer:
 
     def _guards(self) -> list[str]:
         """What differs from call to call of one kind is addresses of aligned tensors, nothing else."""
-        x, coeffs = self._moving["x"], self._moving["row_coeffs"]
-        segments = self._moving["segments"]
-        assert x is not None
-        assert segments is not None
-        tests = [f"x.dtype is not {self._constant(x.dtype)}", f"x.get_device() != {self._constant(x.get_device())}"]
-        tests.append(f"segments.shape != {self._constant(segments.shape)}")
-        if coeffs is not None:
-            tests.append(f"row_coeffs.shape != {self._constant(coeffs.shape)}")
-            tests.append(f"row_coeffs.stride() != {self._constant(coeffs.stride())}")
+        tests = [f"x.get_device() != {self._constant(self._x.get_device())}"]
+        tests.append(f"segments.shape != {self._constant(self._segments.shape)}")
+        if self._coeffs is not None:
+            tests.append(f"row_coeffs.shape != {self._constant(self._coeffs.shape)}")
+            tests.append(f"row_coeffs.stride() != {self._constant(self._coeffs.stride())}")
         for name, tensor in self._moving.items():
             if tensor is not None:
                 tests.append(f"p_{name} & 15 != {self._constant(tensor.data_ptr() & 15)}")
-                if name != "x":
-                    tests.append(f"{name}.dtype is not {self._constant(tensor.dtype)}")
+                tests.append(f"{name}.dtype is not {self._constant(tensor.dtype)}")
         fixed = [(f"w{i}", weight) for i, weight in enumerate(self._weights)]
         for name, tensor in [*fixed, *((f"b{i}", bias) for i, bias in enumerate(self._biases))]:
             if tensor is None:
@@ -152,7 +148,7 @@ class _Writer:
     def _allocations(self) -> list[str]:
         lines = []
         for i, output in enumerate(self._outputs):
-            options = "" if output.dtype is self._scope_dtype() else f", dtype={self._constant(output.dtype)}"
+            options = "" if output.dtype is self._x.dtype else f", dtype={self._constant(output.dtype)}"
             lines.append(f"y{i} = x.new_empty({self._constant(output.shape)}{options})")
             lines.append(f"p_y{i} = y{i}.data_ptr()")
         total = sum(_room(part) for part in self._call.scratch)
@@ -160,10 +156,6 @@ class _Writer:
             lines += [f"s = x.new_empty({self._constant(total)}, dtype={self._constant(torch.uint8)})"]
             lines += ["p_s = s.data_ptr()"]
         return [*lines, f"stream = raw_stream({self._constant(self._call.device_index)})"]
-
-    def _scope_dtype(self) -> torch.dtype | None:
-        x = self._moving["x"]
-        return None if x is None else x.dtype
 
     def _launch(self, plan: Any, args: tuple[object, ...]) -> str:
         enter, _ = plan.variant.entry_of(args)

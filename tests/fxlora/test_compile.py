@@ -91,6 +91,13 @@ def test_assisted_generation(llama: Served, options: dict[str, Any]) -> None:
     llama.check(prompts(llama.entry, 1, 6, padded=False), ["docs"], **options)
 
 
+def test_max_autotune(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    tuned = served("llama", tmp_path, ONE_LAYER, backend="inductor", mode="max-autotune")
+    tuned.check(prompts(tuned.entry), cache_implementation="static")
+    torch._dynamo.reset()
+
+
 def test_a_batch_around_generate_lends_its_adapters(llama: Served) -> None:
     inputs = prompts(llama.entry)
     with llama.compiled.runtime.batch(list(NAMES)):

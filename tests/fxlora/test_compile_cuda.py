@@ -194,7 +194,7 @@ def test_reduce_overhead_replays_with_the_adapters_of_each_batch(
     check_copies(ours, replay, tmp_path)
 
 
-@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("mode", [None, "reduce-overhead", "max-autotune"])
 def test_generate(mode: str | None, tmp_path: Path) -> None:
     """Prefill and decode over both caches, twice, so that the second run replays what the first recorded."""
     torch._dynamo.reset()
