@@ -166,8 +166,8 @@ class _Writer:
 
     def _text(self, arg: object) -> str:
         """Expression of what a kernel gets for an argument."""
-        found, text = self._value(arg)
-        return text if found else self._constant(arg if text is None else text)
+        moving, value = self._value(arg)
+        return value if moving else self._constant(value)
 
     def _value(self, arg: object) -> tuple[bool, Any]:
         """(True, expression) of what moves, (False, value) of what does not."""

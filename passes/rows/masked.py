@@ -30,7 +30,7 @@ def write(p: Prover, node: fx.Node, target: fx.Node, items: Sequence[Any], value
     mask, first = found
     end = first + p.ndim(mask)
     rows = [p.rows(target), shift(p.rows(mask), first)]
-    source = _picked_by(p, node, value, items)
+    source = _picked_by(p, node, value, items, first)
     if source is not None:
         if any(p.shape(source, w)[first:end] != p.shape(mask, w) for w in range(p.count)):
             return Mixed("a write of what the same mask picked out of a tensor of other sizes")
@@ -69,11 +69,11 @@ def _is_one(p: Prover, value: fx.Node, dim: int) -> bool:
         return False
 
 
-def _picked_by(p: Prover, node: fx.Node, value: Any, items: Sequence[Any]) -> fx.Node | None:
+def _picked_by(p: Prover, node: fx.Node, value: Any, items: Sequence[Any], first: int) -> fx.Node | None:
     """The tensor out of which the same mask picked the value, seen through elementwise ops.
 
     Their other operands hold nothing of any request: numbers and weights for all alike, or vectors for each true
-    element that the caller vouches for, as `masked_scatter` takes them.
+    element that the caller vouches for, as `masked_scatter` takes them. first: the dim of the true elements.
     """
     listed = False
     while isinstance(value, fx.Node) and is_pointwise(op_name(value)):
@@ -81,9 +81,10 @@ def _picked_by(p: Prover, node: fx.Node, value: Any, items: Sequence[Any]) -> fx
         picked = operands if len(operands) == 1 else [n for n in operands if p.rows(n) is not None]
         if len(picked) != 1 or p.ndim(picked[0]) != p.ndim(value):
             break
-        beside = [n for n in operands if n is not picked[0] and p.is_tensor(n)]
-        lists = [n for n in beside if p.ndim(n) == p.ndim(value) and not _is_one(p, n, 0)]
-        if any(p.strangers_behind(n) for n in lists):
+        behind = p.ndim(value) - first  # dims from that of the true elements on
+        beside = [n for n in operands if n is not picked[0] and p.is_tensor(n) and p.ndim(n) >= behind]
+        lists = [n for n in beside if not _is_one(p, n, p.ndim(n) - behind)]
+        if any(p.strangers_behind(n) or not p.given_behind(n) for n in lists):
             return None
         listed, value = listed or bool(lists), picked[0]
     if not isinstance(value, fx.Node) or op_name(value) not in ("getitem", "index"):

@@ -255,6 +255,10 @@ class Prover:
         """The inputs of which nothing is known that a value is computed from."""
         return sorted(self._strangers[n] for n in self._inputs_behind(node) if n in self._strangers)
 
+    def given_behind(self, node: fx.Node) -> bool:
+        """Whether a value is computed from anything that the caller passes, and not from weights and sizes alone."""
+        return any(n not in self._bound for n in self._inputs_behind(node))
+
     def _inputs_behind(self, node: fx.Node) -> list[fx.Node]:
         """The placeholders whose values, and not only whose sizes, a value is computed from."""
         seen, queue = {node}, [node]

@@ -59,6 +59,7 @@ def test_a_value_beside_the_mask_is_a_choice(key: Any, value: Any) -> None:
 
 
 def test_values_of_the_same_mask_go_back_to_their_places() -> None:
+    from fxlora.passes.rows.labels import Mixed
     from fxlora.passes.rows.masked import write
     from fxlora.passes.rows.propagate import Prover
     from fxlora.passes.rows.seeds import choose_seeds
@@ -85,6 +86,14 @@ def test_values_of_the_same_mask_go_back_to_their_places() -> None:
         prover.labels[operand.args[0]] = prover.labels[inputs[0].node]
     assert mapping_of(write(prover, store, target, [mask], own)) == ((0,), list(range(B)))
     assert "a value for each true element" in reason_of(write(prover, store, target, [mask], other))
+    with gm.graph.inserting_before(store):
+        numbered = gm.graph.call_function(torch.rand, (4, 5, 6))
+        added, scaled = (gm.graph.call_function(operator.add, (own, operand)) for operand in (numbered, 2.0))
+    for world in prover.worlds:
+        world.values |= dict.fromkeys((numbered, added, scaled), world.facts(inputs[0].node))
+    prover.labels[own] = Mixed("indexing by a mask")
+    assert mapping_of(write(prover, store, target, [mask], scaled)) == ((0,), list(range(B)))
+    assert "a value for each true element" in reason_of(write(prover, store, target, [mask], added))
 
 
 @pytest.mark.parametrize(
