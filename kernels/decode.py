@@ -1,8 +1,8 @@
 """A linear over few rows, host side: the base product with the shrink beside it, then the expand.
 
 Stage: run time, between `lora_linear.py`, which picks the tiles, and the kernels. Up to some rows the shrink's programs
-are in the launch of the product, past that in one of their own before it. A group's members share all launches. No
-program waits for another of its launch, so nothing can hang.
+are in the launch of the product, past that in one of their own, which runs beside it. A group's members share all
+launches. No program waits for another of its launch, so nothing can hang.
 
 Letters: T rows, J slots per row, E = T * J entries, K in-features, N out-features.
 """
@@ -88,4 +88,5 @@ def _plan(call: LinearCall, tiles: DecodeTiles) -> Plan:
         SHRINK=constants,
         STAGES=tile.num_stages,
         PDL=call.overlap,
+        FIRST=not (isinstance(shrink, ShrinkTile) and members.has_pools),
     )

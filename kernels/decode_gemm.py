@@ -1,7 +1,8 @@
 """First launch of a linear over few rows: sums = x W^T, W read once, and beside it h = coeff * scaling * (x A^T).
 
 Stage: run time. The shrink's programs come first and share the GPU with those of the product; neither waits for the
-other. K may be split over programs, each of which leaves its part. Members without adapters are done here.
+other. Where rows are many, the shrink wants the matrix unit (decode_shrink.py) and is a launch of its own beside this
+one. K may be split over programs, each of which leaves its part. Members without adapters are done here.
 
 Letters: T rows, J slots per row, E = T * J entries, K in-features, N out-features.
 """
@@ -122,9 +123,11 @@ def gemm_kernel(
     SHRINK: tl.constexpr,  # K rounded up to a multiple of BK, BR and BK of shrink_entry
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
+    FIRST: tl.constexpr,  # no launch of this call comes before
 ) -> None:
     """Programs of the members' shrinks one after another, then those of their tiles."""
-    wait_for_earlier(PDL)
+    if FIRST:
+        wait_for_earlier(PDL)
     let_later_start(PDL)
     program = tl.program_id(0)
     begin = 0
@@ -149,3 +152,5 @@ def gemm_kernel(
         begin = end
         if HAS_SUMS[member]:
             sums_at += num_rows.to(tl.int64) * SPLIT * widths[member]
+    if not FIRST:
+        wait_for_earlier(PDL)  # who waits for this launch then knows that h is complete, too

@@ -1,8 +1,9 @@
-"""h = coeff * scaling * (x A^T) of many rows, by the matrix unit: tiles of up to 16 entries of one slot.
+"""h = coeff * scaling * (x A^T) of many rows, by the matrix unit: tiles of up to 16 entries of one slot, or more.
 
-Stage: run time, the launch before decode_gemm.py's where rows are many. Each A is read once for each tile, and only if
-its adapter is in the batch. The in-features are split over programs, each of which leaves its part of h; expand.py
-adds them in order. An entry's bits follow from its own x and adapter alone.
+Stage: run time, the launch before decode_gemm.py's where rows are many, which runs beside it. Each A is read once for
+each tile, and only if its adapter is in the batch. The in-features are split over programs, each of which leaves its
+part of h; expand.py adds them in order. An entry's bits follow from its own x and adapter alone: all tiles of a launch
+have one height, however many entries are in them.
 
 Letters: T rows, J slots per row, E = T * J entries, K in-features, W words of an entry's h, S slots.
 """
@@ -41,38 +42,79 @@ def tile_of(tile, segments_ptr, num_entries, max_adapters) -> tl.tensor:
 
 
 @triton.jit
-def shrink_tile(
-    tile, part, x, h_ptr, h_stride, coeffs, segments_ptr, site, num_entries, num_features, max_adapters,
-    J: tl.constexpr, PARTS: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
-    STAGES: tl.constexpr, HAS_COEFFS: tl.constexpr,
-) -> None:  # fmt: skip
-    """One part of one tile's h, whole groups of 16 ranks.
+def tile_ends(segments_ptr, num_entries, max_adapters, BM: tl.constexpr, BINS: tl.constexpr) -> tl.tensor:
+    """[BINS]: tiles of BM entries of each slot and of all before it. BINS: a power of two above S."""
+    slots = tl.arange(0, BINS)
+    known = slots < max_adapters
+    first = tl.load(segments_ptr + num_entries + slots, mask=known, other=0)
+    end = tl.load(segments_ptr + num_entries + slots + 1, mask=known, other=0)
+    return tl.cumsum((end - first + BM - 1) // BM, axis=0)
+
+
+@triton.jit
+def tall_tile_of(tile, ends, segments_ptr, num_entries, BM: tl.constexpr) -> tl.tensor:
+    """As tile_of, for tiles of BM entries. ends: of tile_ends."""
+    slot = tl.sum((ends <= tile).to(tl.int32), axis=0)
+    index = tile - tl.max(tl.where(ends <= tile, ends, 0), axis=0)
+    first = tl.load(segments_ptr + num_entries + slot) + index * BM
+    return slot, first, tl.minimum(first + BM, tl.load(segments_ptr + num_entries + slot + 1))
+
+
+@triton.jit
+def shrink_products(
+    x_at, a_at, x_col_stride, entry_mask, rank_mask, first, last, num_features, BM: tl.constexpr, BR: tl.constexpr,
+    BK: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """[BM, BR] fp32: rows of x times ranks of A, over in-features first .. last.
 
     Warps multiply one of SLICES slices of every block of in-features each: 16 x 16 results are too few to share out
     otherwise, and all warps would compute the same.
     """
-    slot, first_position, end = tile_of(tile, segments_ptr, num_entries, max_adapters)
+    if SLICES == 1:
+        acc = tl.zeros([BM, BR], tl.float32)
+        for block in tl.range(first, last, BK, num_stages=STAGES):
+            ks = block + tl.arange(0, BK)[None, :]
+            inside = ks < num_features
+            x_tile = tl.load(x_at[:, None] + ks * x_col_stride, mask=entry_mask[:, None] & inside, other=0.0)
+            a = tl.load(a_at[:, None] + ks, mask=rank_mask[:, None] & inside, other=0.0)  # [BR, BK]
+            acc = dot(x_tile, a.T, acc, "ieee")
+        return acc
+    width: tl.constexpr = BK // SLICES
+    sums = tl.zeros([SLICES, BM, BR], tl.float32)
+    for block in tl.range(first, last, BK, num_stages=STAGES):
+        # [SLICES, BM or BR, width] from here on
+        ks = block + tl.arange(0, SLICES)[:, None, None] * width + tl.arange(0, width)[None, None, :]
+        inside = ks < num_features
+        x_tile = tl.load(x_at[None, :, None] + ks * x_col_stride, mask=entry_mask[None, :, None] & inside, other=0.0)
+        a = tl.load(a_at[None, :, None] + ks, mask=rank_mask[None, :, None] & inside, other=0.0)
+        sums = dot(x_tile, a.permute(0, 2, 1), sums, "ieee")
+    return tl.sum(sums, axis=0)
+
+
+@triton.jit
+def shrink_tile(
+    tile, part, x, h_ptr, h_stride, coeffs, segments_ptr, site, num_entries, num_features, J: tl.constexpr,
+    PARTS: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
+    STAGES: tl.constexpr, HAS_COEFFS: tl.constexpr,
+) -> None:  # fmt: skip
+    """One part of one tile's h, whole groups of 16 ranks. tile: of tile_of."""
+    slot, first_position, end = tile
     rank, start, scaling = adapter_of(slot, site)
-    positions = first_position + tl.arange(0, 16)
+    positions = first_position + tl.arange(0, BM)
     entry_mask = positions < end
     entries = tl.load(segments_ptr + positions, mask=entry_mask, other=0)
-    factor = factor_of(entries, tl.zeros([16], tl.float32) + scaling, coeffs, J, HAS_COEFFS)
-    x_at = (x[0] + (entries // J).to(tl.int64) * x[1])[None, :, None]
+    factor = factor_of(entries, tl.zeros([BM], tl.float32) + scaling, coeffs, J, HAS_COEFFS)
+    x_at = x[0] + (entries // J).to(tl.int64) * x[1]
     h_at = h_ptr + (part * num_entries + entries).to(tl.int64) * h_stride
     each = tl.cdiv(tl.cdiv(num_features, BK), PARTS) * BK
-    width: tl.constexpr = BK // SLICES
     for first in range(0, rank, BR):
         ranks = first + tl.arange(0, BR)
-        a_at = (site[0] + (start + ranks).to(tl.int64) * num_features)[None, :, None]
-        acc = tl.zeros([SLICES, 16, BR], tl.float32)
-        for block in tl.range(part * each, tl.minimum(part * each + each, num_features), BK, num_stages=STAGES):
-            # [SLICES, 16 or BR, width] from here on
-            ks = block + tl.arange(0, SLICES)[:, None, None] * width + tl.arange(0, width)[None, None, :]
-            inside = ks < num_features
-            x_tile = tl.load(x_at + ks * x[2], mask=entry_mask[None, :, None] & inside, other=0.0)
-            a = tl.load(a_at + ks, mask=(ranks < rank)[None, :, None] & inside, other=0.0)
-            acc = dot(x_tile, a.permute(0, 2, 1), acc, "ieee")
-        h = (tl.sum(acc, axis=0) * factor[:, None]).to(h_ptr.dtype.element_ty)  # zero beyond the rank
+        a_at = site[0] + (start + ranks).to(tl.int64) * num_features
+        acc = shrink_products(
+            x_at, a_at, x[2], entry_mask, ranks < rank, part * each, tl.minimum(part * each + each, num_features),
+            num_features, BM, BR, BK, SLICES, STAGES,
+        )  # fmt: skip
+        h = (acc * factor[:, None]).to(h_ptr.dtype.element_ty)  # zero beyond the rank
         mask = entry_mask[:, None] & (ranks < (rank + 15) // 16 * 16)[None, :]
         tl.store(h_at[:, None] + ranks[None, :], h, mask=mask)
 
@@ -107,9 +149,10 @@ def shrink_tiles_kernel(
                 h_at = h_ptr + member * num_entries.to(tl.int64) * h_stride * PARTS
                 items = count_tiles(segments_ptr, num_entries, max_adapters) * PARTS
                 for item in tl.range(tl.program_id(0), items, tl.num_programs(0), num_stages=1):
+                    tile = tile_of(item // PARTS, segments_ptr, num_entries, max_adapters)
                     shrink_tile(
-                        item // PARTS, item % PARTS, x, h_at, h_stride, coeffs, segments_ptr, sites[member],
-                        num_entries, num_features, max_adapters, J, PARTS, BR, BK, SLICES, STAGES, HAS_COEFFS,
+                        tile, item % PARTS, x, h_at, h_stride, coeffs, segments_ptr, sites[member], num_entries,
+                        num_features, J, PARTS, 16, BR, BK, SLICES, STAGES, HAS_COEFFS,
                     )  # fmt: skip
 
 
@@ -139,7 +182,6 @@ def _plan(call: LinearCall, stride: int, tile: ShrinkTile) -> Plan:
         (min(items, tile.programs), len(call.widths)),
         (call.entries, call.features, members.max_adapters),
         tile.num_warps,
-        registers=tile.registers,
         HAS_POOL=members.has_pool,
         J=call.width,
         PARTS=tile.parts,

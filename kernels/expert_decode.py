@@ -20,10 +20,11 @@ import triton.language as tl
 from fxlora.kernels.call import Plan
 from fxlora.kernels.decode_gemm import along_cols, along_rows, product
 from fxlora.kernels.expert_call import ExpertCall, rows_of, tile_item, tiles_in_use
+from fxlora.kernels.expert_tiles import DeltaTile, ExpertDecodeTiles, ExpertGemmTile
 from fxlora.kernels.launch import Launcher
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
 from fxlora.kernels.shrink import factor_of, rank_products, slot_of
-from fxlora.kernels.tiles import DeltaTile, ExpertDecodeTiles, ExpertGemmTile, VectorTile
+from fxlora.kernels.tiles import VectorTile
 from fxlora.kernels.triton_helpers import cdiv, strided
 
 

@@ -22,9 +22,9 @@ import triton.language as tl
 from fxlora.kernels.call import Plan
 from fxlora.kernels.expert_call import ExpertCall, load_x, rows_of, tile_item, tiles_in_use
 from fxlora.kernels.expert_prefill_shrink import adapters_of, shrink_tiles
+from fxlora.kernels.expert_tiles import ExpertPrefillTile
 from fxlora.kernels.groups import count_groups, load_b, load_groups, load_h
 from fxlora.kernels.launch import Described, Launcher
-from fxlora.kernels.tiles import ExpertPrefillTile
 from fxlora.kernels.triton_helpers import INTERPRET, cdiv, dot, strided
 
 _POINTERS, _ALONG_K, _ALONG_N = 0, 1, 2  # how W is read: at any stride, or through TMA with K or N adjacent

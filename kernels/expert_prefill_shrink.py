@@ -19,9 +19,9 @@ import triton.language as tl
 
 from fxlora.kernels.call import Plan
 from fxlora.kernels.expert_call import ExpertCall, load_x, rows_of, tile_record, tiles_in_use
+from fxlora.kernels.expert_tiles import ExpertPrefillTile
 from fxlora.kernels.groups import FIELDS, MOST, list_capacity, list_words, slots_of, spread
 from fxlora.kernels.launch import Described, Launcher
-from fxlora.kernels.tiles import ExpertPrefillTile
 from fxlora.kernels.triton_helpers import cdiv, dot, next_power_of_2
 
 _REGISTERS = 168  # of a thread, so that three programs share a multiprocessor

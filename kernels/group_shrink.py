@@ -1,8 +1,8 @@
 """The launch before fused.py's and prefill.py's: groups of each row tile, h = coeff * scaling * (x A^T) of each entry.
 
 Stage: run time, beside the base product of the launch after it. Groups are listed by groups.py; h is made by the
-matrix unit, tiles of up to 16 entries of one slot: each A is read once for each tile, and only if its adapter is in the
-batch. An entry's bits follow from its own x and adapter alone.
+matrix unit, tiles of up to HEIGHT entries of one slot: each A is read once for each tile, and only if its adapter is in
+the batch. An entry's bits follow from its own x and adapter alone.
 
 Letters: T rows, J slots per row, E = T * J entries, K in-features, W words of an entry's h, S slots.
 """
@@ -17,14 +17,17 @@ import torch
 import triton
 import triton.language as tl
 
+from fxlora.kernels import segments as layout
 from fxlora.kernels.call import LinearCall, Plan
-from fxlora.kernels.decode_shrink import count_tiles, shrink_tile
+from fxlora.kernels.decode_shrink import count_tiles, shrink_tile, tall_tile_of, tile_ends, tile_of
 from fxlora.kernels.groups import FIELDS, Adapters, list_capacity, list_words, slots_of, write_groups
 from fxlora.kernels.launch import Launcher
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
-from fxlora.kernels.segments import TILE, tile_bound
+from fxlora.kernels.segments import tile_bound
 from fxlora.kernels.tiles import ShrinkTile
 from fxlora.kernels.triton_helpers import cdiv, next_power_of_2
+
+TILE = tl.constexpr(layout.TILE)
 
 
 class Scratch(NamedTuple):
@@ -84,6 +87,7 @@ def group_shrink_kernel(
     BM: tl.constexpr,
     BINS: tl.constexpr,  # power of two above S
     SORTED: tl.constexpr,
+    HEIGHT: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
     SLICES: tl.constexpr,
@@ -108,11 +112,19 @@ def group_shrink_kernel(
                         groups_ptr + member * tiles_m * (FIELDS * capacity + 1), capacity,
                     )  # fmt: skip
                     list_tile(row_tile, adapters, segments_ptr, num_rows, J, JP, BM, BINS, SORTED)
-                count = count_tiles(segments_ptr, num_entries, max_adapters)
-                for tile in tl.range(tl.program_id(0), count, tl.num_programs(0), num_stages=1):
+                if HEIGHT == TILE:
+                    count = count_tiles(segments_ptr, num_entries, max_adapters)
+                else:
+                    ends = tile_ends(segments_ptr, num_entries, max_adapters, HEIGHT, BINS)
+                    count = tl.max(ends, axis=0)
+                for item in tl.range(tl.program_id(0), count, tl.num_programs(0), num_stages=1):
+                    if HEIGHT == TILE:
+                        tile = tile_of(item, segments_ptr, num_entries, max_adapters)
+                    else:
+                        tile = tall_tile_of(item, ends, segments_ptr, num_entries, HEIGHT)
                     shrink_tile(
-                        tile, 0, x, h_at, h_width, coeffs, segments_ptr, site, num_entries, num_features, max_adapters,
-                        J, 1, BR, BK, SLICES, STAGES, HAS_COEFFS,
+                        tile, 0, x, h_at, h_width, coeffs, segments_ptr, site, num_entries, num_features, J, 1, HEIGHT,
+                        BR, BK, SLICES, STAGES, HAS_COEFFS,
                     )  # fmt: skip
 
 
@@ -139,19 +151,19 @@ def shrink_groups(call: LinearCall, scratch: Scratch, tile: ShrinkTile) -> None:
 
 def _plan(call: LinearCall, scratch: Scratch, tile: ShrinkTile) -> Plan:
     members = call.members
-    items = min(call.entries, tile_bound(call.entries, members.max_adapters, TILE))
+    items = min(call.entries, tile_bound(call.entries, members.max_adapters, tile.BM))
     return call.planned(
         _launcher,
         (max(cdiv(call.rows, scratch.block_rows), min(items, tile.programs)), len(call.widths)),
         (call.rows, call.features, members.max_adapters),
         tile.num_warps,
-        registers=tile.registers,
         HAS_POOL=members.has_pool,
         J=call.width,
         JP=next_power_of_2(call.width),
         BM=scratch.block_rows,
         BINS=max(32, next_power_of_2(members.max_adapters + 1)),
         SORTED=scratch.is_sorted,
+        HEIGHT=tile.BM,
         BR=max(16, min(tile.BR, scratch.width)),
         BK=tile.BK,
         SLICES=tile.slices,

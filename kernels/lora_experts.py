@@ -15,8 +15,8 @@ from fxlora.kernels.expert_call import ExpertCall, ExpertSite
 from fxlora.kernels.expert_decode import decode
 from fxlora.kernels.expert_prefill import prefill
 from fxlora.kernels.expert_segments import SLOTS_FROM
+from fxlora.kernels.expert_tiles import expert_decode_tiles, expert_prefill_tile
 from fxlora.kernels.registry import derived_of, expert_pool_of
-from fxlora.kernels.tiles import expert_decode_tiles, expert_prefill_tile
 from fxlora.kernels.triton_helpers import device_of
 
 

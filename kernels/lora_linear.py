@@ -28,14 +28,14 @@ from fxlora.kernels.gemv import gemv
 from fxlora.kernels.general import general
 from fxlora.kernels.prefill import prefill
 from fxlora.kernels.registry import Group, derived_of, pools_of
-from fxlora.kernels.tiles import WIDE, decode_tiles, fused_tiles, gemv_tile, general_tiles, prefill_tile
+from fxlora.kernels.tiles import decode_tiles, fused_tiles, gemv_tile, general_tiles, prefers_prefill, prefill_tiles
 from fxlora.kernels.triton_helpers import INTERPRET, device_of
 
 DECODE_ROWS = 256
 """Most rows of decode.py and fused.py."""
 
 FEW_ROWS = 64
-"""Most rows of a batch over very many columns whose tiles are those of few rows."""
+"""Most rows of a batch that prefill.py never serves."""
 
 GEMV_ROWS, GEMV_COLUMNS = 16, 512
 """Most rows and columns of a batch that matrix-vector products serve; one row is served whatever its columns."""
@@ -90,13 +90,14 @@ def body_of(call: LinearCall) -> tuple[Body, object]:
     few = rows == 1 or (rows <= GEMV_ROWS and columns <= GEMV_COLUMNS)
     if few and all([weight.stride(1) == 1 for weight in call.weights]):
         return gemv, gemv_tile(features)
-    half = dtype == torch.bfloat16  # fused keeps h in the dtype of x, whose range fp16 does not have
-    if (rows > DECODE_ROWS or (rows > FEW_ROWS and columns > WIDE and half)) and _tma_reads(call):
-        return prefill, prefill_tile(rows, max(call.widths), call.members.h_width)
-    if rows > DECODE_ROWS:
+    ranks, many = call.members.h_width, rows > DECODE_ROWS
+    if (many or (rows > FEW_ROWS and prefers_prefill(rows, features, call.widths, dtype))) and _tma_reads(call):
+        return prefill, prefill_tiles(rows, call.widths, ranks)
+    if many:
         return general, general_tiles(rows, call.entries, dtype)
-    tiles = fused_tiles(rows, features, columns, call.members.h_width) if half else None
-    return (fused, tiles) if tiles else (decode, decode_tiles(rows, features, columns, dtype))
+    # fused keeps h in the dtype of x, whose range fp16 does not have
+    tiles = fused_tiles(rows, features, columns, ranks) if dtype == torch.bfloat16 else None
+    return (fused, tiles) if tiles else (decode, decode_tiles(rows, features, columns, dtype, ranks))
 
 
 def _tma_reads(call: LinearCall) -> bool:

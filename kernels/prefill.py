@@ -1,9 +1,10 @@
 """`lora_linear` for many rows on a GPU with TMA: the shrink, then per member one launch of base GEMM and expand.
 
-Stage: run time. group_shrink.py lists the groups of each row tile and makes h, on multiprocessors that the first
-member's launch shares. Its programs stay resident and divide the tiles of y; they need h only behind the in-features of
-their first tile. Grids come from shapes alone, slots, ranks and scalings are read on the device: a captured CUDA graph
-serves whatever is loaded at replay. No program waits for another of its launch.
+Stage: run time. group_shrink.py lists the groups of each row tile and makes h, beside the first member's launch. Its
+programs stay resident and divide the tiles of y; they need h only behind the in-features of their first tile. Members
+share row tiles, each has columns of its own to a tile. Grids come from shapes alone, slots, ranks and scalings are
+read on the device: a captured CUDA graph serves whatever is loaded at replay. No program waits for another of its
+launch.
 
 Arithmetic: h = coeff * (scaling * (x A^T)) in fp32, rounded to the dtype of x; h B is accumulated onto the base result,
 16 ranks at a time, slots ascending. A row of another slot meets zeros in h, which leave its fp32 sum as it is, so its
@@ -27,7 +28,7 @@ from fxlora.kernels.group_shrink import Scratch, scratch_of, shrink_groups
 from fxlora.kernels.groups import Adapters, add_groups, count_groups, load_b, load_groups, load_h
 from fxlora.kernels.launch import Described, Launcher
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
-from fxlora.kernels.tiles import PrefillTile
+from fxlora.kernels.tiles import PrefillTile, PrefillTiles
 from fxlora.kernels.triton_helpers import cdiv, dot
 
 _BAND = 8  # row tiles whose tiles of y follow each other, so that W and x are read from L2
@@ -166,19 +167,19 @@ def prefill_kernel(
 _launcher = Launcher(prefill_kernel)
 
 
-def prefill(call: LinearCall, tile: PrefillTile) -> list[torch.Tensor]:
+def prefill(call: LinearCall, tiles: PrefillTiles) -> list[torch.Tensor]:
     """-> [..., N] of each member; bf16 or fp16.
 
     x and every weight have unit stride along K and rows 16 bytes apart, K and N are multiples of 8.
     """
-    scratch = scratch_of(call, tile.BM, sorts=False)
+    scratch = scratch_of(call, tiles.BM, sorts=False)
     if call.members.has_pools:
-        shrink_groups(call, scratch, tile.shrink)
+        shrink_groups(call, scratch, tiles.shrink)
     outputs = call.new_outputs()
-    x = Described(call.x, (tile.BM, tile.BK))
+    x = Described(call.x, (tiles.BM, tiles.BK))
     for member, y in enumerate(outputs):
         if y.numel():
-            _launch(call, x, y.view(call.rows, -1), member, _adapters_of(call, scratch, member), scratch.width, tile)
+            _launch(call, x, y.view(call.rows, -1), member, _adapters_of(call, scratch, member), scratch.width, tiles)
     return outputs
 
 
@@ -196,16 +197,16 @@ def _adapters_of(call: LinearCall, scratch: Scratch, member: int) -> Adapters | 
 
 def _launch(
     call: LinearCall, x: Described, y: torch.Tensor, member: int, adapters: Adapters | None, width: int,
-    tile: PrefillTile,
+    tiles: PrefillTiles,
 ) -> None:  # fmt: skip
     """One member's y [T, N]."""
-    bias = call.biases[member]
-    plan = call.plan(_launcher, tile, lambda: _plan(call, member, width, tile), step=member)
+    bias, tile = call.biases[member], tiles.members[member]
+    plan = call.plan(_launcher, tiles, lambda: _plan(call, member, width, tiles), step=member)
     call.launch(
         plan,
         x,
-        Described(call.weights[member], (tile.BN, tile.BK)),
-        Described(y, (tile.BM, tile.BN // _parts(tile))),
+        Described(call.weights[member], (tile.BN, tiles.BK)),
+        Described(y, (tiles.BM, tile.BN // _parts(tile))),
         None if bias is None else bias.contiguous(),
         adapters,
         *plan.numbers,
@@ -216,19 +217,18 @@ def _parts(tile: PrefillTile) -> int:
     return 2 if tile.BN >= 128 else 1
 
 
-def _plan(call: LinearCall, member: int, width: int, tile: PrefillTile) -> Plan:
-    columns = call.widths[member]
-    tiles = cdiv(call.rows, tile.BM) * cdiv(columns, tile.BN)
+def _plan(call: LinearCall, member: int, width: int, tiles: PrefillTiles) -> Plan:
+    columns, tile = call.widths[member], tiles.members[member]
+    count = cdiv(call.rows, tiles.BM) * cdiv(columns, tile.BN)
     return call.planned(
         _launcher,
-        (min(tiles, resident_programs(call.x.device)),),
+        (min(count, tile.programs * multiprocessors(call.x.device)),),
         (call.rows, call.features // 8, columns // 8),
         tile.num_warps,
-        registers=tile.registers if call.overlap else None,
         J=call.width,
-        BM=tile.BM,
+        BM=tiles.BM,
         BN=tile.BN,
-        BK=tile.BK,
+        BK=tiles.BK,
         BR=tile.BR,
         BAND=_BAND,
         PARTS=_parts(tile),
@@ -244,6 +244,6 @@ def _plan(call: LinearCall, member: int, width: int, tile: PrefillTile) -> Plan:
 
 
 @cache
-def resident_programs(device: torch.device) -> int:
-    """Programs that run at the same time: one for each multiprocessor."""
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of the GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

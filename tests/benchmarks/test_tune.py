@@ -13,7 +13,7 @@ def test_neighbours_differ_in_one_number() -> None:
     from fxlora.kernels.tiles import FusedTiles, GemmTile, ShrinkTile
     from tests.benchmarks.tune import neighbours
 
-    tiles = FusedTiles(ShrinkTile(64, 256, 1, 264, 4, 4, 4), GemmTile(16, 128, 128, 1, True, 4, 3), 128, 2)
+    tiles = FusedTiles(ShrinkTile(16, 64, 256, 1, 264, 4, 4, 4), GemmTile(16, 128, 128, 1, True, 4, 3), 128, 2)
     found = dict(neighbours(tiles))
     assert found["gemm.BN 128 -> 64"].gemm == GemmTile(16, 64, 128, 1, True, 4, 3)
     assert found["gemm.SWAP True -> False"].gemm.SWAP is False

@@ -41,6 +41,10 @@ def neighbours(tiles: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         if is_dataclass(value):
             yield from ((what, replace(tiles, **{field.name: inner})) for what, inner in neighbours(value, f"{name}."))
             continue
+        if isinstance(value, tuple) and value and is_dataclass(value[0]):  # of each member; all change together
+            for what, inner in neighbours(value[0], f"{name}."):
+                yield what, replace(tiles, **{field.name: (inner,) * len(value)})
+            continue
         others: tuple[Any, ...] = ()
         if isinstance(value, bool):
             others = (not value,)
@@ -89,6 +93,7 @@ def costs(name: str, clock: Clock, rounds: int, sets: int | None = None) -> tupl
         for what, found in tiles.items():
 
             def step(i: int, found: Any = found) -> list[torch.Tensor]:
+                calls[i].scratch.clear()  # a call keeps what it allocates
                 return body(calls[i], found)
 
             try:

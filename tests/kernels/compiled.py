@@ -134,7 +134,7 @@ def launches(names: list[str]) -> Iterator[dict[str, Any]]:
     driver.set_active(Absent())
     triton.runtime.jit.JITFunction.run = compile_only
     calls.can_overlap = expert_call.can_overlap = lambda device: True
-    prefill.resident_programs = lambda device: 132
+    prefill.multiprocessors = lambda device: 132
     for name in names:
         CALLS[name]()
         yield from ({"call": name, **launch} for launch in found)

@@ -24,6 +24,7 @@ from fxlora.kernels.tiles import (
     GemmTile,
     GemvTile,
     PrefillTile,
+    PrefillTiles,
     ShrinkTile,
     VectorTile,
     general_tiles,
@@ -51,7 +52,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 LIMIT = {**TOLERANCE, BF16: 1.2e-2} if INTERPRET else TOLERANCE
 
 # Fewer programs than there is work, so that each loops.
-SHRINK, VECTORS = ShrinkTile(16, 32, 2, 3, 4, 2, 2), VectorTile(8, 64, 2, 5, 4)
+SHRINK, VECTORS = ShrinkTile(16, 16, 32, 2, 3, 4, 2, 2), VectorTile(8, 64, 2, 5, 4)
 EXPAND = ExpandTile(16, 16, 6, 4)
 DECODE = {
     "plain": DecodeTiles(SHRINK, EXPAND, GemmTile(16, 16, 16, 1, False, 4, 2)),
@@ -59,17 +60,19 @@ DECODE = {
     "split": DecodeTiles(VECTORS, EXPAND, GemmTile(32, 16, 16, 2, False, 4, 2)),
     "split and swap": DecodeTiles(SHRINK, EXPAND, GemmTile(16, 16, 16, 2, True, 4, 2)),
 }
-ALONE = ShrinkTile(16, 64, 1, 3, 4, 2, 4)
+ALONE = ShrinkTile(16, 16, 64, 1, 3, 4, 2, 4)
 FUSED = {
     "plain": FusedTiles(ALONE, GemmTile(16, 16, 16, 1, False, 4, 2), 32, 2),
     "one tile of rows": FusedTiles(ALONE, GemmTile(256, 16, 32, 1, False, 4, 2), 16, 3),
     "swap": FusedTiles(replace(ALONE, BR=32), GemmTile(16, 64, 32, 1, True, 4, 2), 64, 3),
+    "tall shrink": FusedTiles(replace(ALONE, BM=32, slices=1), GemmTile(32, 16, 16, 1, False, 4, 2), 32, 2),
 }
 GEMV = {
     "one block": GemvTile(16, 64, 4, 28, VectorTile(8, 64, 2, 5, 4)),
     "several blocks": GemvTile(8, 32, 1, 2, VectorTile(4, 64, 3, 7, 4)),
 }
-PREFILL = PrefillTile(*((32, 32, 32) if INTERPRET else (64, 64, 64)), 16, 4, 3, (32, 2), ALONE)
+SIDE = 32 if INTERPRET else 64
+PREFILL = PrefillTiles(SIDE, SIDE, ALONE, (PrefillTile(SIDE, 16, 4, 3, later=(32, 2)),) * 4)
 
 BODIES = ("gemv", "decode", "fused", "prefill", "general")
 ANY_STRIDE = ("decode", "fused", "general")
@@ -328,13 +331,16 @@ def test_which_body_serves_what() -> None:
         (1, (4096,), BF16, gemv), (1, (5,), FP32, gemv), (16, (512,), BF16, gemv), (16, (256, 256), FP32, gemv),
         (16, (256, 257), BF16, decode), (17, (24,), BF16, decode), (256, (24,), FP32, decode),
         (65, (512,), BF16, fused), (65, (512,), FP16, decode), (64, (6144,), BF16, fused), (16, (6144,), BF16, decode),
-        (2, (20008,), BF16, fused), (2, (20008,), FP16, decode), (65, (20007,), BF16, decode),
-        (65, (20008,), BF16, prefill if many is prefill else decode),
+        (2, (8449,), BF16, fused), (2, (8449,), FP16, decode), (64, (6143,), BF16, decode),
+        (65, (20007,), BF16, fused), (129, (9000,), BF16, prefill if many is prefill else fused),
+        (129, (9001,), BF16, fused), (129, (4500, 4500), BF16, fused), (129, (9000,), FP16, decode),
         (257, (24,), FP32, general), (257, (24, 16), BF16, many), (257, (24,), FP16, many),
         (257, (24, 17), BF16, general),
     ):  # fmt: skip
         assert choice(small_case(rows=rows, outs=outs, dtype=dtype)) is body, (rows, outs, dtype)
     assert choice(small_case(rows=257, features=44)) is general
+    assert choice(small_case(rows=129, features=8200, outs=(4304,))) is (prefill if many is prefill else decode)
+    assert choice(small_case(rows=129, features=8200, outs=(4096,))) is decode
     case, few = small_case(rows=257), small_case(rows=1)
     transposed = [case.weights[0].t().contiguous().t()]
     assert choice(replace(few, weights=transposed)) is decode

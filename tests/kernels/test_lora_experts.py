@@ -50,12 +50,14 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     of 128 rows for few rows already."""
     if not ops.INTERPRET:
         return
-    from fxlora.kernels import expert_segments, lora_experts, tiles
+    from fxlora.kernels import expert_segments, lora_experts
+    from fxlora.kernels import expert_tiles as tiles
+    from fxlora.kernels.tiles import VectorTile
 
     monkeypatch.setattr(expert_segments, "_HEIGHTS", ((4, 16), (16, 32), (48, 64)))
 
     def decode(entries: int, features: int, columns: int, dtype: torch.dtype) -> tiles.ExpertDecodeTiles:
-        shrink = tiles.VectorTile(8, 32, 2, 5, 4) if entries % 2 else None
+        shrink = VectorTile(8, 32, 2, 5, 4) if entries % 2 else None
         delta = tiles.DeltaTile(8, 32, 16, 5, 4)
         return tiles.ExpertDecodeTiles(shrink, delta, tiles.ExpertGemmTile(16, 16, entries % 2 == 1, 3, 2, 4, 2))
 

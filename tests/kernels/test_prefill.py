@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fxlora.kernels.ops import INTERPRET
-from fxlora.kernels.tiles import PrefillTile, ShrinkTile
+from fxlora.kernels.tiles import PrefillTile, PrefillTiles, ShrinkTile
 from tests.kernels.cases import HAS_CUDA, Case, assert_near, equal_bits, linear_call, make_case
 
 pytestmark = [
@@ -21,8 +21,9 @@ pytestmark = [
 DEVICE = "cuda" if HAS_CUDA else "cpu"
 DTYPES = (torch.bfloat16, torch.float16)
 RANKS = (1, 8, 0, 16, 40, 16)
-SHRINK = ShrinkTile(64, 256, 1, 264, 4, 4, 4)
-TILE = PrefillTile(*((32, 32, 32, 16, 4, 3) if INTERPRET else (128, 256, 64, 16, 8, 3)), (32, 3), SHRINK)
+SHRINK = ShrinkTile(16, 64, 256, 1, 264, 4, 4, 4)
+BM, BK = (32, 32) if INTERPRET else (128, 64)
+TILE = PrefillTile(*((32, 16, 4) if INTERPRET else (256, 16, 8)), 3, later=(32, 3))
 # Frobenius, over a whole output. The interpreter cuts bf16 off instead of rounding it.
 ERROR = {torch.bfloat16: 8e-3 if INTERPRET else 4e-3, torch.float16: 6e-4}
 
@@ -34,20 +35,20 @@ def small_case(**options: Any) -> Case:
     return make_case(**{**sizes, "ranks": RANKS, "dtype": torch.bfloat16, "device": DEVICE, **options})
 
 
-def run(case: Case, tile: PrefillTile = TILE) -> list[torch.Tensor]:
-    """The outputs."""
+def run(case: Case, tile: PrefillTile = TILE, shrink: ShrinkTile = SHRINK) -> list[torch.Tensor]:
+    """The outputs; every member with the same tile."""
     from fxlora.kernels.prefill import prefill
 
-    return prefill(linear_call(case), tile)
+    return prefill(linear_call(case), PrefillTiles(BM, BK, shrink, (tile,) * len(case.weights)))
 
 
-def assert_right(case: Case, tile: PrefillTile = TILE) -> list[torch.Tensor]:
-    found, truth, dtype = run(case, tile), case.expected(), case.x.dtype
+def assert_right(case: Case, tile: PrefillTile = TILE, shrink: ShrinkTile = SHRINK) -> list[torch.Tensor]:
+    found, truth, dtype = run(case, tile, shrink), case.expected(), case.x.dtype
     for y, expected in zip(found, truth, strict=True):
         assert y.dtype == dtype
         assert y.shape == expected.shape
         assert (y.float() - expected).norm() <= ERROR[dtype] * expected.norm()
-    without = run(case.with_slots(torch.full_like(case.row_slots, -1)), tile)
+    without = run(case.with_slots(torch.full_like(case.row_slots, -1)), tile, shrink)
     plain = (case.row_slots < 0).all(dim=1)
     assert equal_bits(found, without, plain)
     return found
@@ -126,3 +127,21 @@ def test_strided_weights_and_row_maps() -> None:
         row_coeffs=None if case.row_coeffs is None else case.row_coeffs.t().contiguous().t(),
     )
     assert equal_bits(run(case), run(strided), slice(None))
+
+
+@pytest.mark.parametrize("slices", [1, 4])
+@pytest.mark.parametrize("height", [32, 64])
+def test_shrink_of_taller_tiles(height: int, slices: int) -> None:
+    shrink = replace(SHRINK, BM=height, slices=slices)
+    for order in ("runs", "shuffled"):
+        assert_right(small_case(order=order), shrink=shrink)
+    assert_right(small_case(ranks=(0, 0)), shrink=shrink)
+
+
+def test_members_have_tiles_of_their_own() -> None:
+    from fxlora.kernels.prefill import prefill
+
+    case = small_case(outs=(40, 24, 8), order="shuffled")
+    tiles = (TILE, replace(TILE, BN=TILE.BN // 2, programs=2), replace(TILE, BR=32, num_warps=4, BN=TILE.BN // 2))
+    found = prefill(linear_call(case), PrefillTiles(BM, BK, SHRINK, tiles))
+    assert_near(found, case.expected(), case.x.dtype)

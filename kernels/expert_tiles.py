@@ -1,0 +1,102 @@
+"""Tile choices of the Triton bodies of experts; those of linears, and what holds for both, are in tiles.py.
+
+Stage: run time, read at each launch. BM rows, BN out-features, BK in-features, BR ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from fxlora.kernels.tiles import VectorTile, narrowed
+from fxlora.kernels.triton_helpers import next_power_of_2
+
+
+@dataclass(frozen=True)
+class DeltaTile:
+    """Of the adapters' part in expert_decode.py. Where each warp has its own columns (256 of them for half precision),
+    a thread has all BR ranks of its own and adds them up alone. BK: where no launch before it makes h."""
+
+    BR: int
+    BK: int
+    BN: int
+    programs: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class ExpertGemmTile:
+    """Of the base product of expert_decode.py: so many programs share the tiles of the batch, `first` of them start
+    beside those of the adapters' part; SWAP as in GemmTile."""
+
+    BN: int
+    BK: int
+    SWAP: bool
+    programs: int
+    first: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class ExpertDecodeTiles:
+    """The launches of experts over few rows each; without `shrink`, h is made where it is needed."""
+
+    shrink: VectorTile | None
+    delta: DeltaTile
+    gemm: ExpertGemmTile
+
+
+@dataclass(frozen=True)
+class ExpertPrefillTile:
+    """Of expert_prefill.py and its shrink, which takes shrink_BM rows and shrink_BR ranks at once."""
+
+    BN: int
+    BK: int
+    BR: int
+    programs: int
+    num_warps: int
+    num_stages: int
+    w_tma: bool
+    x_tma: bool
+    shrink_BM: int
+    shrink_BR: int
+    shrink_BK: int
+    shrink_programs: int
+    shrink_warps: int
+    shrink_stages: int
+
+
+# Chosen as those of linears. Microseconds beside torch._grouped_mm, 128 experts with 8 to a token, 8 adapters:
+# 2048 x 1536 at 16 tokens 126 (175), at 2048 tokens 371 (383); 768 x 2048 at 16 tokens 70 (108), at 2048 tokens
+# 219 (209). 8 experts with 2 to a token, 16 adapters: 4096 x 28672 at 16 tokens 443 (704). 256 experts with 8 to a
+# token: 7168 x 4096 at 16 tokens, 16 adapters 1343 (1950), at 2048 tokens, 8 adapters 4062 (4456).
+
+
+@cache
+def expert_decode_tiles(entries: int, features: int, columns: int, dtype: torch.dtype) -> ExpertDecodeTiles:
+    """Tiles of experts over few rows each. entries: T * J."""
+    alone = entries <= 8 and 1024 < features <= 4096
+    shrink = None if alone else narrowed(VectorTile(4, 1024, 16, 4224, 4), features)
+    block_k = min(512, max(32, next_power_of_2(features)))
+    block_n = min(1024 if entries > 8 else 512 if alone else 256, max(32, next_power_of_2(columns)))
+    delta = DeltaTile(16, block_k, block_n, 2112, 4 if alone else max(1, block_n // 256))
+    if dtype == torch.float32:
+        return ExpertDecodeTiles(shrink, delta, ExpertGemmTile(64, 32, False, 1056, 264, 4, 3))
+    even = features % 128 == 0
+    gemm = ExpertGemmTile(64, 128 if even else 64, True, 1056, 264, 4, 4 if even else 6)
+    return ExpertDecodeTiles(shrink, delta, gemm)
+
+
+@cache
+def expert_prefill_tile(height: int, columns: int, dtype: torch.dtype) -> ExpertPrefillTile:
+    """Tile of experts over many rows each. height: rows of a tile, 64 or 128."""
+    if dtype == torch.float32:
+        return ExpertPrefillTile(64, 32, 16, 264, 8, 2, False, False, 32, 16, 32, 528, 4, 2)
+    if height < 128 and columns < 4096:
+        return ExpertPrefillTile(128, 64, 32, 396, 4, 3, True, True, 64, 128, 64, 396, 4, 3)
+    if height < 128:
+        return ExpertPrefillTile(256, 64, 64, 132, 8, 4, True, True, 64, 128, 64, 396, 4, 3)
+    return ExpertPrefillTile(256, 64, 32, 132, 8, 3, True, True, 64, 64, 64, 264, 4, 5)
