@@ -91,6 +91,7 @@ def expert_prefill_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_POOL: tl.constexpr,
     STAGES: tl.constexpr,
+    EXPAND_STAGES: tl.constexpr,
 ) -> None:
     """Every tile of y: base GEMM, adapters, bias, one store; rows without an expert become zero."""
     table = (table_ptr, num_rows, num_experts, bound)
@@ -113,7 +114,9 @@ def expert_prefill_kernel(
             acc = dot(x_tile, w_tile, acc, "ieee")
         if HAS_POOL:
             own_rows = tl.where(row_mask, rows, num_rows)  # those of other tiles have no slots
-            acc = add_groups(acc, count, row_tile, own_rows, cols, adapters, num_rows, num_cols, J, BM, BR, STAGES)
+            acc = add_groups(
+                acc, count, row_tile, own_rows, cols, adapters, num_rows, num_cols, J, BM, BR, EXPAND_STAGES
+            )
         if HAS_BIAS:
             bias_at = bias[0] + expert.to(tl.int64) * bias[1] + cols.to(tl.int64) * bias[2]
             bias_mask = (cols < num_cols) & (expert < num_experts)
@@ -131,7 +134,7 @@ def prefill(call: ExpertCall, tile: ExpertPrefillTile) -> torch.Tensor:
     adapters = None
     if call.has_pool:
         adapters = adapters_of(call)
-        shrink_tiles(call, adapters, tile, x_tma)
+        shrink_tiles(call, adapters, tile, x_tma and tile.shrink_x_tma)
     y = call.x.new_empty(call.rows, call.columns)
     form, w_desc = _described(call, tile)
     plan = call.plan(_launcher, tile, lambda: _plan(call, tile, form, x_tma), step=(form, x_tma))
@@ -170,6 +173,7 @@ def _plan(call: ExpertCall, tile: ExpertPrefillTile, form: int, x_tma: bool) -> 
         HAS_BIAS=call.has_bias,
         HAS_POOL=call.has_pool,
         STAGES=tile.num_stages,
+        EXPAND_STAGES=tile.expand_stages,
     )
 
 

@@ -108,7 +108,10 @@ def shrink_columns(
     J: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EVEN_K: tl.constexpr,
     HAS_COEFFS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """h of these rows in the BR columns of the groups from first_group on: whole groups, zero beyond the rank."""
+    """h of these rows in the BR columns of the groups from first_group on: whole groups, zero beyond the rank.
+
+    Without a descriptor only rows of those groups' slots are read.
+    """
     lanes = tl.arange(0, BR) % 16
     col_slots, first_ranks = group_slots(first_group + tl.arange(0, BR) // 16, slots, begins, ends)
     known = col_slots >= 0
@@ -117,11 +120,18 @@ def shrink_columns(
     a_rows += expert * tl.load(adapters.a_step + col_slots, mask=known, other=0)
     is_rank = known & (lanes < ranks)
     a_at = adapters.a + a_rows.to(tl.int64) * num_features
+    needed = row_mask
+    if x_desc is None:
+        needed = tl.zeros([BM], tl.int1)
+        for j in tl.static_range(J):
+            own = slots_of(rows, j, adapters, num_rows, J)[:, None] == tl.where(known, col_slots, -2)[None, :]
+            needed |= tl.max(own.to(tl.int32), axis=1) > 0
+        needed &= row_mask
     acc = tl.zeros([BM, BR], tl.float32)
     for first_k in tl.range(0, num_features, BK, num_stages=STAGES):
         ks = first_k + tl.arange(0, BK)
         a_mask = is_rank[:, None] if EVEN_K else is_rank[:, None] & (ks < num_features)[None, :]
-        x_tile = load_x(x, x_desc, first, rows, row_mask, first_k, num_features, BK, EVEN_K)  # [BM, BK]
+        x_tile = load_x(x, x_desc, first, rows, needed, first_k, num_features, BK, EVEN_K)  # [BM, BK]
         a_tile = tl.load(a_at[:, None] + ks[None, :], mask=a_mask, other=0.0)  # [BR, BK]
         acc = dot(x_tile, a_tile.T, acc, "ieee")
     acc *= tl.load(adapters.scaling + col_slots, mask=known, other=0.0)[None, :]
@@ -156,23 +166,25 @@ def expert_shrink_tiles_kernel(
     IN_PLACE: tl.constexpr,
     X_TMA: tl.constexpr,  # x_desc is there
     HAS_COEFFS: tl.constexpr,
+    SHARES: tl.constexpr,
 ) -> None:
-    """Groups of all row tiles of the batch, and h of their rows, BM of them at a time."""
+    """Groups of all row tiles of the batch, and h of their rows, BM of them and a share of the groups at a time."""
     table = (table_ptr, num_rows, num_experts, bound)
     PARTS: tl.constexpr = HEIGHT // BM
-    for item in tl.range(tl.program_id(0), tiles_in_use(table) * PARTS, tl.num_programs(0), num_stages=1):
-        tile, part = item // PARTS, item % PARTS
+    parts = tiles_in_use(table) * PARTS
+    for item in tl.range(tl.program_id(0), parts * SHARES, tl.num_programs(0), num_stages=1):
+        tile, part, share = item % parts // PARTS, item % PARTS, item // parts
         expert, first, _, end = tile_record(tile, table)
         first += part * BM
         if (expert < num_experts) & (first < end):
             slots, begins, ends = slots_of_tile(tile, table, adapters, L)
             count = tl.max(ends, axis=0)
-            if part == 0:
+            if (part == 0) & (share == SHARES - 1):  # which has least else to do
                 write_groups(tile, expert, count, slots, begins, ends, adapters)
             positions = first + tl.arange(0, BM)
             row_mask = positions < end
             rows = rows_of(positions, row_mask, table, IN_PLACE).to(tl.int64)
-            for first_group in tl.range(0, count, BR // 16, num_stages=1):
+            for first_group in tl.range(share * (BR // 16), count, SHARES * (BR // 16), num_stages=1):
                 shrink_columns(
                     first_group, expert, first, rows, row_mask, slots, begins, ends, x, x_desc, adapters, num_rows,
                     num_features, J, BM, BR, BK, STAGES, EVEN_K, HAS_COEFFS,
@@ -196,14 +208,16 @@ def shrink_tiles(call: ExpertCall, adapters: ExpertAdapters, tile: ExpertPrefill
 
 
 def _plan(call: ExpertCall, tile: ExpertPrefillTile, x_tma: bool) -> Plan:
+    most_slots = min(call.site.max_adapters, call.height * call.width)
+    shares = min(tile.shrink_shares, cdiv(most_slots * cdiv(call.site.h_width, 16), tile.shrink_BR // 16))
     return call.planned(
         _launcher,
-        (min(call.tiles * (call.height // tile.shrink_BM), tile.shrink_programs),),
+        (min(call.tiles * (call.height // tile.shrink_BM) * shares, tile.shrink_programs),),
         (call.rows, call.num_experts, call.bound, call.features),
         tile.shrink_warps,
         registers=_REGISTERS,
         J=call.width,
-        L=next_power_of_2(min(call.site.max_adapters, call.height * call.width)),
+        L=next_power_of_2(most_slots),
         HEIGHT=call.height,
         BM=tile.shrink_BM,
         BR=tile.shrink_BR,
@@ -213,4 +227,5 @@ def _plan(call: ExpertCall, tile: ExpertPrefillTile, x_tma: bool) -> Plan:
         IN_PLACE=call.in_place,
         X_TMA=x_tma,
         HAS_COEFFS=call.has_coeffs,
+        SHARES=shares,
     )

@@ -51,7 +51,8 @@ class ExpertDecodeTiles:
 
 @dataclass(frozen=True)
 class ExpertPrefillTile:
-    """Of expert_prefill.py and its shrink, which takes shrink_BM rows and shrink_BR ranks at once."""
+    """Of expert_prefill.py and its shrink, which takes shrink_BM rows and shrink_BR ranks at once; the ranks of a row
+    tile are shared out among at most shrink_shares programs. BR ranks are expanded at once."""
 
     BN: int
     BK: int
@@ -59,6 +60,7 @@ class ExpertPrefillTile:
     programs: int
     num_warps: int
     num_stages: int
+    expand_stages: int
     w_tma: bool
     x_tma: bool
     shrink_BM: int
@@ -67,6 +69,8 @@ class ExpertPrefillTile:
     shrink_programs: int
     shrink_warps: int
     shrink_stages: int
+    shrink_x_tma: bool = True
+    shrink_shares: int = 1
 
 
 # Chosen as those of linears. Microseconds beside torch._grouped_mm, 128 experts with 8 to a token, 8 adapters:
@@ -94,9 +98,9 @@ def expert_decode_tiles(entries: int, features: int, columns: int, dtype: torch.
 def expert_prefill_tile(height: int, columns: int, dtype: torch.dtype) -> ExpertPrefillTile:
     """Tile of experts over many rows each. height: rows of a tile, 64 or 128."""
     if dtype == torch.float32:
-        return ExpertPrefillTile(64, 32, 16, 264, 8, 2, False, False, 32, 16, 32, 528, 4, 2)
+        return ExpertPrefillTile(64, 32, 16, 264, 8, 2, 2, False, False, 32, 16, 32, 528, 4, 2)
     if height < 128 and columns < 4096:
-        return ExpertPrefillTile(128, 64, 32, 396, 4, 3, True, True, 64, 128, 64, 396, 4, 3)
+        return ExpertPrefillTile(128, 64, 32, 396, 4, 3, 3, True, True, 64, 128, 64, 396, 4, 3)
     if height < 128:
-        return ExpertPrefillTile(256, 64, 64, 132, 8, 4, True, True, 64, 128, 64, 396, 4, 3)
-    return ExpertPrefillTile(256, 64, 32, 132, 8, 3, True, True, 64, 64, 64, 264, 4, 5)
+        return ExpertPrefillTile(256, 64, 64, 132, 8, 4, 4, True, True, 64, 128, 64, 396, 4, 3)
+    return ExpertPrefillTile(256, 64, 32, 132, 8, 3, 3, True, True, 64, 64, 64, 264, 4, 5)

@@ -112,9 +112,8 @@ def group_shrink_kernel(
                         groups_ptr + member * tiles_m * (FIELDS * capacity + 1), capacity,
                     )  # fmt: skip
                     list_tile(row_tile, adapters, segments_ptr, num_rows, J, JP, BM, BINS, SORTED)
-                if HEIGHT == TILE:
-                    count = count_tiles(segments_ptr, num_entries, max_adapters)
-                else:
+                ends, count = None, count_tiles(segments_ptr, num_entries, max_adapters)
+                if HEIGHT > TILE:
                     ends = tile_ends(segments_ptr, num_entries, max_adapters, HEIGHT, BINS)
                     count = tl.max(ends, axis=0)
                 for item in tl.range(tl.program_id(0), count, tl.num_programs(0), num_stages=1):

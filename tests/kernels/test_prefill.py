@@ -144,4 +144,5 @@ def test_members_have_tiles_of_their_own() -> None:
     case = small_case(outs=(40, 24, 8), order="shuffled")
     tiles = (TILE, replace(TILE, BN=TILE.BN // 2, programs=2), replace(TILE, BR=32, num_warps=4, BN=TILE.BN // 2))
     found = prefill(linear_call(case), PrefillTiles(BM, BK, SHRINK, tiles))
-    assert_near(found, case.expected(), case.x.dtype)
+    for y, expected in zip(found, case.expected(), strict=True):
+        assert (y.float() - expected).norm() <= ERROR[torch.bfloat16] * expected.norm()
