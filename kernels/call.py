@@ -6,7 +6,7 @@ Stage: run time, first thing in a Triton body. Letters: T rows, J slots per row,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,11 +24,12 @@ MAX_PLANS = 4096
 
 
 class Plan(NamedTuple):
-    """One launch: compiled constants, grid, and the numbers among its arguments that follow from the shapes."""
+    """One launch: compiled constants, grid, and the numbers (or tuples of them) among its arguments that follow from
+    the shapes."""
 
     variant: Variant
     grid: tuple[int, ...]
-    numbers: tuple[int, ...]
+    numbers: tuple[Any, ...]
 
 
 Plans = dict[object, tuple[object, Plan]]
@@ -78,7 +79,7 @@ class PlannedCall:
         self,
         launcher: Launcher,
         grid: tuple[int, ...],
-        numbers: tuple[int, ...],
+        numbers: tuple[Any, ...],
         num_warps: int,
         registers: int | None = None,
         **constants: object,
@@ -108,7 +109,6 @@ class Members:
         self.replays = Replays()
         self.a_pools = Fixed(tuple(map(_a_arguments, pools)))  # A, start, rank, scaling of each member
         self.b_pools = Fixed(tuple([None if pool is None else pool.b for pool in pools]))
-        self.fixed_b = [None if pool is None else tuple(map(Fixed, (pool.b, pool.start, pool.rank))) for pool in pools]
 
 
 def _a_arguments(pool: SitePool | None) -> PoolArguments:

@@ -71,6 +71,7 @@ class ExpertPrefillTile:
     shrink_stages: int
     shrink_x_tma: bool = True
     shrink_shares: int = 1
+    ask: int = 0
 
 
 # Chosen as those of linears. Microseconds beside torch._grouped_mm, 128 experts with 8 to a token, 8 adapters:

@@ -5,7 +5,7 @@ holds:
     one row, or a few over few columns     gemv.py      shrink, matrix-vector products
     up to DECODE_ROWS rows                 decode.py    base product with the shrink beside it, expand
         many of them, or many columns      fused.py     shrink, base product that takes the expand along
-    more rows, where TMA can read it all   prefill.py   shrink, one persistent launch for each member
+    more rows, where TMA can read it all   prefill.py   shrink, one persistent launch of base product and expand
     everything else                        general.py
 
 Letters: T rows, J slots per row, K in-features, N out-features, V vocabulary.
@@ -28,7 +28,7 @@ from fxlora.kernels.gemv import gemv
 from fxlora.kernels.general import general
 from fxlora.kernels.prefill import prefill
 from fxlora.kernels.registry import Group, derived_of, pools_of
-from fxlora.kernels.tiles import decode_tiles, fused_tiles, gemv_tile, general_tiles, prefers_prefill, prefill_tiles
+from fxlora.kernels.tiles import decode_tiles, fused_tiles, gemv_tile, general_tiles, prefers_prefill, prefill_tile
 from fxlora.kernels.triton_helpers import INTERPRET, device_of
 
 DECODE_ROWS = 256
@@ -92,7 +92,7 @@ def body_of(call: LinearCall) -> tuple[Body, object]:
         return gemv, gemv_tile(features)
     ranks, many = call.members.h_width, rows > DECODE_ROWS
     if (many or (rows > FEW_ROWS and prefers_prefill(rows, features, call.widths, dtype))) and _tma_reads(call):
-        return prefill, prefill_tiles(rows, call.widths, ranks)
+        return prefill, prefill_tile(rows, call.widths, ranks)
     if many:
         return general, general_tiles(rows, call.entries, dtype)
     # fused keeps h in the dtype of x, whose range fp16 does not have
@@ -106,5 +106,5 @@ def _tma_reads(call: LinearCall) -> bool:
         return False
     matrices = (call.x, *call.weights)
     return all([m.stride(1) == 1 and m.stride(0) % 8 == 0 and m.data_ptr() % 16 == 0 for m in matrices]) and not any(
-        [n % 8 for n in (call.features, *call.widths)]
+        [n % 8 or not n for n in (call.features, *call.widths)]
     )

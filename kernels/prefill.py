@@ -1,10 +1,10 @@
-"""`lora_linear` for many rows on a GPU with TMA: the shrink, then per member one launch of base GEMM and expand.
+"""`lora_linear` for many rows on a GPU with TMA: the shrink, then one launch of all members' base GEMM and expand.
 
-Stage: run time. group_shrink.py lists the groups of each row tile and makes h, beside the first member's launch. Its
-programs stay resident and divide the tiles of y; they need h only behind the in-features of their first tile. Members
-share row tiles, each has columns of its own to a tile. Grids come from shapes alone, slots, ranks and scalings are
-read on the device: a captured CUDA graph serves whatever is loaded at replay. No program waits for another of its
-launch.
+Stage: run time. group_shrink.py lists the groups of each row tile and makes h, beside the product's launch. That one's
+programs stay resident; each divides the tiles of one member's y with others, as many as that member's share of all
+tiles asks for. They need h only behind the in-features of their first tile. Grids come from shapes alone, slots, ranks
+and scalings are read on the device: a captured CUDA graph serves whatever is loaded at replay. No program waits for
+another of its launch.
 
 Arithmetic: h = coeff * (scaling * (x A^T)) in fp32, rounded to the dtype of x; h B is accumulated onto the base result,
 16 ranks at a time, slots ascending. A row of another slot meets zeros in h, which leave its fp32 sum as it is, so its
@@ -13,10 +13,11 @@ bits depend on its own adapters alone; B has to be finite between `start` and `s
 Letters: T rows, J slots per row, K in-features, N out-features.
 """
 
-# ruff: noqa: ANN001 (pointers and blocks of a Triton kernel have no static type)
+# ruff: noqa: ANN001 (pointers and blocks have no static type; a list costs less host time than a generator)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -25,10 +26,10 @@ import triton.language as tl
 
 from fxlora.kernels.call import LinearCall, Plan
 from fxlora.kernels.group_shrink import Scratch, scratch_of, shrink_groups
-from fxlora.kernels.groups import Adapters, add_groups, count_groups, load_b, load_groups, load_h
+from fxlora.kernels.groups import FIELDS, Adapters, add_groups, count_groups, load_b, load_groups, load_h
 from fxlora.kernels.launch import Described, Launcher
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
-from fxlora.kernels.tiles import PrefillTile, PrefillTiles
+from fxlora.kernels.tiles import PrefillTile
 from fxlora.kernels.triton_helpers import cdiv, dot
 
 _BAND = 8  # row tiles whose tiles of y follow each other, so that W and x are read from L2
@@ -111,43 +112,20 @@ def store_tile(y_desc, row, col, acc, BM: tl.constexpr, BN: tl.constexpr, PARTS:
         y_desc.store([row, col], acc.to(y_desc.dtype))
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def prefill_kernel(
-    x_desc,  # [T, K]
-    w_desc,  # [N, K]
-    y_desc,  # [T, N]
-    bias_ptr,  # [N], or None
-    adapters,  # or None
-    num_rows,
-    feature_octets,  # K / 8
-    col_octets,  # N / 8
-    J: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    BR: tl.constexpr,
-    BAND: tl.constexpr,
-    PARTS: tl.constexpr,  # y is stored in column halves (2) or at once (1)
-    STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
-    DEPTH: tl.constexpr,
-    LATER: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_POOL: tl.constexpr,
+@triton.jit
+def member_tiles(
+    program, programs, x_desc, w_desc, y_desc, bias, adapters, num_rows, num_features, num_cols, J: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BAND: tl.constexpr, PARTS: tl.constexpr,
+    STAGES: tl.constexpr, AHEAD: tl.constexpr, DEPTH: tl.constexpr, LATER: tl.constexpr, HAS_BIAS: tl.constexpr,
     PDL: tl.constexpr,
-    FIRST: tl.constexpr,  # no launch of this call comes before
-) -> None:
-    """Every tile of y: base GEMM, adapters, bias, one store."""
-    if FIRST:
-        wait_for_earlier(PDL)
-    let_later_start(PDL)
-    num_features, num_cols = feature_octets * 8, col_octets * 8
+) -> None:  # fmt: skip
+    """One program's tiles of one member's y: base GEMM, adapters, bias, one store."""
     tiles_m, tiles_n, steps = tl.cdiv(num_rows, BM), tl.cdiv(num_cols, BN), tl.cdiv(num_features, BK)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), num_stages=1):
+    for tile in tl.range(program, tiles_m * tiles_n, programs, num_stages=1):
         band, in_band = tile // (BAND * tiles_n), tile % (BAND * tiles_n)
         height = tl.minimum(tiles_m - band * BAND, BAND)
         row_tile, col_tile = band * BAND + in_band % height, in_band // height
-        if HAS_POOL:
+        if adapters is not None:
             acc = adapted_tile(
                 x_desc, w_desc, row_tile, col_tile, adapters, num_rows, num_cols, steps, J, BM, BN, BK, BR, STAGES,
                 AHEAD, DEPTH, LATER, PDL,
@@ -159,87 +137,149 @@ def prefill_kernel(
                 acc = dot(x_tile, w_tile.T, acc, "ieee")
         if HAS_BIAS:
             cols = col_tile * BN + tl.arange(0, BN)
-            acc += tl.load(bias_ptr + cols, mask=cols < num_cols, other=0.0).to(tl.float32)[None, :]
+            acc += tl.load(bias[0] + cols * bias[1], mask=cols < num_cols, other=0.0).to(tl.float32)[None, :]
         store_tile(y_desc, row_tile * BM, col_tile * BN, acc, BM, BN, PARTS)
+
+
+@triton.jit(do_not_specialize=["num_rows", "max_adapters"])
+def prefill_kernel(
+    x_desc,  # [T, K]
+    w0_desc,  # of each member [N, K], None past the last
+    w1_desc,
+    w2_desc,
+    w3_desc,
+    y0_desc,  # of each member [T, N], None past the last
+    y1_desc,
+    y2_desc,
+    y3_desc,
+    biases,  # of each member: pointer to [N], stride
+    h_ptr,  # [members, T * J, W], like x
+    h_width,  # W
+    groups_ptr,  # int32 [members, row tiles, list_words(capacity)]
+    capacity,
+    slots_ptr,  # int32 [T, J], contiguous
+    sites,  # of each member: A [P, K], start, rank, scaling
+    b_ptrs,  # of each member: B [P, N]
+    shares,  # programs of each member
+    num_rows,
+    feature_octets,  # K / 8
+    col_octets,  # N / 8 of each member
+    max_adapters,
+    J: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+    BAND: tl.constexpr,
+    PARTS: tl.constexpr,  # y is stored in column halves (2) or at once (1)
+    STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
+    DEPTH: tl.constexpr,
+    LATER: tl.constexpr,
+    HAS_BIAS: tl.constexpr,  # one flag for each member
+    HAS_POOL: tl.constexpr,  # one flag for each member
+    PDL: tl.constexpr,
+    FIRST: tl.constexpr,  # no launch of this call comes before
+) -> None:
+    """The members' programs, one after another."""
+    if FIRST:
+        wait_for_earlier(PDL)
+    let_later_start(PDL)
+    w_descs, y_descs = (w0_desc, w1_desc, w2_desc, w3_desc), (y0_desc, y1_desc, y2_desc, y3_desc)
+    tiles_m = tl.cdiv(num_rows, BM)
+    program, begin = tl.program_id(0), 0
+    for member in tl.static_range(len(HAS_POOL)):
+        end = begin + shares[member]
+        if (program >= begin) & (program < end):
+            adapters = None
+            if HAS_POOL[member]:
+                adapters = Adapters(
+                    b_ptrs[member], sites[member][1], sites[member][2], max_adapters, slots_ptr,
+                    h_ptr + member * num_rows.to(tl.int64) * J * h_width, h_width,
+                    groups_ptr + member * tiles_m * (FIELDS * capacity + 1), capacity,
+                )  # fmt: skip
+            member_tiles(
+                program - begin, shares[member], x_desc, w_descs[member], y_descs[member], biases[member], adapters,
+                num_rows, feature_octets * 8, col_octets[member] * 8, J, BM, BN, BK, BR, BAND, PARTS, STAGES, AHEAD,
+                DEPTH, LATER, HAS_BIAS[member], PDL,
+            )  # fmt: skip
+        begin = end
     wait_for_earlier(PDL)
 
 
 _launcher = Launcher(prefill_kernel)
+_MEMBERS = 4  # most in a launch
 
 
-def prefill(call: LinearCall, tiles: PrefillTiles) -> list[torch.Tensor]:
+def prefill(call: LinearCall, tile: PrefillTile) -> list[torch.Tensor]:
     """-> [..., N] of each member; bf16 or fp16.
 
-    x and every weight have unit stride along K and rows 16 bytes apart, K and N are multiples of 8.
+    x and every weight have unit stride along K and rows 16 bytes apart, K and N are multiples of 8, none is 0.
     """
-    scratch = scratch_of(call, tiles.BM, sorts=False)
+    scratch = scratch_of(call, tile.BM, sorts=False)
     if call.members.has_pools:
-        shrink_groups(call, scratch, tiles.shrink)
+        shrink_groups(call, scratch, tile.shrink)
     outputs = call.new_outputs()
-    x = Described(call.x, (tiles.BM, tiles.BK))
-    for member, y in enumerate(outputs):
-        if y.numel():
-            _launch(call, x, y.view(call.rows, -1), member, _adapters_of(call, scratch, member), scratch.width, tiles)
-    return outputs
-
-
-def _adapters_of(call: LinearCall, scratch: Scratch, member: int) -> Adapters | None:
-    """The kernel's view of a member's pool and rows."""
-    pool = call.members.fixed_b[member]
-    if pool is None:
-        return None
-    b, start, rank = pool
-    return Adapters(
-        b, start, rank, call.members.max_adapters, scratch.slots, scratch.h[member], scratch.width,
-        scratch.groups[member], scratch.capacity,
-    )  # fmt: skip
-
-
-def _launch(
-    call: LinearCall, x: Described, y: torch.Tensor, member: int, adapters: Adapters | None, width: int,
-    tiles: PrefillTiles,
-) -> None:  # fmt: skip
-    """One member's y [T, N]."""
-    bias, tile = call.biases[member], tiles.members[member]
-    plan = call.plan(_launcher, tiles, lambda: _plan(call, member, width, tiles), step=member)
+    plan = call.plan(_launcher, tile, lambda: _plan(call, scratch, tile))
+    nothing = (None,) * (_MEMBERS - len(outputs))
+    y_block = (tile.BM, tile.BN // _parts(tile))
     call.launch(
         plan,
-        x,
-        Described(call.weights[member], (tile.BN, tiles.BK)),
-        Described(y, (tiles.BM, tile.BN // _parts(tile))),
-        None if bias is None else bias.contiguous(),
-        adapters,
+        Described(call.x, (tile.BM, tile.BK)),
+        *[Described(weight, (tile.BN, tile.BK)) for weight in call.weights],
+        *nothing,
+        *[Described(y.view(call.rows, -1), y_block) for y in outputs],
+        *nothing,
+        call.strided_biases,
+        scratch.h,
+        scratch.width,
+        scratch.groups,
+        scratch.capacity,
+        scratch.slots,
+        call.members.a_pools,
+        call.members.b_pools,
         *plan.numbers,
     )
+    return outputs
 
 
 def _parts(tile: PrefillTile) -> int:
     return 2 if tile.BN >= 128 else 1
 
 
-def _plan(call: LinearCall, member: int, width: int, tiles: PrefillTiles) -> Plan:
-    columns, tile = call.widths[member], tiles.members[member]
-    count = cdiv(call.rows, tiles.BM) * cdiv(columns, tile.BN)
+def shares_of(tiles: Sequence[int], programs: int) -> tuple[int, ...]:
+    """How many programs divide each member's tiles, at most so many in all: no program has more tiles than it must."""
+    each = -(-sum(tiles) // programs)
+    while sum(cdiv(count, each) for count in tiles) > max(programs, len(tiles)):
+        each += 1
+    return tuple(cdiv(count, each) for count in tiles)
+
+
+def _plan(call: LinearCall, scratch: Scratch, tile: PrefillTile) -> Plan:
+    members = call.members
+    tiles = [cdiv(call.rows, tile.BM) * cdiv(n, tile.BN) for n in call.widths]
+    shares = shares_of(tiles, tile.programs * multiprocessors(call.x.device))
+    octets = tuple([n // 8 for n in call.widths])
     return call.planned(
         _launcher,
-        (min(count, tile.programs * multiprocessors(call.x.device)),),
-        (call.rows, call.features // 8, columns // 8),
+        (sum(shares),),
+        (shares, call.rows, call.features // 8, octets, members.max_adapters),
         tile.num_warps,
         J=call.width,
-        BM=tiles.BM,
+        BM=tile.BM,
         BN=tile.BN,
-        BK=tiles.BK,
+        BK=tile.BK,
         BR=tile.BR,
         BAND=_BAND,
         PARTS=_parts(tile),
         STAGES=tile.num_stages,
         AHEAD=_AHEAD,
-        DEPTH=1 if min(2 * width, 64) <= tile.BR else 2,
+        DEPTH=1 if min(2 * scratch.width, 64) <= tile.BR else 2,
         LATER=tile.later,
-        HAS_BIAS=call.has_bias[member],
-        HAS_POOL=call.members.has_pool[member],
+        HAS_BIAS=call.has_bias,
+        HAS_POOL=members.has_pool,
         PDL=call.overlap,
-        FIRST=member == 0 and not call.members.has_pools,
+        FIRST=not members.has_pools,
     )
 
 

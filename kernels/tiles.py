@@ -109,25 +109,18 @@ class FusedTiles:
 
 @dataclass(frozen=True)
 class PrefillTile:
-    """Of one member of prefill.py: so many programs for each multiprocessor. BR ranks are expanded with the base
-    product, the others later[0] at once in later[1] stages."""
+    """Of prefill.py: so many programs for each multiprocessor. BR ranks are expanded with the base product, the others
+    later[0] at once in later[1] stages."""
 
+    BM: int
     BN: int
+    BK: int
     BR: int
     num_warps: int
     num_stages: int
-    programs: int = 1
-    later: tuple[int, int] = (32, 5)
-
-
-@dataclass(frozen=True)
-class PrefillTiles:
-    """The launches of prefill.py: the shrink, then one for each member, all with BM rows and BK in-features."""
-
-    BM: int
-    BK: int
+    programs: int
+    later: tuple[int, int]
     shrink: ShrinkTile
-    members: tuple[PrefillTile, ...]
 
 
 @dataclass(frozen=True)
@@ -183,8 +176,6 @@ _SHRINK = {16: Tile(16, 16, 128, 16, 4, 3), 64: Tile(32, 16, 128, 16, 4, 3), Non
 _GEMM_HALF = {16: Tile(16, 64, 128, 16, 4, 4), 64: Tile(64, 64, 64, 16, 4, 4), None: Tile(128, 128, 64, 16, 8, 3)}
 _GEMM_FP32 = {16: Tile(16, 64, 32, 16, 4, 2), 64: Tile(32, 64, 32, 16, 4, 2), None: Tile(64, 64, 32, 16, 4, 2)}
 _EMBEDDING = {16: Tile(16, 128, 16, 16, 4, 2), None: Tile(32, 128, 16, 16, 4, 2)}
-_PREFILL, _PREFILL_PAIR = PrefillTile(256, 32, 8, 3), PrefillTile(128, 16, 4, 3, 2)
-_PREFILL_SMALL, _PREFILL_SMALLEST = PrefillTile(128, 16, 4, 4), PrefillTile(128, 16, 4, 5)
 
 Choice = TypeVar("Choice")
 
@@ -295,25 +286,27 @@ def prefers_prefill(rows: int, features: int, widths: tuple[int, ...], dtype: to
 
 
 @cache
-def prefill_tiles(rows: int, widths: tuple[int, ...], width: int) -> PrefillTiles:
-    """Tiles of a linear of many rows. widths: N of each member. width: most ranks of a slot."""
-    shrink = _SHRINK_ALONE if width <= 16 else _SHRINK_TALL_RANKS
-    tiles_m = cdiv(rows, 128)
-    if tiles_m * cdiv(max(widths), 128) < 100:
-        small = replace(_PREFILL_SMALLEST, num_stages=4, programs=2)
-        tiles = (_PREFILL_SMALLEST if cdiv(rows, 64) * cdiv(n, 128) <= MULTIPROCESSORS else small for n in widths)
-        return PrefillTiles(64, 64, shrink, tuple(tiles))
-    return PrefillTiles(128, 64, shrink, tuple(_prefill_tile(tiles_m, n, len(widths), width) for n in widths))
+def prefill_tile(rows: int, widths: tuple[int, ...], width: int) -> PrefillTile:
+    """Tile of a linear of many rows. widths: N of each member. width: most ranks of a slot.
 
+    The largest, unless much of its last wave would be idle: then two programs share a multiprocessor.
+    """
+    shrink, later = _SHRINK_ALONE if width <= 16 else _SHRINK_TALL_RANKS, (32, 5)
 
-def _prefill_tile(tiles_m: int, columns: int, members: int, width: int) -> PrefillTile:
-    """The largest tile, unless much of its last wave would be idle: then two programs share a multiprocessor, also
-    those of members with few columns each."""
-    tiles = tiles_m * cdiv(columns, 256)
-    idle = cdiv(tiles, MULTIPROCESSORS) * MULTIPROCESSORS / tiles if tiles else 1.0
-    if tiles >= 120 and idle <= (1.08 if width <= 16 else 1.4):
-        return _PREFILL
-    return _PREFILL_SMALL if members == 1 and tiles_m * cdiv(columns, 128) <= MULTIPROCESSORS else _PREFILL_PAIR
+    def count(block_m: int, block_n: int) -> int:
+        return cdiv(rows, block_m) * sum(cdiv(n, block_n) for n in widths)
+
+    large, medium = count(128, 256), count(128, 128)
+    idle = cdiv(large, MULTIPROCESSORS) * MULTIPROCESSORS / max(large, 1)
+    if large >= 120 and idle <= (1.08 if width <= 16 else 1.4):
+        return PrefillTile(128, 256, 64, 32, 8, 3, 1, later, shrink)
+    if medium > MULTIPROCESSORS:
+        return PrefillTile(128, 128, 64, 16, 4, 3, 2, later, shrink)
+    if medium >= 100:
+        return PrefillTile(128, 128, 64, 16, 4, 4, 1, later, shrink)
+    if count(64, 128) <= MULTIPROCESSORS:
+        return PrefillTile(64, 128, 64, 16, 4, 5, 1, later, shrink)
+    return PrefillTile(64, 128, 64, 16, 4, 4, 2, later, shrink)
 
 
 @cache

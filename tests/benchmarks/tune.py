@@ -41,10 +41,6 @@ def neighbours(tiles: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         if is_dataclass(value):
             yield from ((what, replace(tiles, **{field.name: inner})) for what, inner in neighbours(value, f"{name}."))
             continue
-        if isinstance(value, tuple) and value and is_dataclass(value[0]):  # of each member; all change together
-            for what, inner in neighbours(value[0], f"{name}."):
-                yield what, replace(tiles, **{field.name: (inner,) * len(value)})
-            continue
         others: tuple[Any, ...] = ()
         if isinstance(value, bool):
             others = (not value,)

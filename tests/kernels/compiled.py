@@ -99,6 +99,8 @@ CALLS: dict[str, Callable[[], object]] = {
     "more rows, tall": lambda: linear(256, 14336, 4096),
     "many rows": lambda: linear(2048, 4096, 4096),
     "many rows, rank 64": lambda: linear(2048, 4096, 4096, rank=64),
+    "many rows, three members": lambda: linear(2048, 4096, 4096, 1024, 1024),
+    "many rows, two programs at a time": lambda: linear(2048, 2048, 2048, 512, 512),
     "experts, few rows": lambda: experts(16, 8, 128, 2048, 1536),
     "experts, few rows, tall": lambda: experts(16, 2, 8, 14336, 4096),
     "experts, many rows": lambda: experts(2048, 8, 128, 2048, 1536),

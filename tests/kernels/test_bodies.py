@@ -24,7 +24,6 @@ from fxlora.kernels.tiles import (
     GemmTile,
     GemvTile,
     PrefillTile,
-    PrefillTiles,
     ShrinkTile,
     VectorTile,
     general_tiles,
@@ -72,7 +71,7 @@ GEMV = {
     "several blocks": GemvTile(8, 32, 1, 2, VectorTile(4, 64, 3, 7, 4)),
 }
 SIDE = 32 if INTERPRET else 64
-PREFILL = PrefillTiles(SIDE, SIDE, ALONE, (PrefillTile(SIDE, 16, 4, 3, later=(32, 2)),) * 4)
+PREFILL = PrefillTile(SIDE, SIDE, SIDE, 16, 4, 3, 1, (32, 2), ALONE)
 
 BODIES = ("gemv", "decode", "fused", "prefill", "general")
 ANY_STRIDE = ("decode", "fused", "general")

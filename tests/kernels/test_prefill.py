@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fxlora.kernels.ops import INTERPRET
-from fxlora.kernels.tiles import PrefillTile, PrefillTiles, ShrinkTile
+from fxlora.kernels.tiles import PrefillTile, ShrinkTile
 from tests.kernels.cases import HAS_CUDA, Case, assert_near, equal_bits, linear_call, make_case
 
 pytestmark = [
@@ -22,8 +22,7 @@ DEVICE = "cuda" if HAS_CUDA else "cpu"
 DTYPES = (torch.bfloat16, torch.float16)
 RANKS = (1, 8, 0, 16, 40, 16)
 SHRINK = ShrinkTile(16, 64, 256, 1, 264, 4, 4, 4)
-BM, BK = (32, 32) if INTERPRET else (128, 64)
-TILE = PrefillTile(*((32, 16, 4) if INTERPRET else (256, 16, 8)), 3, later=(32, 3))
+TILE = PrefillTile(*((32, 32, 32, 16, 4) if INTERPRET else (128, 256, 64, 16, 8)), 3, 1, (32, 3), SHRINK)
 # Frobenius, over a whole output. The interpreter cuts bf16 off instead of rounding it.
 ERROR = {torch.bfloat16: 8e-3 if INTERPRET else 4e-3, torch.float16: 6e-4}
 
@@ -35,20 +34,20 @@ def small_case(**options: Any) -> Case:
     return make_case(**{**sizes, "ranks": RANKS, "dtype": torch.bfloat16, "device": DEVICE, **options})
 
 
-def run(case: Case, tile: PrefillTile = TILE, shrink: ShrinkTile = SHRINK) -> list[torch.Tensor]:
-    """The outputs; every member with the same tile."""
+def run(case: Case, tile: PrefillTile = TILE) -> list[torch.Tensor]:
+    """The outputs."""
     from fxlora.kernels.prefill import prefill
 
-    return prefill(linear_call(case), PrefillTiles(BM, BK, shrink, (tile,) * len(case.weights)))
+    return prefill(linear_call(case), tile)
 
 
-def assert_right(case: Case, tile: PrefillTile = TILE, shrink: ShrinkTile = SHRINK) -> list[torch.Tensor]:
-    found, truth, dtype = run(case, tile, shrink), case.expected(), case.x.dtype
+def assert_right(case: Case, tile: PrefillTile = TILE) -> list[torch.Tensor]:
+    found, truth, dtype = run(case, tile), case.expected(), case.x.dtype
     for y, expected in zip(found, truth, strict=True):
         assert y.dtype == dtype
         assert y.shape == expected.shape
         assert (y.float() - expected).norm() <= ERROR[dtype] * expected.norm()
-    without = run(case.with_slots(torch.full_like(case.row_slots, -1)), tile, shrink)
+    without = run(case.with_slots(torch.full_like(case.row_slots, -1)), tile)
     plain = (case.row_slots < 0).all(dim=1)
     assert equal_bits(found, without, plain)
     return found
@@ -134,15 +133,24 @@ def test_strided_weights_and_row_maps() -> None:
 def test_shrink_of_taller_tiles(height: int, slices: int) -> None:
     shrink = replace(SHRINK, BM=height, slices=slices)
     for order in ("runs", "shuffled"):
-        assert_right(small_case(order=order), shrink=shrink)
-    assert_right(small_case(ranks=(0, 0)), shrink=shrink)
+        assert_right(small_case(order=order), replace(TILE, shrink=shrink))
+    assert_right(small_case(ranks=(0, 0)), replace(TILE, shrink=shrink))
 
 
-def test_members_have_tiles_of_their_own() -> None:
-    from fxlora.kernels.prefill import prefill
+@pytest.mark.parametrize("none_members", [(), (1,), (0, 3)])
+def test_members_share_a_launch(none_members: tuple[int, ...]) -> None:
+    case = small_case(outs=(40, 8, 104, 24), none_members=none_members, bias=True, order="shuffled")
+    assert_right(case)
+    assert_right(case, replace(TILE, BN=TILE.BN // 2, programs=2))
 
-    case = small_case(outs=(40, 24, 8), order="shuffled")
-    tiles = (TILE, replace(TILE, BN=TILE.BN // 2, programs=2), replace(TILE, BR=32, num_warps=4, BN=TILE.BN // 2))
-    found = prefill(linear_call(case), PrefillTiles(BM, BK, SHRINK, tiles))
-    for y, expected in zip(found, case.expected(), strict=True):
-        assert (y.float() - expected).norm() <= ERROR[torch.bfloat16] * expected.norm()
+
+def test_programs_of_members_have_even_shares_of_the_tiles() -> None:
+    from fxlora.kernels.prefill import shares_of
+
+    assert shares_of((256, 64, 64), 132) == (86, 22, 22)
+    assert shares_of((5, 1), 132) == (5, 1)
+    assert shares_of((1, 1, 1, 1), 3) == (1, 1, 1, 1)
+    for tiles in ((1000, 1), (7, 500, 3), (133,), (264, 264)):
+        shares = shares_of(tiles, 132)
+        assert sum(shares) <= 132
+        assert all(shares)

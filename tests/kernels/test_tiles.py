@@ -9,7 +9,6 @@ import torch
 
 from fxlora.kernels.expert_tiles import expert_decode_tiles, expert_prefill_tile
 from fxlora.kernels.tiles import (
-    PrefillTiles,
     VectorTile,
     decode_tiles,
     embedding_tile,
@@ -17,7 +16,7 @@ from fxlora.kernels.tiles import (
     gemv_tile,
     general_tiles,
     prefers_prefill,
-    prefill_tiles,
+    prefill_tile,
 )
 
 WIDTHS = (1, 3, 64, 2048, 4096, 14336, 28672, 151936)
@@ -79,34 +78,21 @@ def test_blocks_of_a_vector_product_are_powers_of_two_no_wider_than_they_need(fe
 def test_sides_of_all_other_tiles_are_what_a_dot_accepts(rows: int) -> None:
     general = [general_tiles(rows, rows, dtype) for dtype in DTYPES]
     both = [tile for tiles in general for tile in (tiles.shrink, tiles.gemm)]
-    for tile in (embedding_tile(rows), *both):
+    for tile in (embedding_tile(rows), prefill_tile(rows, WIDTHS, 64), *both):
         assert all(power_of_two(side) and side >= 16 for side in (tile.BM, tile.BN, tile.BK, tile.BR))
-    tiles = prefill_tiles(rows, WIDTHS, 64)
-    for tile in tiles.members:
-        assert all(power_of_two(side) and side >= 16 for side in (tiles.BM, tiles.BK, tile.BN, tile.BR))
-    assert len(tiles.members) == len(WIDTHS)
-
-
-def columns_of(tiles: PrefillTiles) -> list[int]:
-    return [tile.BN for tile in tiles.members]
 
 
 def test_a_prefill_tile_shrinks_before_multiprocessors_idle() -> None:
-    assert columns_of(prefill_tiles(8192, (4096,), 16)) == [256]
-    assert columns_of(prefill_tiles(512, (4096,), 16)) == [128]
-    assert prefill_tiles(300, (512,), 16).BM == 64
+    assert prefill_tile(8192, (4096,), 16).BN == 256
+    assert prefill_tile(512, (4096,), 16).BN == 128
+    assert prefill_tile(300, (512,), 16).BM == 64
 
 
 def test_a_last_wave_that_would_be_mostly_idle_is_shared() -> None:
-    (even,), (uneven,) = prefill_tiles(2048, (4096,), 16).members, prefill_tiles(2048, (5120,), 16).members
+    even, uneven, together = (prefill_tile(2048, n, 16) for n in ((4096,), (5120,), (4096, 1024, 1024)))
     assert (even.BN, even.programs) == (256, 1)
     assert (uneven.BN, uneven.programs) == (128, 2)
-
-
-def test_each_member_of_a_prefill_has_a_tile_for_its_columns() -> None:
-    tiles = prefill_tiles(2048, (4096, 1024, 1024), 16)
-    assert columns_of(tiles) == [256, 128, 128]
-    assert [tile.programs for tile in tiles.members] == [1, 2, 2]
+    assert (together.BN, together.programs) == (256, 1)  # 384 tiles of all members
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
