@@ -11,7 +11,7 @@ the base result, 16 ranks at a time, slots ascending, and a row meets zeros at t
 Letters: T rows, J slots per row, E experts, K in-features, N out-features.
 """
 
-# ruff: noqa: ANN001, RET505, SIM102 (blocks have no static type; Triton compiles one branch of a constexpr)
+# ruff: noqa: ANN001, RET505 (blocks have no static type; Triton compiles one branch of a constexpr, so both stay)
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fxlora.kernels.expert_prefill_shrink import adapters_of, shrink_tiles
 from fxlora.kernels.expert_tiles import ExpertPrefillTile
 from fxlora.kernels.groups import count_groups, load_b, load_groups, load_h
 from fxlora.kernels.launch import Described, Launcher
-from fxlora.kernels.triton_helpers import INTERPRET, ask_l2, cdiv, dot, strided
+from fxlora.kernels.triton_helpers import INTERPRET, cdiv, dot, strided
 
 _POINTERS, _ALONG_K, _ALONG_N = 0, 1, 2  # how W is read: at any stride, or through TMA with K or N adjacent
 
@@ -63,18 +63,6 @@ def add_groups(
     return acc
 
 
-@triton.jit
-def ask_b(row_tile, count, first_col, adapters, num_cols, BN: tl.constexpr) -> None:
-    """Asks L2 for B of a row tile's groups, BN columns of it."""
-    LINE: tl.constexpr = 64  # elements of 128 bytes
-    lanes = tl.arange(0, 128) % 16
-    cols = first_col + tl.arange(0, BN // LINE) * LINE
-    for first_group in tl.range(0, count, 8, num_stages=1):
-        slots, pool_rows, ranks = load_groups(row_tile, first_group, adapters, 128)
-        at = adapters.b + (pool_rows + lanes).to(tl.int64)[:, None] * num_cols + cols[None, :]
-        ask_l2(at, ((slots >= 0) & (lanes <= ranks % 16))[:, None] & (cols < num_cols)[None, :])
-
-
 @triton.jit(do_not_specialize=["num_rows", "bound"])
 def expert_prefill_kernel(
     x,  # [T, K]: pointer, row stride; columns adjacent
@@ -104,7 +92,6 @@ def expert_prefill_kernel(
     HAS_POOL: tl.constexpr,
     STAGES: tl.constexpr,
     EXPAND_STAGES: tl.constexpr,
-    ASK: tl.constexpr,  # of so many groups B is asked for before the base GEMM; 0: never
 ) -> None:
     """Every tile of y: base GEMM, adapters, bias, one store; rows without an expert become zero."""
     table = (table_ptr, num_rows, num_experts, bound)
@@ -120,9 +107,6 @@ def expert_prefill_kernel(
         count = 0
         if HAS_POOL:
             count = tl.where(steps > 0, count_groups(row_tile, adapters), 0)  # on its way during the base GEMM
-            if ASK > 0:
-                if count >= ASK:
-                    ask_b(row_tile, count, first_col, adapters, num_cols, BN)
         acc = tl.zeros([BM, BN], tl.float32)
         for step in tl.range(0, steps, num_stages=STAGES):
             x_tile = load_x(x, x_desc, first, rows, row_mask, step * BK, num_features, BK, EVEN_K)
@@ -146,11 +130,12 @@ _launcher = Launcher(expert_prefill_kernel)
 
 def prefill(call: ExpertCall, tile: ExpertPrefillTile) -> torch.Tensor:
     """y [T, N] for `call`."""
-    x_tma = tile.x_tma and call.in_place and _tma_reads(call.x, call)
+    in_reach = call.in_place and _tma_reads(call.x, call)
+    x_tma = tile.x_tma and in_reach
     adapters = None
     if call.has_pool:
         adapters = adapters_of(call)
-        shrink_tiles(call, adapters, tile, x_tma and tile.shrink_x_tma)
+        shrink_tiles(call, adapters, tile.shrink, in_reach and tile.shrink.x_tma)
     y = call.x.new_empty(call.rows, call.columns)
     form, w_desc = _described(call, tile)
     plan = call.plan(_launcher, tile, lambda: _plan(call, tile, form, x_tma), step=(form, x_tma))
@@ -190,7 +175,6 @@ def _plan(call: ExpertCall, tile: ExpertPrefillTile, form: int, x_tma: bool) -> 
         HAS_POOL=call.has_pool,
         STAGES=tile.num_stages,
         EXPAND_STAGES=tile.expand_stages,
-        ASK=tile.ask if call.x.dtype != torch.float32 else 0,
     )
 
 

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from fxlora.kernels.call import Plan
 from fxlora.kernels.expert_call import ExpertCall, load_x, rows_of, tile_record, tiles_in_use
-from fxlora.kernels.expert_tiles import ExpertPrefillTile
+from fxlora.kernels.expert_tiles import ExpertShrinkTile
 from fxlora.kernels.groups import FIELDS, MOST, list_capacity, list_words, slots_of, spread
 from fxlora.kernels.launch import Described, Launcher
 from fxlora.kernels.triton_helpers import cdiv, dot, next_power_of_2
@@ -194,36 +194,36 @@ def expert_shrink_tiles_kernel(
 _launcher = Launcher(expert_shrink_tiles_kernel)
 
 
-def shrink_tiles(call: ExpertCall, adapters: ExpertAdapters, tile: ExpertPrefillTile, x_tma: bool) -> None:
+def shrink_tiles(call: ExpertCall, adapters: ExpertAdapters, tile: ExpertShrinkTile, x_tma: bool) -> None:
     """Fills h and the groups of `adapters`. x_tma: TMA can read x."""
     plan = call.plan(_launcher, tile, lambda: _plan(call, tile, x_tma), step=x_tma)
     call.launch(
         plan,
         (call.x, call.x.stride(0)),
-        Described(call.x, (tile.shrink_BM, tile.shrink_BK)) if x_tma else None,
+        Described(call.x, (tile.BM, tile.BK)) if x_tma else None,
         adapters,
         call.segments,
         *plan.numbers,
     )
 
 
-def _plan(call: ExpertCall, tile: ExpertPrefillTile, x_tma: bool) -> Plan:
+def _plan(call: ExpertCall, tile: ExpertShrinkTile, x_tma: bool) -> Plan:
     most_slots = min(call.site.max_adapters, call.height * call.width)
-    shares = min(tile.shrink_shares, cdiv(most_slots * cdiv(call.site.h_width, 16), tile.shrink_BR // 16))
+    shares = min(tile.shares, cdiv(most_slots * cdiv(call.site.h_width, 16), tile.BR // 16))
     return call.planned(
         _launcher,
-        (min(call.tiles * (call.height // tile.shrink_BM) * shares, tile.shrink_programs),),
+        (min(call.tiles * (call.height // tile.BM) * shares, tile.programs),),
         (call.rows, call.num_experts, call.bound, call.features),
-        tile.shrink_warps,
+        tile.num_warps,
         registers=_REGISTERS,
         J=call.width,
         L=next_power_of_2(most_slots),
         HEIGHT=call.height,
-        BM=tile.shrink_BM,
-        BR=tile.shrink_BR,
-        BK=tile.shrink_BK,
-        STAGES=tile.shrink_stages,
-        EVEN_K=call.features % tile.shrink_BK == 0,
+        BM=tile.BM,
+        BR=tile.BR,
+        BK=tile.BK,
+        STAGES=tile.num_stages,
+        EVEN_K=call.features % tile.BK == 0,
         IN_PLACE=call.in_place,
         X_TMA=x_tma,
         HAS_COEFFS=call.has_coeffs,

@@ -50,9 +50,23 @@ class ExpertDecodeTiles:
 
 
 @dataclass(frozen=True)
+class ExpertShrinkTile:
+    """Of expert_prefill_shrink.py: BM rows and BR ranks at once; at most `shares` programs share a row tile's ranks.
+    x_tma: x comes through TMA where that can read it, else only rows of the ranks at hand are read."""
+
+    BM: int
+    BR: int
+    BK: int
+    programs: int
+    num_warps: int
+    num_stages: int
+    x_tma: bool
+    shares: int
+
+
+@dataclass(frozen=True)
 class ExpertPrefillTile:
-    """Of expert_prefill.py and its shrink, which takes shrink_BM rows and shrink_BR ranks at once; the ranks of a row
-    tile are shared out among at most shrink_shares programs. BR ranks are expanded at once."""
+    """Of expert_prefill.py; BR ranks are expanded at once, in a loop of so many stages."""
 
     BN: int
     BK: int
@@ -63,15 +77,7 @@ class ExpertPrefillTile:
     expand_stages: int
     w_tma: bool
     x_tma: bool
-    shrink_BM: int
-    shrink_BR: int
-    shrink_BK: int
-    shrink_programs: int
-    shrink_warps: int
-    shrink_stages: int
-    shrink_x_tma: bool = True
-    shrink_shares: int = 1
-    ask: int = 0
+    shrink: ExpertShrinkTile
 
 
 # Chosen as those of linears. Microseconds beside torch._grouped_mm, 128 experts with 8 to a token, 8 adapters:
@@ -96,12 +102,20 @@ def expert_decode_tiles(entries: int, features: int, columns: int, dtype: torch.
 
 
 @cache
-def expert_prefill_tile(height: int, columns: int, dtype: torch.dtype) -> ExpertPrefillTile:
-    """Tile of experts over many rows each. height: rows of a tile, 64 or 128."""
+def expert_prefill_tile(height: int, columns: int, dtype: torch.dtype, width: int) -> ExpertPrefillTile:
+    """Tile of experts over many rows each. height: rows of a tile, 64 or 128. width: most ranks of a slot."""
     if dtype == torch.float32:
-        return ExpertPrefillTile(64, 32, 16, 264, 8, 2, 2, False, False, 32, 16, 32, 528, 4, 2)
-    if height < 128 and columns < 4096:
-        return ExpertPrefillTile(128, 64, 32, 396, 4, 3, 3, True, True, 64, 128, 64, 396, 4, 3)
+        return ExpertPrefillTile(
+            64, 32, 16, 264, 8, 2, 2, False, False, ExpertShrinkTile(32, 16, 32, 528, 4, 2, False, 1)
+        )
+    few_ranks = width <= 16
     if height < 128:
-        return ExpertPrefillTile(256, 64, 64, 132, 8, 4, 4, True, True, 64, 128, 64, 396, 4, 3)
-    return ExpertPrefillTile(256, 64, 32, 132, 8, 3, 3, True, True, 64, 64, 64, 264, 4, 5)
+        shrink = ExpertShrinkTile(64, 64, 64, 396, 4, 4, False, 8)
+        if columns >= 4096:
+            return ExpertPrefillTile(256, 64, 128, 132, 8, 4, 2, True, True, shrink)
+        alone = ExpertShrinkTile(64, 128, 64, 396, 4, 3, True, 1)
+        return ExpertPrefillTile(128, 64, 64, 396, 4, 3, 3, True, True, alone if few_ranks else shrink)
+    shrink = ExpertShrinkTile(64, 64, 64, 264, 4, 5, few_ranks, 1 if few_ranks else 8)
+    if few_ranks:
+        return ExpertPrefillTile(256, 64, 32, 132, 8, 3, 3, True, True, shrink)
+    return ExpertPrefillTile(256, 64, 128, 132, 8, 3, 2, True, True, shrink)

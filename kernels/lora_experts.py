@@ -47,4 +47,4 @@ def lora_experts(
 def _run(call: ExpertCall) -> torch.Tensor:
     if call.height < SLOTS_FROM:
         return decode(call, expert_decode_tiles(call.entries, call.features, call.columns, call.x.dtype))
-    return prefill(call, expert_prefill_tile(call.height, call.columns, call.x.dtype))
+    return prefill(call, expert_prefill_tile(call.height, call.columns, call.x.dtype, call.site.h_width))

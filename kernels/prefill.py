@@ -1,10 +1,9 @@
 """`lora_linear` for many rows on a GPU with TMA: the shrink, then one launch of all members' base GEMM and expand.
 
 Stage: run time. group_shrink.py lists the groups of each row tile and makes h, beside the product's launch. That one's
-programs stay resident; each divides the tiles of one member's y with others, as many as that member's share of all
-tiles asks for. They need h only behind the in-features of their first tile. Grids come from shapes alone, slots, ranks
-and scalings are read on the device: a captured CUDA graph serves whatever is loaded at replay. No program waits for
-another of its launch.
+programs stay resident and divide the tiles of y, one member's after the other's; they need h only behind the
+in-features of their first tile. Grids come from shapes alone, slots, ranks and scalings are read on the device: a
+captured CUDA graph serves whatever is loaded at replay. No program waits for another of its launch.
 
 Arithmetic: h = coeff * (scaling * (x A^T)) in fp32, rounded to the dtype of x; h B is accumulated onto the base result,
 16 ranks at a time, slots ascending. A row of another slot meets zeros in h, which leave its fp32 sum as it is, so its
@@ -17,7 +16,6 @@ Letters: T rows, J slots per row, K in-features, N out-features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -114,14 +112,14 @@ def store_tile(y_desc, row, col, acc, BM: tl.constexpr, BN: tl.constexpr, PARTS:
 
 @triton.jit
 def member_tiles(
-    program, programs, x_desc, w_desc, y_desc, bias, adapters, num_rows, num_features, num_cols, J: tl.constexpr,
+    first_tile, x_desc, w_desc, y_desc, bias, adapters, num_rows, num_features, num_cols, J: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BAND: tl.constexpr, PARTS: tl.constexpr,
     STAGES: tl.constexpr, AHEAD: tl.constexpr, DEPTH: tl.constexpr, LATER: tl.constexpr, HAS_BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One program's tiles of one member's y: base GEMM, adapters, bias, one store."""
+    """One program's tiles of one member's y, from this one on: base GEMM, adapters, bias, one store."""
     tiles_m, tiles_n, steps = tl.cdiv(num_rows, BM), tl.cdiv(num_cols, BN), tl.cdiv(num_features, BK)
-    for tile in tl.range(program, tiles_m * tiles_n, programs, num_stages=1):
+    for tile in tl.range(first_tile, tiles_m * tiles_n, tl.num_programs(0), num_stages=1):
         band, in_band = tile // (BAND * tiles_n), tile % (BAND * tiles_n)
         height = tl.minimum(tiles_m - band * BAND, BAND)
         row_tile, col_tile = band * BAND + in_band % height, in_band // height
@@ -160,7 +158,6 @@ def prefill_kernel(
     slots_ptr,  # int32 [T, J], contiguous
     sites,  # of each member: A [P, K], start, rank, scaling
     b_ptrs,  # of each member: B [P, N]
-    shares,  # programs of each member
     num_rows,
     feature_octets,  # K / 8
     col_octets,  # N / 8 of each member
@@ -181,29 +178,29 @@ def prefill_kernel(
     PDL: tl.constexpr,
     FIRST: tl.constexpr,  # no launch of this call comes before
 ) -> None:
-    """The members' programs, one after another."""
+    """Every tile of the members, one after another, dealt out to the programs in turn."""
     if FIRST:
         wait_for_earlier(PDL)
     let_later_start(PDL)
     w_descs, y_descs = (w0_desc, w1_desc, w2_desc, w3_desc), (y0_desc, y1_desc, y2_desc, y3_desc)
     tiles_m = tl.cdiv(num_rows, BM)
-    program, begin = tl.program_id(0), 0
+    first_tile = tl.program_id(0)
     for member in tl.static_range(len(HAS_POOL)):
-        end = begin + shares[member]
-        if (program >= begin) & (program < end):
-            adapters = None
-            if HAS_POOL[member]:
-                adapters = Adapters(
-                    b_ptrs[member], sites[member][1], sites[member][2], max_adapters, slots_ptr,
-                    h_ptr + member * num_rows.to(tl.int64) * J * h_width, h_width,
-                    groups_ptr + member * tiles_m * (FIELDS * capacity + 1), capacity,
-                )  # fmt: skip
-            member_tiles(
-                program - begin, shares[member], x_desc, w_descs[member], y_descs[member], biases[member], adapters,
-                num_rows, feature_octets * 8, col_octets[member] * 8, J, BM, BN, BK, BR, BAND, PARTS, STAGES, AHEAD,
-                DEPTH, LATER, HAS_BIAS[member], PDL,
+        num_cols = col_octets[member] * 8
+        adapters = None
+        if HAS_POOL[member]:
+            adapters = Adapters(
+                b_ptrs[member], sites[member][1], sites[member][2], max_adapters, slots_ptr,
+                h_ptr + member * num_rows.to(tl.int64) * J * h_width, h_width,
+                groups_ptr + member * tiles_m * (FIELDS * capacity + 1), capacity,
             )  # fmt: skip
-        begin = end
+        member_tiles(
+            first_tile, x_desc, w_descs[member], y_descs[member], biases[member], adapters, num_rows,
+            feature_octets * 8, num_cols, J, BM, BN, BK, BR, BAND, PARTS, STAGES, AHEAD, DEPTH, LATER,
+            HAS_BIAS[member], PDL,
+        )  # fmt: skip
+        tiles = tiles_m * tl.cdiv(num_cols, BN)  # the next member's are dealt out from where this one's end
+        first_tile += tl.cdiv(tl.maximum(tiles - first_tile, 0), tl.num_programs(0)) * tl.num_programs(0) - tiles
     wait_for_earlier(PDL)
 
 
@@ -247,23 +244,14 @@ def _parts(tile: PrefillTile) -> int:
     return 2 if tile.BN >= 128 else 1
 
 
-def shares_of(tiles: Sequence[int], programs: int) -> tuple[int, ...]:
-    """How many programs divide each member's tiles, at most so many in all: no program has more tiles than it must."""
-    each = -(-sum(tiles) // programs)
-    while sum(cdiv(count, each) for count in tiles) > max(programs, len(tiles)):
-        each += 1
-    return tuple(cdiv(count, each) for count in tiles)
-
-
 def _plan(call: LinearCall, scratch: Scratch, tile: PrefillTile) -> Plan:
     members = call.members
-    tiles = [cdiv(call.rows, tile.BM) * cdiv(n, tile.BN) for n in call.widths]
-    shares = shares_of(tiles, tile.programs * multiprocessors(call.x.device))
+    tiles = cdiv(call.rows, tile.BM) * sum([cdiv(n, tile.BN) for n in call.widths])
     octets = tuple([n // 8 for n in call.widths])
     return call.planned(
         _launcher,
-        (sum(shares),),
-        (shares, call.rows, call.features // 8, octets, members.max_adapters),
+        (min(tiles, tile.programs * multiprocessors(call.x.device)),),
+        (call.rows, call.features // 8, octets, members.max_adapters),
         tile.num_warps,
         J=call.width,
         BM=tile.BM,

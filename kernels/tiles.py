@@ -216,12 +216,12 @@ def decode_tiles(rows: int, features: int, columns: int, dtype: torch.dtype, wid
     if rows <= 16:
         gemm = GemmTile(16, 128, 128, 1, True, 4, 3) if wide else GemmTile(16, 64, 128, 1, True, 4, 6)
         if not wide and features > 2048:
-            parts = 4 if tall or columns <= 2560 else 2
+            parts = 4 if columns <= 2560 or (tall and rows > 8) else 2
             gemm = GemmTile(16, 64, 128, parts, True, 4, 4 if columns <= 4096 or parts == 4 else 3)
         return DecodeTiles(shrink, _EXPAND, gemm)
     if rows <= 64:
         gemm = GemmTile(64, 128, 64, 1, False, 4, 4) if wide else GemmTile(64, 64, 64, 4, True, 4, 4)
-        if not wide and not tall and features > 2048 and columns > 2560:
+        if not wide and features > 2048 and columns > 2560 and (not tall or width > 16):
             gemm = GemmTile(64, 64, 128, 2, True, 4, 3)
         return DecodeTiles(_decode_shrink(features, columns, width) or shrink, _EXPAND, gemm)
     tiles = cdiv(rows, 128) * cdiv(columns, 128)
@@ -234,8 +234,7 @@ def _decode_shrink(features: int, columns: int, width: int) -> ShrinkTile | None
     """Of 17 to 64 rows: the matrix unit, where vectors would read the As once too often."""
     if width <= 16:
         return _SHRINK_HALVES if features > TALL or columns > 4096 else None
-    short = features <= 2048 or columns <= 2560
-    return _SHRINK_QUARTERS_RANKS if short or features > TALL else _SHRINK_HALVES_RANKS
+    return _SHRINK_QUARTERS_RANKS if features <= 2048 or columns <= 2560 else _SHRINK_HALVES_RANKS
 
 
 @cache
@@ -259,7 +258,8 @@ def fused_tiles(rows: int, features: int, columns: int, width: int) -> FusedTile
     if columns <= 512:
         return FusedTiles(shrink, GemmTile(16, 64, 128, 1, True, 4, 4), 128, 3)
     tiles_m = cdiv(rows, 64)
-    if columns <= 2048 or features > TALL or 64 * MULTIPROCESSORS < tiles_m * columns <= 96 * MULTIPROCESSORS:
+    half_idle = 64 * MULTIPROCESSORS < tiles_m * columns <= 96 * MULTIPROCESSORS  # parts of K fill the wave better
+    if columns <= 2048 or features > TALL or half_idle:
         return None
     if tiles_m * cdiv(columns, 64) <= MULTIPROCESSORS:
         return FusedTiles(shrink, GemmTile(64, 64, 128, 1, True, 4, 4), 128, 2)

@@ -31,20 +31,6 @@ def dot(a, b, acc, PRECISION: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def ask_l2(at, mask) -> None:
-    """Asks for the lines of memory at these addresses, which then wait in L2. Changes nothing."""
-    if not INTERPRET:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
-            "=r,l,r",
-            [at.to(tl.int64, bitcast=True), mask.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
 def next_slot(slots, previous, max_adapters) -> tl.tensor:
     """Smallest slot above `previous` among a tile's slots, or `max_adapters` if there is none."""
     return tl.min(tl.where((slots > previous) & (slots < max_adapters), slots, max_adapters), axis=0)

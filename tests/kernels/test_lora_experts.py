@@ -61,8 +61,10 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         delta = tiles.DeltaTile(8, 32, 16, 5, 4)
         return tiles.ExpertDecodeTiles(shrink, delta, tiles.ExpertGemmTile(16, 16, entries % 2 == 1, 3, 2, 4, 2))
 
-    def prefill(height: int, columns: int, dtype: torch.dtype) -> tiles.ExpertPrefillTile:
-        return tiles.ExpertPrefillTile(16, 16, 16, 3, 4, 3, 2, True, True, 32, 16, 32, 3, 4, 2, height > 64, 2)
+    def prefill(height: int, columns: int, dtype: torch.dtype, width: int) -> tiles.ExpertPrefillTile:
+        return tiles.ExpertPrefillTile(
+            16, 16, 16, 3, 4, 3, 2, True, True, tiles.ExpertShrinkTile(32, 16, 32, 3, 4, 2, height > 64, 2)
+        )
 
     monkeypatch.setattr(lora_experts, "expert_decode_tiles", decode)
     monkeypatch.setattr(lora_experts, "expert_prefill_tile", prefill)

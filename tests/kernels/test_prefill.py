@@ -142,15 +142,3 @@ def test_members_share_a_launch(none_members: tuple[int, ...]) -> None:
     case = small_case(outs=(40, 8, 104, 24), none_members=none_members, bias=True, order="shuffled")
     assert_right(case)
     assert_right(case, replace(TILE, BN=TILE.BN // 2, programs=2))
-
-
-def test_programs_of_members_have_even_shares_of_the_tiles() -> None:
-    from fxlora.kernels.prefill import shares_of
-
-    assert shares_of((256, 64, 64), 132) == (86, 22, 22)
-    assert shares_of((5, 1), 132) == (5, 1)
-    assert shares_of((1, 1, 1, 1), 3) == (1, 1, 1, 1)
-    for tiles in ((1000, 1), (7, 500, 3), (133,), (264, 264)):
-        shares = shares_of(tiles, 132)
-        assert sum(shares) <= 132
-        assert all(shares)
