@@ -23,7 +23,7 @@ import triton.language as tl
 from fxlora.kernels.call import LinearCall, Plan
 from fxlora.kernels.decode_gemm import along_cols, along_rows, product
 from fxlora.kernels.group_shrink import Scratch, scratch_of, shrink_groups
-from fxlora.kernels.groups import FIELDS, Adapters, add_groups
+from fxlora.kernels.groups import adapters_of, add_groups
 from fxlora.kernels.launch import Launcher
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
 from fxlora.kernels.tiles import FusedTiles
@@ -102,10 +102,9 @@ def fused_kernel(
         if (program >= begin) & (program < end):
             adapters = None
             if HAS_POOL[member]:
-                adapters = Adapters(
-                    b_ptrs[member], sites[member][1], sites[member][2], max_adapters, slots_ptr,
-                    h_ptr + member * num_rows.to(tl.int64) * J * h_width, h_width,
-                    groups_ptr + member * tiles_m * (FIELDS * capacity + 1), capacity,
+                adapters = adapters_of(
+                    member, b_ptrs[member], sites[member], max_adapters, slots_ptr, h_ptr, h_width, groups_ptr,
+                    capacity, num_rows * J, tiles_m,
                 )  # fmt: skip
             fused_tile(
                 (program - begin) % tiles_m, (program - begin) // tiles_m, x, weights[member], biases[member],

@@ -53,6 +53,17 @@ def list_words(capacity: int) -> int:
 
 
 @triton.jit
+def adapters_of(
+    member, b_ptr, site, max_adapters, slots_ptr, h_ptr, h_width, groups_ptr, capacity, num_entries, tiles_m
+) -> Adapters:
+    """One member's, of tensors that hold all members'. site: A, start, rank, scaling. tiles_m: its row tiles."""
+    return Adapters(
+        b_ptr, site[1], site[2], max_adapters, slots_ptr, h_ptr + member * num_entries.to(tl.int64) * h_width, h_width,
+        groups_ptr + member * tiles_m * (FIELDS * capacity + 1), capacity,
+    )  # fmt: skip
+
+
+@triton.jit
 def slots_of(rows, j, adapters, num_rows, J: tl.constexpr) -> tl.tensor:
     """Slot j of each row; -1 past the last row or slot."""
     return tl.load(adapters.slots + rows * J + j, mask=(rows < num_rows) & (j < J), other=-1)

@@ -24,7 +24,7 @@ import triton.language as tl
 
 from fxlora.kernels.call import LinearCall, Plan
 from fxlora.kernels.group_shrink import Scratch, scratch_of, shrink_groups
-from fxlora.kernels.groups import FIELDS, Adapters, add_groups, count_groups, load_b, load_groups, load_h
+from fxlora.kernels.groups import adapters_of, add_groups, count_groups, load_b, load_groups, load_h
 from fxlora.kernels.launch import Described, Launcher
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
 from fxlora.kernels.tiles import PrefillTile
@@ -189,10 +189,9 @@ def prefill_kernel(
         num_cols = col_octets[member] * 8
         adapters = None
         if HAS_POOL[member]:
-            adapters = Adapters(
-                b_ptrs[member], sites[member][1], sites[member][2], max_adapters, slots_ptr,
-                h_ptr + member * num_rows.to(tl.int64) * J * h_width, h_width,
-                groups_ptr + member * tiles_m * (FIELDS * capacity + 1), capacity,
+            adapters = adapters_of(
+                member, b_ptrs[member], sites[member], max_adapters, slots_ptr, h_ptr, h_width, groups_ptr, capacity,
+                num_rows * J, tiles_m,
             )  # fmt: skip
         member_tiles(
             first_tile, x_desc, w_descs[member], y_descs[member], biases[member], adapters, num_rows,
