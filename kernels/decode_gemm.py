@@ -152,5 +152,4 @@ def gemm_kernel(
         begin = end
         if HAS_SUMS[member]:
             sums_at += num_rows.to(tl.int64) * SPLIT * widths[member]
-    if not FIRST:
-        wait_for_earlier(PDL)  # who waits for this launch then knows that h is complete, too
+    wait_for_earlier(PDL)  # who waits for this launch then knows that h is complete, too
