@@ -96,7 +96,8 @@ def body_of(call: LinearCall) -> tuple[Body, object]:
     if many:
         return general, general_tiles(rows, call.entries, dtype)
     # fused keeps h in the dtype of x, whose range fp16 does not have
-    tiles = fused_tiles(rows, features, columns, ranks) if dtype == torch.bfloat16 else None
+    aligned = not any([n % 8 for n in call.widths])
+    tiles = fused_tiles(rows, features, columns, ranks, aligned) if dtype == torch.bfloat16 else None
     return (fused, tiles) if tiles else (decode, decode_tiles(rows, features, columns, dtype, ranks))
 
 

@@ -238,14 +238,16 @@ def _decode_shrink(features: int, columns: int, width: int) -> ShrinkTile | None
 
 
 @cache
-def fused_tiles(rows: int, features: int, columns: int, width: int) -> FusedTiles | None:
+def fused_tiles(rows: int, features: int, columns: int, width: int, aligned: bool) -> FusedTiles | None:
     """Tiles of a bf16 linear of few rows over N columns in all, None where decode_tiles serve it better.
 
-    width: most ranks of a slot. The product's tile is the largest whose last wave is not mostly idle.
+    width: most ranks of a slot. aligned: rows of B lie 16 bytes apart; else B comes through registers, a few ranks at
+    once. The product's tile is the largest whose last wave is not mostly idle.
     """
     shrink = _SHRINK_ALONE if width <= 16 else _SHRINK_ALONE_RANKS
+    ranks = 128 if aligned else 16
     if rows <= 16:
-        return FusedTiles(shrink, GemmTile(16, 128, 128, 1, True, 4, 3), 128, 2) if columns > 8448 else None
+        return FusedTiles(shrink, GemmTile(16, 128, 128, 1, True, 4, 3), ranks, 2) if columns > 8448 else None
     if rows <= 64:
         if columns < 6144:
             return None
@@ -254,12 +256,12 @@ def fused_tiles(rows: int, features: int, columns: int, width: int) -> FusedTile
             one_wave, two_waves = columns <= 64 * MULTIPROCESSORS, columns <= 128 * MULTIPROCESSORS
             gemm = GemmTile(64, 64, 64, 1, True, 4, 6 if two_waves else 4)
             gemm = GemmTile(64, 64, 128, 1, True, 4, 4) if one_wave else gemm
-        return FusedTiles(shrink, gemm, 128, 3)
+        return FusedTiles(shrink, gemm, ranks, 3)
     if columns <= 512:
-        return FusedTiles(shrink, GemmTile(16, 64, 128, 1, True, 4, 4), 128, 3)
+        return FusedTiles(shrink, GemmTile(16, 64, 128, 1, True, 4, 4), ranks, 3)
     tiles_m = cdiv(rows, 64)
     half_idle = 64 * MULTIPROCESSORS < tiles_m * columns <= 96 * MULTIPROCESSORS  # parts of K fill the wave better
-    if columns <= 2048 or features > TALL or half_idle:
+    if columns <= 2048 or features > TALL or half_idle or not aligned:
         return None
     if tiles_m * cdiv(columns, 64) <= MULTIPROCESSORS:
         return FusedTiles(shrink, GemmTile(64, 64, 128, 1, True, 4, 4), 128, 2)

@@ -40,7 +40,9 @@ def test_sides_of_the_decode_tiles_are_what_a_dot_accepts(rows: int) -> None:
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 256])
 def test_sides_of_the_fused_tiles_are_what_a_dot_accepts(rows: int) -> None:
-    found = [fused_tiles(rows, *sizes, 64) for sizes in itertools.product(WIDTHS, WIDTHS)]
+    found = [
+        fused_tiles(rows, *sizes, 64, aligned) for *sizes, aligned in itertools.product(WIDTHS, WIDTHS, (True, False))
+    ]
     assert any(found)
     for tiles in filter(None, found):
         sides = (tiles.gemm.BM, tiles.gemm.BN, tiles.gemm.BK, tiles.BR, tiles.shrink.BR, tiles.shrink.BK)
