@@ -19,6 +19,9 @@ from fxlora.kernels.triton_helpers import check_pool, expand_precision, strided
 
 PoolArguments = tuple[torch.Tensor | None, ...]
 
+MOST_MEMBERS = 4
+"""Members that share a launch: each one's code is compiled into it."""
+
 MAX_PLANS = 4096
 """Plans kept for a group; past that they are dropped and made again."""
 

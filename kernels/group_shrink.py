@@ -17,17 +17,15 @@ import torch
 import triton
 import triton.language as tl
 
-from fxlora.kernels import segments as layout
 from fxlora.kernels.call import LinearCall, Plan
 from fxlora.kernels.decode_shrink import count_tiles, shrink_tile, tall_tile_of, tile_ends, tile_of
-from fxlora.kernels.groups import FIELDS, Adapters, list_capacity, list_words, slots_of, write_groups
+from fxlora.kernels.groups import adapters_of, list_capacity, list_words, slots_of, write_groups
 from fxlora.kernels.launch import Launcher
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
+from fxlora.kernels.segment_rows import TILE
 from fxlora.kernels.segments import tile_bound
 from fxlora.kernels.tiles import ShrinkTile
 from fxlora.kernels.triton_helpers import cdiv, next_power_of_2
-
-TILE = tl.constexpr(layout.TILE)
 
 
 class Scratch(NamedTuple):
@@ -104,13 +102,12 @@ def group_shrink_kernel(
         if HAS_POOL[member]:
             if tl.program_id(1) == member:
                 site = sites[member]
-                h_at = h_ptr + member * num_entries.to(tl.int64) * h_width
+                adapters = adapters_of(  # A stands in for B, which nothing here reads
+                    member, site[0], site, max_adapters, slots_ptr, h_ptr, h_width, groups_ptr, capacity, num_entries,
+                    tiles_m,
+                )  # fmt: skip
                 row_tile = tl.num_programs(0) - 1 - tl.program_id(0)
                 if row_tile < tiles_m:
-                    adapters = Adapters(
-                        site[0], site[1], site[2], max_adapters, slots_ptr, h_at, h_width,
-                        groups_ptr + member * tiles_m * (FIELDS * capacity + 1), capacity,
-                    )  # fmt: skip
                     list_tile(row_tile, adapters, segments_ptr, num_rows, J, JP, BM, BINS, SORTED)
                 ends, count = None, count_tiles(segments_ptr, num_entries, max_adapters)
                 if HEIGHT > TILE:
@@ -122,8 +119,8 @@ def group_shrink_kernel(
                     else:
                         tile = tall_tile_of(item, ends, segments_ptr, num_entries, HEIGHT)
                     shrink_tile(
-                        tile, 0, x, h_at, h_width, coeffs, segments_ptr, site, num_entries, num_features, J, 1, HEIGHT,
-                        BR, BK, SLICES, STAGES, HAS_COEFFS,
+                        tile, 0, x, adapters.h, h_width, coeffs, segments_ptr, site, num_entries, num_features, J, 1,
+                        HEIGHT, BR, BK, SLICES, STAGES, HAS_COEFFS,
                     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from fxlora.kernels.call import LinearCall, Members
+from fxlora.kernels.call import MOST_MEMBERS, LinearCall, Members
 from fxlora.kernels.checks import check_members
 from fxlora.kernels.decode import decode
 from fxlora.kernels.fused import fused
@@ -39,9 +39,6 @@ FEW_ROWS = 64
 
 GEMV_ROWS, GEMV_COLUMNS = 16, 512
 """Most rows and columns of a batch that matrix-vector products serve; one row is served whatever its columns."""
-
-MOST_MEMBERS = 4
-"""Members that share a launch: each one's code is compiled into it."""
 
 Body = Callable[[LinearCall, Any], list[torch.Tensor]]
 """(call, its tiles) -> the members' outputs."""

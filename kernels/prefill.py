@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fxlora.kernels.call import LinearCall, Plan
+from fxlora.kernels.call import MOST_MEMBERS, LinearCall, Plan
 from fxlora.kernels.group_shrink import Scratch, scratch_of, shrink_groups
 from fxlora.kernels.groups import adapters_of, add_groups, count_groups, load_b, load_groups, load_h
 from fxlora.kernels.launch import Described, Launcher
@@ -204,7 +204,6 @@ def prefill_kernel(
 
 
 _launcher = Launcher(prefill_kernel)
-_MEMBERS = 4  # most in a launch
 
 
 def prefill(call: LinearCall, tile: PrefillTile) -> list[torch.Tensor]:
@@ -217,7 +216,7 @@ def prefill(call: LinearCall, tile: PrefillTile) -> list[torch.Tensor]:
         shrink_groups(call, scratch, tile.shrink)
     outputs = call.new_outputs()
     plan = call.plan(_launcher, tile, lambda: _plan(call, scratch, tile))
-    nothing = (None,) * (_MEMBERS - len(outputs))
+    nothing = (None,) * (MOST_MEMBERS - len(outputs))
     y_block = (tile.BM, tile.BN // _parts(tile))
     call.launch(
         plan,

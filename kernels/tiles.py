@@ -138,11 +138,11 @@ class GemvTile:
 # microseconds behind a kernel that overlaps nothing, beside torch.mm in the same run; NVIDIA H200, torch 2.11.0,
 # triton 3.6.0, 2026-11-29. fp32 tiles were not measured.
 #     K x N            M 1           M 16, 16 adapters   M 64, 8       M 64, 64      M 256, 64     M 2048, 8
-#     4096 x 4096      10.8 (12.4)   14.4 (13.6)         17.2 (12.0)   23.0 (12.3)   31.8 (16.7)   111 (93)
-#     2048 x 4096       6.9 (6.6)     9.5 (7.3)          11.1 (7.3)                  21.6 (9.8)
-#     14336 x 4096     31.1 (30.5)   37.7 (33.1)         45.2 (36.5)                 79.9 (49.2)
-#     4096 x 28672     55.2 (54.4)   63.7 (57.6)         65.0 (62.4)                138.8 (92.7)   766 (678)
-#     2048 x 128        3.5 (5.0)     5.1 (5.5)                                      10.5 (5.3)
+#     4096 x 4096      10.8 (12.4)   14.4 (13.7)         17.2 (12.0)   23.0 (12.2)   30.1 (17.9)   109 (91)
+#     2048 x 4096       7.8 (7.3)     9.5 (7.3)          11.1 (7.3)                  20.2 (10.0)
+#     14336 x 4096     31.8 (31.4)   36.7 (32.4)         38.2 (36.1)                 67.9 (47.8)
+#     4096 x 28672     55.9 (55.1)   62.6 (56.5)         63.6 (60.5)                139.2 (90.7)   758 (677)
+#     2048 x 128        3.6 (5.0)     5.1 (5.6)                                      10.5 (5.4)
 # Vector products ask for eight blocks of W at most: unrolled further they spilled at some widths, 267 us at
 # 11008 x 4096 where this takes 25.
 
@@ -246,15 +246,15 @@ def fused_tiles(rows: int, features: int, columns: int, width: int, aligned: boo
     """
     shrink = _SHRINK_ALONE if width <= 16 else _SHRINK_ALONE_RANKS
     ranks = 128 if aligned else 16
+    one_wave = columns <= 64 * MULTIPROCESSORS
     if rows <= 16:
-        return FusedTiles(shrink, GemmTile(16, 128, 128, 1, True, 4, 3), ranks, 2) if columns > 8448 else None
+        return None if one_wave else FusedTiles(shrink, GemmTile(16, 128, 128, 1, True, 4, 3), ranks, 2)
     if rows <= 64:
         if columns < 6144:
             return None
         gemm = GemmTile(64, 128, 64, 1, False, 4, 4)
         if columns <= WIDE:
-            one_wave, two_waves = columns <= 64 * MULTIPROCESSORS, columns <= 128 * MULTIPROCESSORS
-            gemm = GemmTile(64, 64, 64, 1, True, 4, 6 if two_waves else 4)
+            gemm = GemmTile(64, 64, 64, 1, True, 4, 6 if columns <= 128 * MULTIPROCESSORS else 4)
             gemm = GemmTile(64, 64, 128, 1, True, 4, 4) if one_wave else gemm
         return FusedTiles(shrink, gemm, ranks, 3)
     if columns <= 512:
@@ -284,7 +284,7 @@ def prefers_prefill(rows: int, features: int, widths: tuple[int, ...], dtype: to
         return False
     if features > TALL:
         return cdiv(rows, 128) * cdiv(columns, 128) > MULTIPROCESSORS // 2
-    return rows > 128 and len(widths) == 1 and 8448 < columns <= 12288
+    return rows > 128 and len(widths) == 1 and 64 * MULTIPROCESSORS < columns <= 12288
 
 
 @cache
