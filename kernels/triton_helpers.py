@@ -8,6 +8,7 @@ Stage: run time, below the Triton bodies. The only kernel code that asks whether
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -117,10 +118,16 @@ def pool_arguments(pool: SitePool | None, stand_in: torch.Tensor) -> tuple[torch
     return (stand_in,) * 4 if pool is None else (pool.b, pool.start, pool.rank, pool.scaling)
 
 
+_HERE = nullcontext()
+
+# torch.cuda.current_device looks first whether CUDA is initialised; CPU builds of torch do not have the other.
+_current_gpu: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+
 def device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Launches inside go to this tensor's GPU. Nothing to do on CPU (interpreted kernels) or on the current GPU."""
-    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
-        return nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == _current_gpu():
+        return _HERE
     return torch.cuda.device(tensor.device)
 
 
