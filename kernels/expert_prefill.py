@@ -23,7 +23,7 @@ from fxlora.kernels.call import Plan
 from fxlora.kernels.expert_call import ExpertCall, load_x, rows_of, tile_item, tiles_in_use
 from fxlora.kernels.expert_prefill_shrink import adapters_of, shrink_tiles
 from fxlora.kernels.expert_tiles import ExpertPrefillTile
-from fxlora.kernels.groups import count_groups, load_b, load_groups, load_h
+from fxlora.kernels.groups import CHUNK, columns_of, count_groups, h_of, load_b, load_chunk, slots_of
 from fxlora.kernels.launch import Described, Launcher
 from fxlora.kernels.triton_helpers import INTERPRET, cdiv, dot, strided
 
@@ -56,10 +56,13 @@ def add_groups(
     J: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """acc + h B, over the `count` groups of a row tile."""
-    for first_group in tl.range(0, count, BR // 16, num_stages=STAGES):
-        columns = load_groups(row_tile, first_group, adapters, BR)
-        h_tile = load_h(own_rows, columns, adapters, num_rows, J, BM, BR)
-        acc = dot(h_tile, load_b(cols, columns, adapters, num_cols, BR), acc, "ieee")
+    row_slots = slots_of(own_rows, 0, adapters, num_rows, J)
+    for chunk in tl.range(0, count, CHUNK, num_stages=1):
+        listed = load_chunk(row_tile, chunk, count, adapters)
+        for group in tl.range(0, tl.minimum(count - chunk, CHUNK), BR // 16, num_stages=STAGES):
+            columns = columns_of(listed, group, BR)
+            h_tile = h_of(own_rows, row_slots, columns, adapters, num_rows, J, BM, BR)
+            acc = dot(h_tile, load_b(cols, columns, adapters, num_cols, BR), acc, "ieee")
     return acc
 
 

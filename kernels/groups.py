@@ -23,6 +23,9 @@ from fxlora.kernels.triton_helpers import dot
 FIELDS = tl.constexpr(3)
 """int32 per group: slot, first pool row, first column of h + number of ranks - 1."""
 
+CHUNK = tl.constexpr(32)
+"""Groups whose fields are read at once; a multiple of MOST."""
+
 MOST = tl.constexpr(8)
 """Groups that are read at once."""
 
@@ -112,9 +115,29 @@ def load_groups(row_tile, first_group, adapters, BR: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def load_chunk(row_tile, first_group, count, adapters) -> tl.tensor:
+    """The fields of CHUNK groups, slot -1 past the last."""
+    groups = first_group + tl.arange(0, CHUNK)
+    at = adapters.groups + row_tile * (FIELDS * adapters.capacity + 1) + groups
+    inside = groups < count
+    slots = tl.load(at, mask=inside, other=-1, cache_modifier=".cg")
+    pool_rows = tl.load(at + adapters.capacity, mask=inside, other=0, cache_modifier=".cg")
+    ranks = tl.load(at + 2 * adapters.capacity, mask=inside, other=0, cache_modifier=".cg")
+    return slots, pool_rows, ranks
+
+
+@triton.jit
+def columns_of(listed, group, BR: tl.constexpr) -> tl.tensor:
+    """As load_groups, from the fields of a chunk. group: counted from the first of the chunk."""
+    index = (group + tl.arange(0, BR) // 16) % CHUNK  # loads run ahead of the last group
+    return tl.gather(listed[0], index, 0), tl.gather(listed[1], index, 0), tl.gather(listed[2], index, 0)
+
+
+@triton.jit
 def spread(col_slots, ranks, BR: tl.constexpr) -> tl.tensor:
     """Slot and column of h for BR columns; the 16 of a group have one slot and lie side by side, says this in one."""
     h_cols = ranks - ranks % 16 + tl.arange(0, BR) % 16
+    col_slots = tl.minimum(col_slots, 1 << 30)  # changes nothing; hints on what a gather gives are lost
     return tl.max_constancy(col_slots, 16), tl.max_contiguous(tl.multiple_of(h_cols, 16), 16)
 
 
@@ -161,11 +184,18 @@ def add_groups(
     acc, row_tile, first, rows, cols, adapters, num_rows, num_cols, J: tl.constexpr, BM: tl.constexpr,
     BR: tl.constexpr, SWAP: tl.constexpr, STAGES: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """acc [BM, BN] (SWAP: [BN, BM]) + h B of the groups from `first` on, BR ranks at a time; loads run ahead."""
+    """acc [BM, BN] (SWAP: [BN, BM]) + h B of the groups from `first` on, BR ranks at a time; loads run ahead.
+
+    What is listed is read for CHUNK groups before the loop over them: loads whose addresses come from loads of the same
+    loop run half as far ahead.
+    """
     row_slots = slots_of(rows, 0, adapters, num_rows, J)
-    for group in tl.range(first, count_groups(row_tile, adapters), BR // 16, num_stages=STAGES):
-        columns = load_groups(row_tile, group, adapters, BR)
-        h = h_of(rows, row_slots, columns, adapters, num_rows, J, BM, BR)
-        b = load_b(cols, columns, adapters, num_cols, BR)
-        acc = dot(b.T, h.T, acc, "ieee") if SWAP else dot(h, b, acc, "ieee")
+    count = count_groups(row_tile, adapters)
+    for chunk in tl.range(first, count, CHUNK, num_stages=1):
+        listed = load_chunk(row_tile, chunk, count, adapters)
+        for group in tl.range(0, tl.minimum(count - chunk, CHUNK), BR // 16, num_stages=STAGES):
+            columns = columns_of(listed, group, BR)
+            h = h_of(rows, row_slots, columns, adapters, num_rows, J, BM, BR)
+            b = load_b(cols, columns, adapters, num_cols, BR)
+            acc = dot(b.T, h.T, acc, "ieee") if SWAP else dot(h, b, acc, "ieee")
     return acc

@@ -31,6 +31,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "three slots": {"width": 3},
     "coefficients at one adapter": {"coeffs": True},
     "ranks 1 to 64": {"ranks": (64, 1, 0, 17, 33, 16)},
+    "37 groups of ranks": {"ranks": (256, 0, 240, 64, 17)},
     "shared A": {"shared": ("A", "")},
     "shared B": {"shared": ("", "B")},
     "shared A and B": {"shared": ("AB", "", "A")},
