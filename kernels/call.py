@@ -3,6 +3,8 @@
 Stage: run time, first thing in a Triton body. Letters: T rows, J slots per row, K in-features, N out-features.
 """
 
+# ruff: noqa: C419 (a list costs less host time than a generator)
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -11,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 
 from fxlora.kernels.checks import check_rows
-from fxlora.kernels.launch import Fixed, Launcher, Variant
+from fxlora.kernels.launch import Described, Fixed, Launcher, Variant
 from fxlora.kernels.overlap import can_overlap
 from fxlora.kernels.registry import Group, SitePool
 from fxlora.kernels.replay import Replays
-from fxlora.kernels.triton_helpers import check_pool, expand_precision, strided
+from fxlora.kernels.triton_helpers import INTERPRET, check_pool, expand_precision, strided
 
 PoolArguments = tuple[torch.Tensor | None, ...]
 
@@ -165,6 +167,18 @@ class LinearCall(PlannedCall):
     def strided_biases(self) -> tuple[tuple[torch.Tensor | int | None, ...], ...]:
         """Pointer and stride of each bias."""
         return tuple([(None, 0) if bias is None else (bias, bias.stride(0)) for bias in self.biases])
+
+    def tma_reads(self, *matrices: torch.Tensor) -> bool:
+        """Half precision, rows adjacent inside and 16 bytes apart, on a GPU that has TMA."""
+        if self.x.dtype == torch.float32 or not (self.overlap or INTERPRET.value):
+            return False
+        adjacent = all([m.stride(1) == 1 and m.stride(0) % 8 == 0 and m.data_ptr() % 16 == 0 for m in matrices])
+        return adjacent and not any([m.shape[1] % 8 or not m.numel() for m in matrices])
+
+    def described_weights(self, block: tuple[int, int], by_tma: bool = True) -> list[Described | None]:
+        """Each weight in blocks [BN, BK] for TMA, None past the last and where TMA does not read them."""
+        found: list[Described | None] = [Described(weight, block) for weight in self.weights] if by_tma else []
+        return found + [None] * (MOST_MEMBERS - len(found))
 
     def new_outputs(self) -> list[torch.Tensor]:
         """[..., N] of each member, uninitialised."""

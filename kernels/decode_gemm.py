@@ -33,13 +33,14 @@ def along_cols(values, SWAP: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def product(
-    x_at, w_at, x_col_stride, w_col_stride, row_mask, col_mask, first, last, num_features,
+    x_at, w_at, w_desc, x_col_stride, w_col_stride, first_col, row_mask, col_mask, first, last, num_features,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr, EVEN: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """x W^T over in-features first .. last: [BM, BN], or W x^T [BN, BM] (SWAP: W as wgmma's A operand).
 
-    EVEN: no column of W and no in-feature of the blocks lies outside.
+    w_desc: W [N, K] by TMA, from column `first_col` on, in place of w_at. EVEN: no in-feature of the blocks lies
+    outside, nor, without w_desc, a column of W.
     """
     acc = tl.zeros([BN, BM] if SWAP else [BM, BN], tl.float32)
     for block in tl.range(first, last, BK, num_stages=STAGES):
@@ -47,7 +48,9 @@ def product(
         inside = ks < num_features
         x_mask = row_mask[:, None] if EVEN else row_mask[:, None] & inside[None, :]
         x = tl.load(x_at[:, None] + ks[None, :] * x_col_stride, mask=x_mask, other=0.0)  # [BM, BK]
-        if EVEN:
+        if w_desc is not None:
+            w = w_desc.load([first_col, block])  # zero outside
+        elif EVEN:
             w = tl.load(w_at[:, None] + ks[None, :].to(tl.int64) * w_col_stride)  # [BN, BK]
         else:
             w_mask = col_mask[:, None] & inside[None, :]
@@ -69,7 +72,8 @@ def gemm_tile(
     tile = tile // SPLIT
     tiles_m = tl.cdiv(num_rows, BM)
     rows = (tile % tiles_m) * BM + tl.arange(0, BM)
-    cols = (tile // tiles_m) * BN + tl.arange(0, BN)
+    first_col = (tile // tiles_m) * BN
+    cols = first_col + tl.arange(0, BN)
     row_mask = rows < num_rows
     col_mask = cols < num_cols
     each = tl.cdiv(tl.cdiv(num_features, BK), SPLIT) * BK
@@ -77,8 +81,8 @@ def gemm_tile(
     x_at = x_ptr + rows.to(tl.int64) * x_row_stride
     w_at = w_ptr + cols.to(tl.int64) * w_row_stride
     acc = product(
-        x_at, w_at, x_col_stride, w_col_stride, row_mask, col_mask, first, tl.minimum(first + each, num_features),
-        num_features, BM, BN, BK, SWAP, EVEN, STAGES,
+        x_at, w_at, None, x_col_stride, w_col_stride, first_col, row_mask, col_mask, first,
+        tl.minimum(first + each, num_features), num_features, BM, BN, BK, SWAP, EVEN, STAGES,
     )  # fmt: skip
     y_at = along_rows(rows.to(tl.int64) * num_cols, SWAP) + along_cols(cols, SWAP)
     mask = along_rows(row_mask, SWAP) & along_cols(col_mask, SWAP)

@@ -210,8 +210,9 @@ def expert_gemm_kernel(
         wanted = mask & (expert < num_experts)
         early = sum_of_deltas(delta_ptr, rows, cols, num_cols, wanted & (not late), J, BM, BN, SWAP)
         acc = product(
-            x[0] + rows * x[1], w_at, 1, w[3], row_mask, col_mask, 0, last, num_features, BM, BN, BK, SWAP, EVEN, STAGES
-        )
+            x[0] + rows * x[1], w_at, None, 1, w[3], 0, row_mask, col_mask, 0, last, num_features, BM, BN, BK, SWAP,
+            EVEN, STAGES,
+        )  # fmt: skip
         if late:
             wait_for_earlier(PDL)
         if J > 0:

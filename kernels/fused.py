@@ -32,7 +32,7 @@ from fxlora.kernels.triton_helpers import cdiv
 
 @triton.jit
 def fused_tile(
-    row_tile, col_tile, x, weight, bias, y_ptr, adapters, segments_ptr, num_rows, num_features, num_cols,
+    row_tile, col_tile, x, weight, w_desc, bias, y_ptr, adapters, segments_ptr, num_rows, num_features, num_cols,
     J: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, SWAP: tl.constexpr,
     SORTED: tl.constexpr, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POOL: tl.constexpr, STAGES: tl.constexpr,
     EXPAND_STAGES: tl.constexpr, PDL: tl.constexpr,
@@ -44,8 +44,8 @@ def fused_tile(
     if SORTED:
         rows = tl.load(segments_ptr + places, mask=row_mask, other=num_rows).to(tl.int64)
     acc = product(
-        x[0] + rows * x[1], weight[0] + cols.to(tl.int64) * weight[1], x[2], weight[2], row_mask, col_mask, 0,
-        num_features, num_features, BM, BN, BK, SWAP, EVEN, STAGES,
+        x[0] + rows * x[1], weight[0] + cols.to(tl.int64) * weight[1], w_desc, x[2], weight[2], col_tile * BN, row_mask,
+        col_mask, 0, num_features, num_features, BM, BN, BK, SWAP, EVEN, STAGES,
     )  # fmt: skip
     if HAS_BIAS:
         values = tl.load(bias[0] + cols * bias[1], mask=col_mask, other=0.0)
@@ -62,6 +62,10 @@ def fused_tile(
 def fused_kernel(
     x,  # [T, K]: pointer, strides
     weights,  # of each member: pointer to [N, K], strides
+    w0_desc,  # the same, None past the last and where TMA does not read them
+    w1_desc,
+    w2_desc,
+    w3_desc,
     biases,  # of each member: pointer to [N], stride
     ys,  # of each member: pointer to [T, N], contiguous
     h_ptr,  # [members, T * J, W], like x
@@ -97,6 +101,7 @@ def fused_kernel(
     let_later_start(PDL)
     tiles_m = tl.cdiv(num_rows, BM)
     program, begin = tl.program_id(0), 0
+    w_descs = (w0_desc, w1_desc, w2_desc, w3_desc)
     for member in tl.static_range(len(HAS_POOL)):
         end = begin + tl.cdiv(widths[member], BN) * tiles_m
         if (program >= begin) & (program < end):
@@ -107,9 +112,9 @@ def fused_kernel(
                     capacity, num_rows * J, tiles_m,
                 )  # fmt: skip
             fused_tile(
-                (program - begin) % tiles_m, (program - begin) // tiles_m, x, weights[member], biases[member],
-                ys[member], adapters, segments_ptr, num_rows, num_features, widths[member], J, BM, BN, BK, BR, SWAP,
-                SORTED, EVEN, HAS_BIAS[member], HAS_POOL[member], STAGES, EXPAND_STAGES, PDL,
+                (program - begin) % tiles_m, (program - begin) // tiles_m, x, weights[member], w_descs[member],
+                biases[member], ys[member], adapters, segments_ptr, num_rows, num_features, widths[member], J, BM, BN,
+                BK, BR, SWAP, SORTED, EVEN, HAS_BIAS[member], HAS_POOL[member], STAGES, EXPAND_STAGES, PDL,
             )  # fmt: skip
         begin = end
     wait_for_earlier(PDL)
@@ -124,11 +129,13 @@ def fused(call: LinearCall, tiles: FusedTiles) -> list[torch.Tensor]:
     scratch = scratch_of(call, tiles.gemm.BM, sorts=True)
     if call.members.has_pools:
         shrink_groups(call, scratch, tiles.shrink)
-    plan = call.plan(_launcher, tiles, lambda: _plan(call, scratch, tiles))
+    by_tma = tiles.tma and call.tma_reads(*call.weights)
+    plan = call.plan(_launcher, tiles, lambda: _plan(call, scratch, tiles, by_tma), step=by_tma)
     call.launch(
         plan,
         (call.x, *call.x.stride()),
         call.strided_weights,
+        *call.described_weights((tiles.gemm.BN, tiles.gemm.BK), by_tma),
         call.strided_biases,
         outputs,
         scratch.h,
@@ -145,7 +152,7 @@ def fused(call: LinearCall, tiles: FusedTiles) -> list[torch.Tensor]:
     return list(outputs)
 
 
-def _plan(call: LinearCall, scratch: Scratch, tiles: FusedTiles) -> Plan:
+def _plan(call: LinearCall, scratch: Scratch, tiles: FusedTiles, by_tma: bool) -> Plan:
     tile = tiles.gemm
     return call.planned(
         _launcher,
@@ -159,7 +166,7 @@ def _plan(call: LinearCall, scratch: Scratch, tiles: FusedTiles) -> Plan:
         BR=tiles.BR,
         SWAP=tile.SWAP,
         SORTED=scratch.is_sorted,
-        EVEN=call.features % tile.BK == 0 and not any([n % tile.BN for n in call.widths]),
+        EVEN=call.features % tile.BK == 0 and (by_tma or not any([n % tile.BN for n in call.widths])),
         HAS_BIAS=call.has_bias,
         HAS_POOL=call.members.has_pool,
         STAGES=tile.num_stages,

@@ -29,7 +29,7 @@ from fxlora.kernels.general import general
 from fxlora.kernels.prefill import prefill
 from fxlora.kernels.registry import Group, derived_of, pools_of
 from fxlora.kernels.tiles import decode_tiles, fused_tiles, gemv_tile, general_tiles, prefers_prefill, prefill_tile
-from fxlora.kernels.triton_helpers import INTERPRET, device_of
+from fxlora.kernels.triton_helpers import device_of
 
 DECODE_ROWS = 256
 """Most rows of decode.py and fused.py."""
@@ -88,21 +88,16 @@ def body_of(call: LinearCall) -> tuple[Body, object]:
     if few and all([weight.stride(1) == 1 for weight in call.weights]):
         return gemv, gemv_tile(features)
     ranks, many = call.members.h_width, rows > DECODE_ROWS
-    if (many or (rows > FEW_ROWS and prefers_prefill(rows, features, call.widths, dtype))) and _tma_reads(call):
+    if (many or (rows > FEW_ROWS and prefers_prefill(rows, features, call.widths, dtype))) and _all_by_tma(call):
         return prefill, prefill_tile(rows, call.widths, ranks)
     if many:
         return general, general_tiles(rows, call.entries, dtype)
     # fused keeps h in the dtype of x, whose range fp16 does not have
     aligned = not any([n % 8 for n in call.widths])
-    tiles = fused_tiles(rows, features, columns, ranks, aligned) if dtype == torch.bfloat16 else None
+    tiles = fused_tiles(rows, features, call.widths, ranks, aligned) if dtype == torch.bfloat16 else None
     return (fused, tiles) if tiles else (decode, decode_tiles(rows, features, columns, dtype, ranks))
 
 
-def _tma_reads(call: LinearCall) -> bool:
-    """Half precision, rows of x and of all weights adjacent inside and 16 bytes apart, on a GPU that has TMA."""
-    if call.x.dtype == torch.float32 or not (call.overlap or INTERPRET.value):
-        return False
-    matrices = (call.x, *call.weights)
-    return all([m.stride(1) == 1 and m.stride(0) % 8 == 0 and m.data_ptr() % 16 == 0 for m in matrices]) and not any(
-        [n % 8 or not n for n in (call.features, *call.widths)]
-    )
+def _all_by_tma(call: LinearCall) -> bool:
+    """TMA reads x and the weights, and writes the outputs."""
+    return call.tma_reads(call.x, *call.weights) and not any([n % 8 for n in call.widths])

@@ -221,8 +221,7 @@ def prefill(call: LinearCall, tile: PrefillTile) -> list[torch.Tensor]:
     call.launch(
         plan,
         Described(call.x, (tile.BM, tile.BK)),
-        *[Described(weight, (tile.BN, tile.BK)) for weight in call.weights],
-        *nothing,
+        *call.described_weights((tile.BN, tile.BK)),
         *[Described(y.view(call.rows, -1), y_block) for y in outputs],
         *nothing,
         call.strided_biases,

@@ -99,12 +99,14 @@ class DecodeTiles:
 
 @dataclass(frozen=True)
 class FusedTiles:
-    """The two launches of fused.py; BR ranks are expanded at once, in a loop of so many stages."""
+    """The two launches of fused.py; BR ranks are expanded at once, in a loop of so many stages. tma: W is read by TMA,
+    where that can read it."""
 
     shrink: ShrinkTile
     gemm: GemmTile
     BR: int
     stages: int
+    tma: bool = False
 
 
 @dataclass(frozen=True)
@@ -238,53 +240,67 @@ def _decode_shrink(features: int, columns: int, width: int) -> ShrinkTile | None
 
 
 @cache
-def fused_tiles(rows: int, features: int, columns: int, width: int, aligned: bool) -> FusedTiles | None:
-    """Tiles of a bf16 linear of few rows over N columns in all, None where decode_tiles serve it better.
+def fused_tiles(rows: int, features: int, widths: tuple[int, ...], width: int, aligned: bool) -> FusedTiles | None:
+    """Tiles of a bf16 linear of few rows, None where decode_tiles serve it better.
 
-    width: most ranks of a slot. aligned: rows of B lie 16 bytes apart; else B comes through registers, a few ranks at
-    once. The product's tile is the largest whose last wave is not mostly idle.
+    widths: N of each member. width: most ranks of a slot. aligned: rows of B lie 16 bytes apart; else B comes through
+    registers, a few ranks at once.
     """
     shrink = _SHRINK_ALONE if width <= 16 else _SHRINK_ALONE_RANKS
-    ranks = 128 if aligned else 16
-    one_wave = columns <= 64 * MULTIPROCESSORS
+    ranks, columns = 64 if aligned else 16, sum(widths)
     if rows <= 16:
-        return None if one_wave else FusedTiles(shrink, GemmTile(16, 128, 128, 1, True, 4, 3), ranks, 2)
+        wide = GemmTile(16, 128, 128, 1, True, 4, 3)
+        return None if columns <= 64 * MULTIPROCESSORS else FusedTiles(shrink, wide, ranks, 3)
     if rows <= 64:
-        if columns < 6144:
-            return None
-        gemm = GemmTile(64, 128, 64, 1, False, 4, 4)
-        if columns <= WIDE:
-            gemm = GemmTile(64, 64, 64, 1, True, 4, 6 if columns <= 128 * MULTIPROCESSORS else 4)
-            gemm = GemmTile(64, 64, 128, 1, True, 4, 4) if one_wave else gemm
-        return FusedTiles(shrink, gemm, ranks, 3)
-    if columns <= 512:
-        return FusedTiles(shrink, GemmTile(16, 64, 128, 1, True, 4, 4), ranks, 3)
-    tiles_m = cdiv(rows, 64)
-    half_idle = 64 * MULTIPROCESSORS < tiles_m * columns <= 96 * MULTIPROCESSORS  # parts of K fill the wave better
-    if columns <= 2048 or features > TALL or half_idle or not aligned:
+        gemm = _fused_gemm_of_64(columns)
+        stages = 3 if width <= 16 or columns <= WIDE else 4
+        return None if gemm is None else FusedTiles(shrink, gemm, ranks, stages, tma=columns > WIDE)
+    gemm = _fused_gemm(rows, features, widths, width) if aligned else None
+    return None if gemm is None else FusedTiles(shrink, gemm, ranks, 3, tma=not gemm.SWAP)
+
+
+def _fused_gemm_of_64(columns: int) -> GemmTile | None:
+    """Of 17 to 64 rows."""
+    if columns < 6144:
         return None
-    if tiles_m * cdiv(columns, 64) <= MULTIPROCESSORS:
-        return FusedTiles(shrink, GemmTile(64, 64, 128, 1, True, 4, 4), 128, 2)
-    if tiles_m * cdiv(columns, 128) <= MULTIPROCESSORS:
-        return FusedTiles(shrink, GemmTile(64, 128, 128, 1, True, 8, 3), 128, 2)
-    if tiles_m * cdiv(columns, 128) <= 1.8 * MULTIPROCESSORS:
-        return FusedTiles(shrink, GemmTile(64, 128, 64, 1, False, 4, 4), 128, 2)
-    if tiles_m * cdiv(columns, 256) <= MULTIPROCESSORS:
-        return FusedTiles(shrink, GemmTile(64, 256, 64, 1, False, 8, 4), 128, 2)
-    if rows <= 128:
-        return FusedTiles(shrink, GemmTile(64, 128, 64, 1, False, 4, 4), 128, 3)
-    return FusedTiles(shrink, GemmTile(128, 256, 64, 1, False, 8, 3), 128, 2)
+    if columns <= 64 * MULTIPROCESSORS:
+        return GemmTile(64, 64, 128, 1, True, 4, 4)
+    if columns <= 128 * MULTIPROCESSORS:
+        return GemmTile(64, 128, 64, 1, False, 4, 5) if columns >= 12288 else GemmTile(64, 64, 64, 1, True, 4, 6)
+    return GemmTile(64, 64, 64, 1, True, 4, 4) if columns <= WIDE else GemmTile(64, 128, 64, 1, False, 4, 4)
+
+
+def _fused_gemm(rows: int, features: int, widths: tuple[int, ...], width: int) -> GemmTile | None:
+    """Of 65 to 256 rows: the tile whose waves take least together.
+
+    A wave of one program a multiprocessor is the unit for 64 x 256, of two for 64 x 128; one of 128 x 256 takes 1.75.
+    """
+    if sum(widths) <= 512 or features > TALL:
+        return None
+
+    def count(block_m: int, block_n: int) -> int:
+        return cdiv(rows, block_m) * sum(cdiv(n, block_n) for n in widths)
+
+    small, medium, large = count(64, 64), count(64, 128), count(64, 256)
+    if small <= MULTIPROCESSORS:
+        fills = small > (90 if len(widths) == 1 else 60) and features < TALL and width <= 16
+        return GemmTile(64, 64, 128, 1, True, 4, 4) if fills else None
+    if medium <= MULTIPROCESSORS:
+        return GemmTile(64, 128, 64, 1, False, 4, 5) if features < TALL or medium > 105 else None
+    pairs, single = cdiv(medium, 2 * MULTIPROCESSORS), cdiv(large, MULTIPROCESSORS)
+    tall = 1.75 * cdiv(count(128, 256), MULTIPROCESSORS)
+    if features > 1024 and tall < min(pairs, single):
+        return GemmTile(128, 256, 64, 1, False, 8, 4)
+    if pairs < single or features <= 2048 or large <= 105:
+        return GemmTile(64, 128, 64, 1, False, 4, 4)
+    return GemmTile(64, 256, 64, 1, False, 8, 4)
 
 
 @cache
 def prefers_prefill(rows: int, features: int, widths: tuple[int, ...], dtype: torch.dtype) -> bool:
-    """Whether prefill serves 65 to 256 rows better, where TMA can read them."""
-    columns = sum(widths)
-    if dtype != torch.bfloat16:
-        return False
-    if features > TALL:
-        return cdiv(rows, 128) * cdiv(columns, 128) > MULTIPROCESSORS // 2
-    return rows > 128 and len(widths) == 1 and 64 * MULTIPROCESSORS < columns <= 12288
+    """Whether prefill serves 65 to 256 rows better, where TMA can read them: many tiles of many in-features."""
+    many = cdiv(rows, 128) * cdiv(sum(widths), 128) > MULTIPROCESSORS // 2
+    return dtype == torch.bfloat16 and features > TALL and many
 
 
 @cache
@@ -293,7 +309,7 @@ def prefill_tile(rows: int, widths: tuple[int, ...], width: int) -> PrefillTile:
 
     The largest, unless much of its last wave would be idle: then two programs share a multiprocessor.
     """
-    shrink, later = _SHRINK_ALONE if width <= 16 else _SHRINK_TALL_RANKS, (32, 5)
+    shrink, later = _SHRINK_ALONE if width <= 16 else _SHRINK_TALL_RANKS, (32, 3)
 
     def count(block_m: int, block_n: int) -> int:
         return cdiv(rows, block_m) * sum(cdiv(n, block_n) for n in widths)

@@ -64,6 +64,8 @@ FUSED = {
     "plain": FusedTiles(ALONE, GemmTile(16, 16, 16, 1, False, 4, 2), 32, 2),
     "one tile of rows": FusedTiles(ALONE, GemmTile(256, 16, 32, 1, False, 4, 2), 16, 3),
     "swap": FusedTiles(replace(ALONE, BR=32), GemmTile(16, 64, 32, 1, True, 4, 2), 64, 3),
+    "W by TMA": FusedTiles(ALONE, GemmTile(16, 32, 32, 1, False, 4, 3), 32, 2, tma=True),
+    "W by TMA, swap": FusedTiles(ALONE, GemmTile(16, 64, 16, 1, True, 4, 2), 64, 3, tma=True),
     "tall shrink": FusedTiles(replace(ALONE, BM=32, slices=1), GemmTile(32, 16, 16, 1, False, 4, 2), 32, 2),
 }
 GEMV = {
@@ -127,6 +129,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "two adapters and coefficients": {"width": 2, "bias": True},
     "two adapters shuffled": {"width": 2, "order": "shuffled"},
     "ranks up to 100": {"ranks": (100, 0, 17, 64, 1), "order": "shuffled"},
+    "37 groups of ranks": {"ranks": (256, 0, 240, 64, 17), "order": "shuffled"},
     "one row": {"rows": 1, "ranks": (3, 20)},
     "three members, one without a pool": {"outs": (24, 16, 40), "none_members": (1,), "bias": True},
     "members without pools": {"outs": (24, 16), "none_members": (0, 1)},
@@ -229,6 +232,29 @@ def test_fused_tiles(rows: int, tiles: str) -> None:
         tile = replace(tile, gemm=replace(tile.gemm, BM=64))
     case = small_case(rows=rows, features=72, outs=(24, 40), ranks=(3, 0, 70), none_members=(0,), order="shuffled")
     check("fused", case, tile, bare=rows < 64)
+
+
+def test_weights_that_tma_does_not_read() -> None:
+    """In-features of which rows are not 16 bytes apart, weights with strides, fp32: through pointers."""
+    tile = FUSED["W by TMA"]
+    check("fused", small_case(rows=18, features=37), tile)
+    check("fused", small_case(rows=18, dtype=FP32), tile)
+    case = small_case(rows=18)
+    check("fused", replace(case, weights=[case.weights[0].t().contiguous().t()]), tile)
+    check("fused", replace(case, weights=[wider(case.weights[0], 5, 3)]), tile)
+
+
+@pytest.mark.parametrize("order", ["runs", "shuffled"])
+def test_bodies_that_share_a_shrink_keep_their_own_order_of_rows(order: str) -> None:
+    """fused takes rows in the order of their slots, prefill as they come: the lists of groups differ."""
+    from fxlora.kernels import fused, prefill
+
+    case = small_case(rows=3 * SIDE, order=order)
+    call = linear_call(case)  # one call, so that plans of the first are there for the second
+    both = FusedTiles(ALONE, GemmTile(SIDE, 16, 16, 1, False, 4, 2), 32, 2)
+    for outputs in (fused.fused(call, both), prefill.prefill(call, PREFILL), fused.fused(call, both)):
+        assert_close(outputs, case.expected(), LIMIT[BF16])
+        call.scratch.clear()
 
 
 @pytest.mark.parametrize("tiles", GEMV)

@@ -40,9 +40,8 @@ def test_sides_of_the_decode_tiles_are_what_a_dot_accepts(rows: int) -> None:
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 256])
 def test_sides_of_the_fused_tiles_are_what_a_dot_accepts(rows: int) -> None:
-    found = [
-        fused_tiles(rows, *sizes, 64, aligned) for *sizes, aligned in itertools.product(WIDTHS, WIDTHS, (True, False))
-    ]
+    shapes = itertools.product(WIDTHS, WIDTHS, (16, 64), (True, False))
+    found = [fused_tiles(rows, features, (n, n), ranks, aligned) for features, n, ranks, aligned in shapes]
     assert any(found)
     for tiles in filter(None, found):
         sides = (tiles.gemm.BM, tiles.gemm.BN, tiles.gemm.BK, tiles.BR, tiles.shrink.BR, tiles.shrink.BK)
@@ -96,6 +95,19 @@ def test_a_last_wave_that_would_be_mostly_idle_is_shared() -> None:
     assert (even.BN, even.programs) == (256, 1)
     assert (uneven.BN, uneven.programs) == (128, 2)
     assert (together.BN, together.programs) == (256, 1)  # 384 tiles of all members
+
+
+def test_a_fused_tile_is_the_one_whose_waves_take_least() -> None:
+    def sides(rows: int, features: int, *widths: int) -> tuple[int, int, int] | None:
+        tiles = fused_tiles(rows, features, widths, 16, True)
+        return tiles and (tiles.gemm.BM, tiles.gemm.BN, tiles.gemm.num_stages)
+
+    assert sides(256, 2048, 2048) == (64, 64, 4)  # 128 tiles
+    assert sides(256, 4096, 4096) == (64, 128, 5)  # 128 tiles
+    assert sides(256, 8192, 8192) == (64, 256, 4)  # 128 tiles
+    assert sides(256, 4096, 4096, 1024, 1024) == (64, 128, 4)  # 192 tiles, two to a multiprocessor
+    assert sides(256, 2048, 8192, 8192) == (128, 256, 4)  # 128 tiles
+    assert sides(256, 2048, 128) is sides(256, 14336, 4096) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
