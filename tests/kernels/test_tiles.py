@@ -100,7 +100,7 @@ def test_a_last_wave_that_would_be_mostly_idle_is_shared() -> None:
 def test_a_fused_tile_is_the_one_whose_waves_take_least() -> None:
     def sides(rows: int, features: int, *widths: int) -> tuple[int, int, int] | None:
         tiles = fused_tiles(rows, features, widths, 16, True)
-        return tiles and (tiles.gemm.BM, tiles.gemm.BN, tiles.gemm.num_stages)
+        return (tiles.gemm.BM, tiles.gemm.BN, tiles.gemm.num_stages) if tiles else None
 
     assert sides(256, 2048, 2048) == (64, 64, 4)  # 128 tiles
     assert sides(256, 4096, 4096) == (64, 128, 5)  # 128 tiles
