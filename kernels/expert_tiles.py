@@ -112,7 +112,7 @@ def expert_prefill_tile(height: int, columns: int, dtype: torch.dtype, width: in
     if height < 128:
         shrink = ExpertShrinkTile(64, 64, 64, 396, 4, 4, False, 8)
         if columns >= 4096:
-            return ExpertPrefillTile(256, 64, 64, 132, 8, 4, 4, True, True, shrink)
+            return ExpertPrefillTile(256, 64, 64, 132, 8, 4, 5, True, True, shrink)
         alone = ExpertShrinkTile(64, 128, 64, 396, 4, 3, True, 1)
         return ExpertPrefillTile(128, 64, 64, 396, 4, 3, 3, True, True, alone if few_ranks else shrink)
     shrink = ExpertShrinkTile(64, 64, 64, 264, 4, 5, few_ranks, 1 if few_ranks else 8)
