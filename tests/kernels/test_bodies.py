@@ -355,11 +355,12 @@ def test_which_body_serves_what() -> None:
     for rows, outs, dtype, body in (
         (1, (4096,), BF16, gemv), (1, (5,), FP32, gemv), (16, (512,), BF16, gemv), (16, (256, 256), FP32, gemv),
         (16, (256, 257), BF16, decode), (17, (24,), BF16, decode), (256, (24,), FP32, decode),
-        (65, (512,), BF16, fused), (65, (512,), FP16, decode), (64, (6144,), BF16, fused), (16, (6144,), BF16, decode),
+        (65, (512,), BF16, decode), (256, (2048,), BF16, fused), (256, (2048,), FP16, decode),
+        (64, (6144,), BF16, fused), (16, (6144,), BF16, decode),
         (2, (8449,), BF16, fused), (2, (8449,), FP16, decode), (64, (6143,), BF16, decode),
         (65, (20007,), BF16, decode), (65, (20008,), BF16, fused),
-        (129, (9000,), BF16, prefill if many is prefill else fused),
-        (129, (9001,), BF16, decode), (129, (4504, 4504), BF16, fused), (129, (9000,), FP16, decode),
+        (129, (9000,), BF16, fused), (129, (9001,), BF16, decode), (129, (4504, 4504), BF16, fused),
+        (129, (9000,), FP16, decode),
         (257, (24,), FP32, general), (257, (24, 16), BF16, many), (257, (24,), FP16, many),
         (257, (24, 17), BF16, general),
     ):  # fmt: skip
