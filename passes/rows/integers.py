@@ -49,6 +49,8 @@ _INDEXING = {
     "index_fill_",
 }
 _MUTATIONS = {"setitem"}
+_LOOKUPS = {"getitem", "index", "index_select", "embedding"}
+_TABLE_RANGE = 8  # numbers that a table of fewer (one not loaded yet: all zeros) is taken to hold
 _SELECTIONS = {"where", "nonzero", "argwhere", "nonzero_numpy"}
 _GROUPED = {"_grouped_mm", "grouped_mm", "grouped_mm_fallback"}
 # How rows per expert are counted: some of it in floating point, exactly.
@@ -184,6 +186,8 @@ class Integers:
                 return self._draw_ranking(node, name, world)
             except RuntimeError:
                 return None
+        if name in _LOOKUPS:
+            return self._draw_lookup(node, world, values)
         return None
 
     def _compared(self, node: fx.Node, name: str, world: World, values: dict[fx.Node, Any]) -> Any:
@@ -241,6 +245,27 @@ class Integers:
             world.rankings[node] = order.to(indices.dtype).contiguous()
         drawn = world.rankings[node]
         return (None, drawn) if isinstance(facts, tuple) else drawn
+
+    def _draw_lookup(self, node: fx.Node, world: World, values: dict[fx.Node, Any]) -> torch.Tensor | None:
+        """What a table of the model holds at places that data decides: any numbers between its least and its greatest.
+
+        An expert for each token of the vocabulary, say. A number that no expert has is drawn, too, if the table holds
+        one.
+        """
+        tables = [values[n] for n in node.all_input_nodes if n in values and n.op in ("get_attr", "placeholder")]
+        facts = world.facts(node)
+        if len(tables) != 1 or len(node.all_input_nodes) != 2 or not _is_integer(facts) or facts.dtype == torch.bool:
+            return None
+        (table,) = tables
+        if not isinstance(table, torch.Tensor) or not table.numel() or table.dtype != facts.dtype:
+            return None
+        if node not in world.rankings:
+            low = int(table.min())
+            high = max(int(table.max()), low + _TABLE_RANGE - 1)
+            drawn = torch.randint(low, high + 1, tuple(facts.shape), generator=world.generator).to(facts.dtype)
+            drawn.view(-1)[: 2 if drawn.numel() > 2 else 0] = torch.tensor([high, low], dtype=facts.dtype)
+            world.rankings[node] = drawn
+        return world.rankings[node]
 
     def index_values(self, node: fx.Node, size: int, world_index: int) -> torch.Tensor:
         """The value of an index into ``size`` positions; drawn (distinct, covering) where only the caller knows it."""

@@ -303,7 +303,7 @@ def constant_integers(gm: fx.GraphModule, bound: Mapping[fx.Node, torch.Tensor])
             if (
                 isinstance(value, torch.Tensor)
                 and value.device.type != "meta"
-                and value.numel() < 2**20
+                and value.numel() < 2**22
                 and not value.is_floating_point()
                 and not value.is_complex()
             ):

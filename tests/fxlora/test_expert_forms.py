@@ -27,6 +27,7 @@ from tests.toys.experts import (
     L,
     N,
     Routed,
+    RoutedByTable,
     chosen,
     combined,
     dense,
@@ -35,7 +36,9 @@ from tests.toys.experts import (
     matmul,
     merged_experts,
     routed,
+    routed_by_table,
     tokens,
+    tokens_and_ids,
 )
 
 NAMES: Sequence[str | None] = ("a", None, "b", "a")
@@ -159,6 +162,56 @@ def test_torchs_own_grouped_matmul_in_half_precision() -> None:
     for index, wanted in enumerate((merged, model)):
         assert worst([got[index : index + 1]], [wanted(inputs["x"][index : index + 1])]) <= 3e-2
     assert worst([model(inputs["x"][:1])], [merged(inputs["x"][:1])]) > 0.3
+
+
+LOOKUPS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "table[ids]": lambda table, ids: table[ids],
+    "index_select": lambda table, ids: table.index_select(0, ids),
+    "embedding": lambda table, ids: F.embedding(ids, table),
+}
+
+
+@pytest.mark.parametrize("product", ["grouped", "bmm of w[ids]", "where, index_add_"])
+@pytest.mark.parametrize("lookup", LOOKUPS)
+@torch.no_grad()
+def test_experts_that_a_table_of_the_vocabulary_names(lookup: str, product: str) -> None:
+    model = routed_by_table({**SPELLINGS, **GROUPED, **PICKED}[product], LOOKUPS[lookup])
+    lora = fxlora.apply(fxlora.capture(model, **tokens_and_ids()), max_adapters=2, max_rank=8, targets="all")
+    adapter = make_expert_adapter(model, 3, 1)
+    lora.load_adapter("a", adapter)
+    inputs = tokens_and_ids(batch=3, length=6, seed=4)
+    got = lora(**clone(inputs), adapters=["a", None, "a"])
+    for index, name in enumerate(("a", None, "a")):
+        alone = {key: value[index : index + 1] for key, value in inputs.items()}
+        want = merged_experts(model, adapter if name else None)(**alone)
+        assert worst([got[index : index + 1]], [want]) <= 1e-5
+        assert name is None or worst([want], [model(**alone)]) > 1e-2
+
+
+def test_a_table_before_its_values_are_loaded() -> None:
+    model = routed_by_table(GROUPED["grouped"], LOOKUPS["table[ids]"])
+    model.table.zero_()
+    lora = fxlora.apply(fxlora.capture(model, **tokens_and_ids()), max_adapters=2, targets="all")
+    assert "w" in [site.name for site in lora.sites]
+
+
+def test_a_table_that_names_no_expert_for_some() -> None:
+    """Rows before the first expert's move all others: then whose they are is anybody's say."""
+    model = routed_by_table(GROUPED["grouped"], LOOKUPS["table[ids]"])
+    model.table[17, 1] = -1
+    with pytest.raises(RowsNotProvenError, match="offsets are not proven"):
+        fxlora.apply(fxlora.capture(model, **tokens_and_ids()), max_adapters=2, targets=["w"])
+
+
+def test_a_table_that_the_graph_writes() -> None:
+    class Growing(RoutedByTable):
+        def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+            self.table.add_(1)
+            return super().forward(x, ids)
+
+    model = Growing(GROUPED["grouped"], LOOKUPS["table[ids]"]).eval().requires_grad_(False)
+    with pytest.raises(RowsNotProvenError, match="offsets are not proven"):
+        fxlora.apply(fxlora.capture(model, **tokens_and_ids()), max_adapters=2, targets=["w"])
 
 
 def of_other_requests(self: Routed, x: Tensor, ids: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Expert products in every spelling: a router, one weight for all experts, and what a body makes of both.
 
-Shape letters: T tokens of all requests, A experts a token, E experts, K and N features.
+Shape letters: T tokens of all requests, A experts a token, E experts, K and N features, V words.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from tests.toys.base import Adapter, scaling_of
 
-B, L, K, N, E, A = 3, 5, 16, 24, 7, 2
+B, L, K, N, E, A, V = 3, 5, 16, 24, 7, 2, 50
 Body = Callable[["Routed", Tensor, Tensor, Tensor], Tensor]
 
 
@@ -46,6 +46,36 @@ def routed(body: Body, stored_KN: bool = False) -> Routed:
     with torch.random.fork_rng():
         torch.manual_seed(23)
         return Routed(body, stored_KN).eval().requires_grad_(False)
+
+
+class RoutedByTable(Routed):
+    """x [B, L, K], ids [B, L] -> [B, L, N]: a table of the vocabulary says which experts a token goes to (hash layers,
+    arXiv 2106.04426; the first layers of DeepSeek-V4)."""
+
+    table: Tensor
+
+    def __init__(self, body: Body, lookup: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__(body)
+        self.register_buffer("table", torch.rand(V, E).argsort(-1)[:, :A])
+        self.lookup = lookup
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        tokens = x.reshape(-1, K)
+        experts = self.lookup(self.table, ids.reshape(-1)).long()
+        weights = F.softmax(self.gate(tokens), dim=-1).gather(1, experts.clamp(0, E - 1))
+        return self.body(self, tokens, weights, experts).reshape(x.shape[0], x.shape[1], N)
+
+
+def routed_by_table(body: Body, lookup: Callable[[Tensor, Tensor], Tensor]) -> RoutedByTable:
+    """The module, the same weights at every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(23)
+        return RoutedByTable(body, lookup).eval().requires_grad_(False)
+
+
+def tokens_and_ids(batch: int = B, length: int = L, seed: int = 0) -> dict[str, Tensor]:
+    ids = torch.randint(0, V, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return {**tokens(batch, length, seed), "ids": ids}
 
 
 def tokens(batch: int = B, length: int = L, seed: int = 0) -> dict[str, Tensor]:
