@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fxlora.passes.reads import Reader
 
 _GROUPED = {"_grouped_mm", "grouped_mm", "grouped_mm_fallback"}
+_PRODUCTS = {"bmm", "matmul", "mm", "baddbmm", "addmm", "linear", "einsum"}
 # Strides of the stand-in for a weight: a dim is known by its stride, whatever views moved it.
 _STRIDES = (10007, 20011, 30011, 40009, 50021, 60013, 70001, 80021, 90001, 100003, 110017, 120011, 130003)
 _X_LETTERS, _ID_LETTERS, _DIGITS = "ABCDEFGH", "pqrst", "12345"
@@ -53,6 +54,8 @@ def read_product(
     reader: Reader, node: fx.Node, name: str, other: fx.Node
 ) -> tuple[ExpertProduct, bool, fx.Node, Any] | str:
     """The product that a call makes of a 3-D weight: (product, whether stored [E, K, N], x, addend), or why none."""
+    if name not in _GROUPED | _PRODUCTS:
+        return f"a 3-D weight, read by {name.lstrip('?')}"
     seen = _operand(reader, other)
     if isinstance(seen, str):
         return f"expert weights, {seen}"
@@ -64,10 +67,8 @@ def read_product(
         found = _added(reader, node, name, other, seen)
     elif name == "linear":
         found = _linear(reader, node, other, seen)
-    elif name == "einsum":
-        found = _einsum(reader, node, other, seen)
     else:
-        return f"a 3-D weight, read by {name.lstrip('?')}"
+        found = _einsum(reader, node, other, seen)
     if isinstance(found, str):
         return f"expert weights, {found}"
     return _checked(reader, node, seen, found)
