@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 WORKERS ?= 2
+JOBS   ?= 8
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
@@ -41,15 +42,18 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # Every tensor gets memory of its own, or memcheck would take a neighbour's for a tensor's.
+# In parts beside each other; the first pass, without a tool, leaves the compiled kernels in Triton's cache.
 sanitize: $(STAMP)
 	@if ! command -v compute-sanitizer >/dev/null; then \
 		echo "skipped: compute-sanitizer (CUDA toolkit) is not on PATH"; \
 	elif ! $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
 		echo "skipped: no GPU"; \
 	else \
+		parts="seq 0 $$(($(JOBS) - 1))"; run="$(BIN)/python -m tests.kernels.sanitize --part"; \
+		$$parts | xargs -P $(JOBS) -I{} $$run {}/$(JOBS) >/dev/null || exit 1; \
 		for tool in memcheck racecheck; do \
-			PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-				--target-processes all $(BIN)/python -m tests.kernels.sanitize || exit 1; \
+			$$parts | PYTORCH_NO_CUDA_MEMORY_CACHING=1 xargs -P $(JOBS) -I{} compute-sanitizer --tool $$tool \
+				--error-exitcode 1 $$run {}/$(JOBS) || exit 1; \
 		done; \
 	fi
 

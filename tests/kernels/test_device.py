@@ -146,6 +146,37 @@ def test_offsets_past_32_bits() -> None:
     assert row_errors(found, expected).max() < TOLERANCE[torch.bfloat16]
 
 
+def pool_of_many(features: int, out: int, room: int, slots: int, device: str) -> SitePool:
+    """Adapters of ranks up to `room` / 2, `room` pool rows apart; the last one ends with the pool."""
+    pool = SitePool.allocate(
+        kind="linear", pool_rows=room * slots, in_features=features, out_features=out, max_adapters=slots, dtype=BF16,
+        device=device, max_rank=room // 2,
+    )  # fmt: skip
+    half = room // 2
+    for slot in range(slots):
+        rank = (half, 1, 16, 8, half // 4, half // 2 - 3)[slot % 6] if slot < slots - 1 else half
+        a_RK = torch.randn(rank, features, device=device) * features**-0.5
+        b_RN = torch.randn(rank, out, device=device) * rank**-0.5
+        pool.write(slot, start=room * slot + half, a_RK=a_RK, b_RN=b_RN, scaling=random.uniform(0.5, 2))
+    return pool
+
+
+def test_pools_of_8_gb_with_256_slots() -> None:
+    """Every body, on adapters that lie all over a pool, the last of them past 2**31 elements of B."""
+    if torch.cuda.mem_get_info()[0] < 20 << 30:
+        pytest.skip("needs 20 GiB of GPU memory")
+    features, out = 4096, 28672
+    pool = pool_of_many(features, out, room=512, slots=256, device="cuda")
+    assert (pool.a.numel() + pool.b.numel()) * 2 > 8e9
+    weight = torch.randn(out, features, device="cuda").bfloat16() * features**-0.5
+    for rows in (1, 16, 64, 200, 300):
+        x = torch.randn(rows, features, device="cuda").bfloat16()
+        slots = torch.randint(-1, 256, (rows, 1), dtype=torch.int32, device="cuda")
+        slots[-1] = 255
+        case = Case("linear", x, [weight], [None], slots, None, (pool,), 256)
+        assert row_errors(case.run()[0], case.expected()[0]).max() < TOLERANCE[BF16], rows
+
+
 def test_compiled_with_cuda_graphs_sees_adapters_change() -> None:
     case = make_case(rows=16, outs=(40,), ranks=(16,) * 3, device="cuda")
     with registered(case.pools) as handle, torch.no_grad():
