@@ -23,7 +23,7 @@ from fxlora.kernels.call import Plan
 from fxlora.kernels.expert_call import ExpertCall, load_x, rows_of, tile_item, tiles_in_use
 from fxlora.kernels.expert_prefill_shrink import adapters_of, shrink_tiles
 from fxlora.kernels.expert_tiles import ExpertPrefillTile
-from fxlora.kernels.groups import CHUNK, columns_of, count_groups, h_of, load_b, load_chunk, slots_of
+from fxlora.kernels.groups import add_groups, count_groups
 from fxlora.kernels.launch import Described, Launcher
 from fxlora.kernels.triton_helpers import INTERPRET, cdiv, dot, strided
 
@@ -48,22 +48,6 @@ def load_w(
             return tl.load(at)
         else:
             return tl.load(at, mask=(ks < num_features)[:, None] & (cols < num_cols)[None, :], other=0.0)
-
-
-@triton.jit
-def add_groups(
-    acc, count, row_tile, own_rows, cols, adapters, num_rows, num_cols,
-    J: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """acc + h B, over the `count` groups of a row tile."""
-    row_slots = slots_of(own_rows, 0, adapters, num_rows, J)
-    for chunk in tl.range(0, count, CHUNK, num_stages=1):
-        listed = load_chunk(row_tile, chunk, count, adapters)
-        for group in tl.range(0, tl.minimum(count - chunk, CHUNK), BR // 16, num_stages=STAGES):
-            columns = columns_of(listed, group, BR)
-            h_tile = h_of(own_rows, row_slots, columns, adapters, num_rows, J, BM, BR)
-            acc = dot(h_tile, load_b(cols, columns, adapters, num_cols, BR), acc, "ieee")
-    return acc
 
 
 @triton.jit(do_not_specialize=["num_rows", "bound"])
@@ -118,7 +102,7 @@ def expert_prefill_kernel(
         if HAS_POOL:
             own_rows = tl.where(row_mask, rows, num_rows)  # those of other tiles have no slots
             acc = add_groups(
-                acc, count, row_tile, own_rows, cols, adapters, num_rows, num_cols, J, BM, BR, EXPAND_STAGES
+                acc, row_tile, 0, count, own_rows, cols, adapters, num_rows, num_cols, J, BM, BR, False, EXPAND_STAGES
             )
         if HAS_BIAS:
             bias_at = bias[0] + expert.to(tl.int64) * bias[1] + cols.to(tl.int64) * bias[2]

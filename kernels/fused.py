@@ -23,7 +23,7 @@ import triton.language as tl
 from fxlora.kernels.call import LinearCall, Plan
 from fxlora.kernels.decode_gemm import along_cols, along_rows, product
 from fxlora.kernels.group_shrink import Scratch, scratch_of, shrink_groups
-from fxlora.kernels.groups import adapters_of, add_groups
+from fxlora.kernels.groups import adapters_of, add_groups, count_groups
 from fxlora.kernels.launch import Launcher
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
 from fxlora.kernels.tiles import FusedTiles
@@ -52,7 +52,10 @@ def fused_tile(
         acc += along_cols(values.to(tl.float32), SWAP)
     if HAS_POOL:
         wait_for_earlier(PDL)
-        acc = add_groups(acc, row_tile, 0, rows, cols, adapters, num_rows, num_cols, J, BM, BR, SWAP, EXPAND_STAGES)
+        count = count_groups(row_tile, adapters)
+        acc = add_groups(
+            acc, row_tile, 0, count, rows, cols, adapters, num_rows, num_cols, J, BM, BR, SWAP, EXPAND_STAGES
+        )
     mask = along_rows(row_mask, SWAP) & along_cols(col_mask, SWAP)
     at = along_rows(rows * num_cols, SWAP) + along_cols(cols, SWAP)
     tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=mask)

@@ -181,16 +181,15 @@ def load_b(cols, columns, adapters, num_cols, BR: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def add_groups(
-    acc, row_tile, first, rows, cols, adapters, num_rows, num_cols, J: tl.constexpr, BM: tl.constexpr,
+    acc, row_tile, first, count, rows, cols, adapters, num_rows, num_cols, J: tl.constexpr, BM: tl.constexpr,
     BR: tl.constexpr, SWAP: tl.constexpr, STAGES: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """acc [BM, BN] (SWAP: [BN, BM]) + h B of the groups from `first` on, BR ranks at a time; loads run ahead.
+    """acc [BM, BN] (SWAP: [BN, BM]) + h B of groups first .. count of a row tile, BR ranks at a time; loads run ahead.
 
     What is listed is read for CHUNK groups before the loop over them: loads whose addresses come from loads of the same
     loop run half as far ahead.
     """
     row_slots = slots_of(rows, 0, adapters, num_rows, J)
-    count = count_groups(row_tile, adapters)
     for chunk in tl.range(first, count, CHUNK, num_stages=1):
         listed = load_chunk(row_tile, chunk, count, adapters)
         for group in tl.range(0, tl.minimum(count - chunk, CHUNK), BR // 16, num_stages=STAGES):

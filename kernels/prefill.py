@@ -82,20 +82,9 @@ def adapted_tile(
         acc = dot(more_h, more_b, acc, "ieee")
     if count > DEPTH * (BR // 16):
         acc = add_groups(
-            acc,
-            row_tile,
-            DEPTH * (BR // 16),
-            rows,
-            cols,
-            adapters,
-            num_rows,
-            num_cols,
-            J,
-            BM,
-            LATER[0],
-            False,
+            acc, row_tile, DEPTH * (BR // 16), count, rows, cols, adapters, num_rows, num_cols, J, BM, LATER[0], False,
             LATER[1],
-        )
+        )  # fmt: skip
     return acc
 
 

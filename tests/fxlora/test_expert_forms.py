@@ -205,7 +205,7 @@ def test_a_table_that_names_no_expert_for_some() -> None:
 
 def test_a_table_that_the_graph_writes() -> None:
     class Growing(RoutedByTable):
-        def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
             self.table.add_(1)
             return super().forward(x, ids)
 

@@ -59,7 +59,8 @@ class RoutedByTable(Routed):
         self.register_buffer("table", torch.rand(V, E).argsort(-1)[:, :A])
         self.lookup = lookup
 
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
+        assert ids is not None
         tokens = x.reshape(-1, K)
         experts = self.lookup(self.table, ids.reshape(-1)).long()
         weights = F.softmax(self.gate(tokens), dim=-1).gather(1, experts.clamp(0, E - 1))
