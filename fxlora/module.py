@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +19,7 @@ from fxlora.dumps.record import Record, title_of
 from fxlora.errors import AdapterError, CallError
 from fxlora.passes.pipeline import Job, PassReport
 from fxlora.passes.plan import Group
+from fxlora.passes.rows.worlds import GraphInput
 from fxlora.passes.sites import Site, Skipped
 from fxlora.pool import AdapterPool
 from fxlora.renames import renames_of
@@ -83,6 +85,7 @@ class LoraModule(nn.Module):
         self._fixed = [(inp.name, position[inp.node], dict(job.sizing.fixed.get(inp.node, {}))) for inp in job.inputs]
         self.fixed_sizes = {name: sizes for name, _, sizes in self._fixed if sizes}
         self._guards = job.sizing.guards
+        self._alike = [(pair, tuple(_place(symbol, job.inputs) for symbol in pair)) for pair in job.sizing.alike]
         self._symbols = [
             (s, position[inp.node], d) for inp in job.inputs for d, s in enumerate(inp.symbols) if s is not None
         ]
@@ -209,6 +212,12 @@ class LoraModule(nn.Module):
                 raise CallError(
                     f"the model takes another branch at these sizes: it was traced where {guard} holds, with {values}"
                 )
+        for pair, places in self._alike:
+            if len({values.get(symbol) for symbol in pair}) > 1:
+                raise CallError(
+                    f"{places[0]} is {values[pair[0]]} and {places[1]} is {values[pair[1]]}: rows are proven for calls "
+                    "that give them one size, as the graph was traced"
+                )
         self._allowed.add(sizes)
 
     def check(self, *args: Any, **kwargs: Any) -> list[OutputCheck]:
@@ -249,3 +258,8 @@ class LoraModule(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise CallError("a LoraModule owns adapter memory of this process and cannot be pickled: save the base model")
+
+
+def _place(symbol: Any, inputs: Sequence[GraphInput]) -> str:
+    """Where a call gives a size its value."""
+    return next(f"dim {d} of {inp.name!r}" for inp in inputs for d, s in enumerate(inp.symbols) if s == symbol)

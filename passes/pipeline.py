@@ -29,7 +29,7 @@ from fxlora.passes.rewrite import rewrite_sites
 from fxlora.passes.rows.integers import settle_worlds
 from fxlora.passes.rows.propagate import Prover, constant_integers
 from fxlora.passes.rows.seeds import BatchDims, choose_seeds, trusted_inputs
-from fxlora.passes.rows.worlds import GraphInput, Sizing, World, size_worlds
+from fxlora.passes.rows.worlds import GraphInput, Sizing, World, size_worlds, symbols_alike
 from fxlora.passes.siblings import group_siblings
 from fxlora.passes.sites import Site, Skipped, find_sites
 from fxlora.passes.verify import verify_rewrite
@@ -140,7 +140,18 @@ def prove_rows(job: Job) -> None:
     strangers = {inp.node: inp.name for inp in job.inputs if inp.node not in known}
     uses = [(node, job.reader.read_as(node, site.kind)) for site in job.sites for node in site.uses]
     reads = {node: read.x for node, read in uses if read.product is None}
-    job.prover = Prover(job.gm, job.sizing, job.seeds, job.primary, job.bound, strangers, reads).run()
+
+    def proven(sizing: Sizing) -> Prover:
+        return Prover(job.gm, sizing, job.seeds, job.primary, job.bound, strangers, reads).run()
+
+    job.prover = proven(job.sizing)
+    alike = symbols_alike(job.inputs) if job.whole and job.prover.count_mixed() else ()
+    if alike:  # proven for calls that give these one size, which the module checks
+        sizing = size_worlds(job.gm, job.inputs, job.seeds, job.bound, alike)
+        settle_worlds(job.gm, sizing.worlds, constant_integers(job.gm, job.bound))
+        prover = proven(sizing)
+        if sizing.alike and prover.count_mixed() < job.prover.count_mixed():
+            job.sizing, job.prover, job.reader = sizing, prover, Reader(job.weights, sizing.worlds[0])
 
 
 def make_plan(job: Job) -> None:

@@ -100,6 +100,10 @@ class Prover:
                 self.labels[node] = Mixed(f"input {node.name} does not have the request dims of {primary.name}")
         return seed
 
+    def count_mixed(self) -> int:
+        """Nodes whose rows are not proven."""
+        return sum(any(isinstance(rows, Mixed) for rows in _parts(label)) for label in self.labels.values())
+
     def run(self) -> Prover:
         """Label every node of the graph, in order."""
         for node in self.graph.nodes:

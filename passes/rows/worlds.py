@@ -109,12 +109,14 @@ class Sizing:
         frozen: It holds at the traced shapes alone.
         fixed: Per input the sizes that must not change, by dim.
         guards: What the model's own branches demand of the other sizes: sympy expressions over the inputs' symbols.
+        alike: Pairs of symbols that are one size in every world, so that it holds where a call gives them one.
     """
 
     worlds: tuple[World, ...]
     frozen: bool
     fixed: Mapping[fx.Node, Mapping[int, int]] = field(default_factory=dict)
     guards: tuple[Any, ...] = ()
+    alike: tuple[tuple[Any, Any], ...] = ()
 
 
 def shape_env_of(gm: fx.GraphModule) -> Any:
@@ -138,8 +140,9 @@ def size_worlds(
     inputs: Sequence[GraphInput],
     batch: Mapping[fx.Node, tuple[int, ...]],
     bound: Mapping[fx.Node, torch.Tensor],
+    alike: tuple[tuple[Any, Any], ...] = (),
 ) -> Sizing:
-    """Choose the worlds for a graph whose request dims are ``batch`` (per seeded input)."""
+    """Choose the worlds for a graph whose request dims are ``batch`` (per seeded input). alike: see `Sizing`."""
     env = shape_env_of(gm)
     if env is not None and has_all_values(gm):
         traced = next(inp.sizes[dims[0]] for inp in inputs if (dims := batch.get(inp.node)))
@@ -147,13 +150,15 @@ def size_worlds(
         small = ((sizes, _FIXED_WORLDS) for sizes in (_SMALL_BATCH_SIZES, _TINY_BATCH_SIZES))
         free = ((_BATCH_SIZES, WORLDS), *small) if held is None else ()
         for sizes, count in (*free, ((traced if held is None else held,), _FIXED_WORLDS)):
-            sets = [_symbol_sizes(env, inputs, batch, world, sizes[world % len(sizes)]) for world in range(count)]
+            sets = [
+                _symbol_sizes(env, inputs, batch, world, sizes[world % len(sizes)], alike) for world in range(count)
+            ]
             if all(s is not None for s in sets):
                 if all(inp.symbols[dims[0]] is None for inp in inputs if (dims := batch.get(inp.node))):
                     sets = [sets[i % WORLDS] for i in range(_FIXED_WORLDS)]
                 worlds = tuple(World(symbols=s, generator=_generator(i)) for i, s in enumerate(sets))
                 only = sizes[0] if len(sizes) == 1 else None
-                return Sizing(worlds, False, fixed_sizes(inputs, batch, only), model_guards(env))
+                return Sizing(worlds, False, fixed_sizes(inputs, batch, only), model_guards(env), alike)
         log.info("no sizes but the traced ones satisfy the graph's guards: proven for these alone")
     else:
         opaque = any(n.op == "call_module" and n.users for n in gm.graph.nodes)  # may check sizes only when opened
@@ -171,6 +176,21 @@ def size_worlds(
         ) from error
     frozen = tuple(World(values=values, generator=_generator(index)) for index in range(_FIXED_WORLDS))
     return Sizing(frozen, True, {inp.node: dict(enumerate(inp.sizes)) for inp in inputs})
+
+
+def symbols_alike(inputs: Sequence[GraphInput]) -> tuple[tuple[Any, Any], ...]:
+    """Dims that inputs traced in one shape have at one place, and that tracing did not have to compare.
+
+    Tokens and their mask [requests, choices, tokens], say, of which the model only ever makes lists of rows.
+    """
+    first: dict[tuple[tuple[int, ...], int], Any] = {}
+    pairs = []
+    for inp in inputs:
+        for d, symbol in enumerate(inp.symbols):
+            known = None if symbol is None else first.setdefault((inp.sizes, d), symbol)
+            if known is not None and known != symbol:
+                pairs.append((known, symbol))
+    return tuple(dict.fromkeys(pairs))
 
 
 def model_guards(env: Any) -> tuple[Any, ...]:
@@ -219,7 +239,12 @@ def _generator(world: int) -> torch.Generator:
 
 
 def _symbol_sizes(
-    env: Any, inputs: Sequence[GraphInput], batch: Mapping[fx.Node, tuple[int, ...]], world: int, batch_size: int
+    env: Any,
+    inputs: Sequence[GraphInput],
+    batch: Mapping[fx.Node, tuple[int, ...]],
+    world: int,
+    batch_size: int,
+    alike: tuple[tuple[Any, Any], ...],
 ) -> dict[Any, int] | None:
     """Numbers for all symbols that satisfy ranges and guards, or None."""
     replacements = dict(env.replacements)
@@ -245,6 +270,7 @@ def _symbol_sizes(
             # Apart from each other if the guards allow; else as far from each other as traced; else as traced.
             apart = (next(others), hint + (i + 1) * (world + 1), hint + 3 * (world + 1), hint)
             chosen[symbol] = apart[attempt] if symbol in hints else _into(env.var_to_range.get(symbol), apart[attempt])
+        chosen |= {other: chosen[symbol] for symbol, other in alike if symbol in chosen and other in chosen}
         chosen = {s: sympy.Integer(size) for s, size in chosen.items()}
         chosen |= _asserted(env, chosen)
         solved = {**chosen, **{s: sympy.sympify(value) for s, value in numbers.items()}}

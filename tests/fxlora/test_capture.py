@@ -14,6 +14,7 @@ from torch import fx, nn
 import fxlora
 from fxlora.errors import CallError, CaptureError, PeftModelError
 from fxlora.signature import META_KEY
+from tests.toys.base import make_adapter, merged
 
 capture_module = import_module("fxlora.capture")
 
@@ -181,6 +182,43 @@ def test_the_models_own_branches_guard_the_call(
     for length in refused:
         with pytest.raises(CallError, match="another branch at these sizes"):
             lora(x(3, length))
+
+
+class Choices(nn.Module):
+    """ids and mask [B, C, L] -> [B, C]: both are made lists of rows, and the mask's are picked by number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.proj = nn.Embedding(30, 3), nn.Linear(3, 3)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        rows = ids.flatten(0, 1)
+        places = torch.arange(rows.shape[0])[:, None], torch.arange(rows.shape[1])
+        kept = mask.flatten(0, 1)[places]
+        return (self.proj(self.embed(rows) * kept[..., None])).sum((1, 2)).view(ids.shape[:2])
+
+
+def choices(batch: int, number: int, length: int = 5) -> dict[str, torch.Tensor]:
+    return {"ids": torch.randint(30, (batch, number, length)), "mask": torch.rand(batch, number, length)}
+
+
+@torch.no_grad()
+def test_dims_that_inputs_have_alike_are_one_size_in_every_call() -> None:
+    """No op compares how many choices ids and mask have; which request a row of both belongs to follows from that."""
+    model = built(Choices)
+    lora = fxlora.apply(fxlora.capture(model, **choices(2, 3)))
+    assert [site.name for site in lora.sites] == ["embed", "proj"]
+    lora.load_adapter("a", make_adapter(model, ("proj",), rank=2, seed=1))
+    for number in (3, 2, 7):
+        inputs = choices(3, number)
+        got = lora(**inputs, adapters=["a", None, "a"])
+        for index, name in enumerate(("a", None, "a")):
+            alone = {key: value[index : index + 1] for key, value in inputs.items()}
+            want = merged(model, make_adapter(model, ("proj",), rank=2, seed=1) if name else None)(**alone)
+            assert torch.allclose(got[index : index + 1], want, atol=1e-5)
+            assert name is None or not torch.allclose(want, model(**alone), atol=1e-2)
+    with pytest.raises(CallError, match="dim 1 of 'ids' is 4 and dim 1 of 'mask' is 2: rows are proven for calls that"):
+        lora(ids=choices(3, 4)["ids"], mask=choices(3, 2)["mask"])
 
 
 def test_a_peft_model_is_refused_before_anything_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
