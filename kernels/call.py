@@ -43,11 +43,12 @@ Plans = dict[object, tuple[object, Plan]]
 class PlannedCall:
     """A call whose launches are planned once for all calls like it.
 
-    device_index: GPU, -1 for interpreted kernels. plans: of the group that is called. signature: what a plan follows
-    from, beside the launcher and the tile.
+    device_index: GPU, -1 for interpreted kernels. overlap: whether that GPU has programmatic dependent launch, and with
+    it TMA. plans: of the group that is called. signature: what a plan follows from, beside the launcher and the tile.
     """
 
     device_index: int
+    overlap: bool
     plans: Plans
     signature: tuple[object, ...]
     x: torch.Tensor
@@ -66,6 +67,13 @@ class PlannedCall:
         scratch = self.x.new_empty(*shape, dtype=dtype)
         self.scratch.append(scratch)
         return scratch
+
+    def tma_reads(self, matrix: torch.Tensor) -> bool:
+        """Half precision, last dim adjacent, all else 16 bytes apart, on a GPU that has TMA."""
+        if matrix.dtype == torch.float32 or not (self.overlap or INTERPRET.value):
+            return False
+        *strides, last = matrix.stride()
+        return last == 1 and matrix.data_ptr() % 16 == 0 and not any([stride % 8 for stride in strides])
 
     def plan(self, launcher: Launcher, tile: object, make: Callable[[], Plan], step: object = 0) -> Plan:
         """What one launch of the call does not owe to its tensors, made once for calls of this shape and tile.
@@ -168,12 +176,9 @@ class LinearCall(PlannedCall):
         """Pointer and stride of each bias."""
         return tuple([(None, 0) if bias is None else (bias, bias.stride(0)) for bias in self.biases])
 
-    def tma_reads(self, *matrices: torch.Tensor) -> bool:
-        """Half precision, rows adjacent inside and 16 bytes apart, on a GPU that has TMA."""
-        if self.x.dtype == torch.float32 or not (self.overlap or INTERPRET.value):
-            return False
-        adjacent = all([m.stride(1) == 1 and m.stride(0) % 8 == 0 and m.data_ptr() % 16 == 0 for m in matrices])
-        return adjacent and not any([m.shape[1] % 8 or not m.numel() for m in matrices])
+    def rows_by_tma(self, *matrices: torch.Tensor) -> bool:
+        """Whether TMA reads each of them, of whole octets of in-features."""
+        return all([self.tma_reads(m) and m.shape[1] % 8 == 0 and m.numel() > 0 for m in matrices])
 
     def described_weights(self, block: tuple[int, int], by_tma: bool = True) -> list[Described | None]:
         """Each weight in blocks [BN, BK] for TMA, None past the last and where TMA does not read them."""

@@ -25,7 +25,7 @@ from fxlora.kernels.expert_prefill_shrink import adapters_of, shrink_tiles
 from fxlora.kernels.expert_tiles import ExpertPrefillTile
 from fxlora.kernels.groups import add_groups, count_groups
 from fxlora.kernels.launch import Described, Launcher
-from fxlora.kernels.triton_helpers import INTERPRET, cdiv, dot, strided
+from fxlora.kernels.triton_helpers import cdiv, dot, strided
 
 _POINTERS, _ALONG_K, _ALONG_N = 0, 1, 2  # how W is read: at any stride, or through TMA with K or N adjacent
 
@@ -176,8 +176,5 @@ def _described(call: ExpertCall, tile: ExpertPrefillTile) -> tuple[int, Describe
 
 
 def _tma_reads(matrix: torch.Tensor, call: ExpertCall) -> bool:
-    """Half precision, last dim adjacent, all else 16 bytes apart, on a GPU that has TMA."""
-    if matrix.dtype == torch.float32 or not (call.overlap or INTERPRET.value):
-        return False
-    *strides, last = matrix.stride()
-    return last == 1 and matrix.data_ptr() % 16 == 0 and not any(stride % 8 or not stride for stride in strides)
+    """TMA reads it, and no two rows or experts are the same memory."""
+    return call.tma_reads(matrix) and 0 not in matrix.stride()

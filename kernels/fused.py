@@ -132,7 +132,7 @@ def fused(call: LinearCall, tiles: FusedTiles) -> list[torch.Tensor]:
     scratch = scratch_of(call, tiles.gemm.BM, sorts=True)
     if call.members.has_pools:
         shrink_groups(call, scratch, tiles.shrink)
-    by_tma = tiles.tma and call.tma_reads(*call.weights)
+    by_tma = tiles.w_tma and call.rows_by_tma(*call.weights)
     plan = call.plan(_launcher, tiles, lambda: _plan(call, scratch, tiles, by_tma), step=by_tma)
     call.launch(
         plan,

@@ -100,4 +100,4 @@ def body_of(call: LinearCall) -> tuple[Body, object]:
 
 def _all_by_tma(call: LinearCall) -> bool:
     """TMA reads x and the weights, and writes the outputs."""
-    return call.tma_reads(call.x, *call.weights) and not any([n % 8 for n in call.widths])
+    return call.rows_by_tma(call.x, *call.weights) and not any([n % 8 for n in call.widths])

@@ -99,14 +99,14 @@ class DecodeTiles:
 
 @dataclass(frozen=True)
 class FusedTiles:
-    """The two launches of fused.py; BR ranks are expanded at once, in a loop of so many stages. tma: W is read by TMA,
-    where that can read it."""
+    """The two launches of fused.py; BR ranks are expanded at once, in a loop of so many stages. w_tma: W is read by
+    TMA, where that can read it."""
 
     shrink: ShrinkTile
     gemm: GemmTile
     BR: int
     stages: int
-    tma: bool = False
+    w_tma: bool = False
 
 
 @dataclass(frozen=True)
@@ -254,9 +254,9 @@ def fused_tiles(rows: int, features: int, widths: tuple[int, ...], width: int, a
     if rows <= 64:
         gemm = _fused_gemm_of_64(columns)
         stages = 3 if width <= 16 or columns <= WIDE else 4
-        return None if gemm is None else FusedTiles(shrink, gemm, ranks, stages, tma=columns > WIDE)
+        return None if gemm is None else FusedTiles(shrink, gemm, ranks, stages, w_tma=columns > WIDE)
     gemm = _fused_gemm(rows, features, widths, width) if aligned else None
-    return None if gemm is None else FusedTiles(shrink, gemm, ranks, 3, tma=not gemm.SWAP)
+    return None if gemm is None else FusedTiles(shrink, gemm, ranks, 3, w_tma=not gemm.SWAP)
 
 
 def _fused_gemm_of_64(columns: int) -> GemmTile | None:

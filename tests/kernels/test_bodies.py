@@ -64,8 +64,8 @@ FUSED = {
     "plain": FusedTiles(ALONE, GemmTile(16, 16, 16, 1, False, 4, 2), 32, 2),
     "one tile of rows": FusedTiles(ALONE, GemmTile(256, 16, 32, 1, False, 4, 2), 16, 3),
     "swap": FusedTiles(replace(ALONE, BR=32), GemmTile(16, 64, 32, 1, True, 4, 2), 64, 3),
-    "W by TMA": FusedTiles(ALONE, GemmTile(16, 32, 32, 1, False, 4, 3), 32, 2, tma=True),
-    "W by TMA, swap": FusedTiles(ALONE, GemmTile(16, 64, 16, 1, True, 4, 2), 64, 3, tma=True),
+    "W by TMA": FusedTiles(ALONE, GemmTile(16, 32, 32, 1, False, 4, 3), 32, 2, w_tma=True),
+    "W by TMA, swap": FusedTiles(ALONE, GemmTile(16, 64, 16, 1, True, 4, 2), 64, 3, w_tma=True),
     "tall shrink": FusedTiles(replace(ALONE, BM=32, slices=1), GemmTile(32, 16, 16, 1, False, 4, 2), 32, 2),
 }
 GEMV = {
