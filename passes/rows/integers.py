@@ -259,11 +259,14 @@ class Integers:
         (table,) = tables
         if not isinstance(table, torch.Tensor) or not table.numel() or table.dtype != facts.dtype:
             return None
+        low, high, most = int(table.min()), int(table.max()), torch.iinfo(table.dtype).max
+        if high == most:
+            return None  # no number, but the mark of none
         if node not in world.rankings:
-            low = int(table.min())
-            high = max(int(table.max()), low + _TABLE_RANGE - 1)
+            high = min(max(high, low + _TABLE_RANGE - 1), most - 1)
             drawn = torch.randint(low, high + 1, tuple(facts.shape), generator=world.generator).to(facts.dtype)
-            drawn.view(-1)[: 2 if drawn.numel() > 2 else 0] = torch.tensor([high, low], dtype=facts.dtype)
+            if drawn.numel() > 2:
+                drawn.view(-1)[:2] = torch.tensor([high, low], dtype=facts.dtype)
             world.rankings[node] = drawn
         return world.rankings[node]
 

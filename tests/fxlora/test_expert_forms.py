@@ -195,6 +195,27 @@ def test_a_table_before_its_values_are_loaded() -> None:
     assert "w" in [site.name for site in lora.sites]
 
 
+class Columns(nn.Module):
+    """x [B, K], which [] -> [B, 2]: the columns of a product that a table names for a number of the caller's."""
+
+    table: Tensor
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.proj = nn.Linear(K, 9)
+        self.register_buffer("table", table)
+
+    def forward(self, x: Tensor, which: Tensor) -> Tensor:
+        return self.proj(x).index_select(-1, self.table[which].long())
+
+
+@pytest.mark.parametrize("table", [[[0, 1], [2, 8]], [[127, 127], [1, 2]]], ids=["numbers", "with a mark of none"])
+def test_a_table_of_which_few_numbers_are_read(table: list[list[int]]) -> None:
+    model = Columns(torch.tensor(table, dtype=torch.int8)).eval().requires_grad_(False)
+    lora = fxlora.apply(fxlora.capture(model, torch.randn(3, K), torch.tensor(1)), max_adapters=2)
+    assert [site.name for site in lora.sites] == ["proj"]
+
+
 def test_a_table_that_names_no_expert_for_some() -> None:
     """Rows before the first expert's move all others: then whose they are is anybody's say."""
     model = routed_by_table(GROUPED["grouped"], LOOKUPS["table[ids]"])
