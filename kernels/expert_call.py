@@ -115,14 +115,16 @@ def tile_record(tile, table) -> tl.tensor:
 def tile_item(item, tiles_n, table, HEIGHT: tl.constexpr) -> tl.tensor:
     """Expert, row tile, column tile, first position and end of an item, one tile of y.
 
-    Experts one after another, then columns, then rows: what shares a block of W runs at the same time.
+    Experts one after another, then columns, then rows: what shares a block of W runs at the same time. Each round of
+    the programs begins with another row tile, so that the last ones, often short, go to all programs in turn.
     """
     any_tile = item // tiles_n
     expert, any_first, start, end = tile_record(any_tile, table)
     first_tile = any_tile - (any_first - start) // HEIGHT
     tiles_m = tl.cdiv(end - start, HEIGHT)
     in_expert = item - first_tile * tiles_n
-    down = in_expert % tiles_m
+    in_column = in_expert % tiles_m
+    down = (in_column + (item - in_column) // tl.num_programs(0)) % tiles_m
     return expert, first_tile + down, in_expert // tiles_m, start + down * HEIGHT, end
 
 

@@ -2,7 +2,8 @@
 
 Stage: run time. Two launches, the second when the first has ended: its programs start together, stay resident and share
 the tiles of y in a fixed order, so that those that read the same weights and rows do so at about the same time, which
-L2 needs. Grids come from shapes alone. The weights come through TMA where their strides allow it, x too where its rows
+L2 needs. Where most experts have one tile of rows, a tile with rows for no more than half of it is half as high, which
+leaves the bits of a row as they are. Grids come from shapes alone. The weights come through TMA where their strides allow it, x too where its rows
 are in place; else through pointers, at any stride.
 
 Arithmetic as in fused.py: h = coeff * (scaling * (x A^T)) in fp32, rounded to the dtype of x; h B is accumulated onto
@@ -50,10 +51,47 @@ def load_w(
             return tl.load(at, mask=(ks < num_features)[:, None] & (cols < num_cols)[None, :], other=0.0)
 
 
+@triton.jit
+def expert_tile(
+    expert, row_tile, col_tile, first, end, x, x_desc, w, w_desc, bias, y_ptr, adapters, table, num_features, num_cols,
+    J: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, FORM: tl.constexpr,
+    EVEN: tl.constexpr, EVEN_K: tl.constexpr, IN_PLACE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POOL: tl.constexpr,
+    STAGES: tl.constexpr, EXPAND_STAGES: tl.constexpr,
+) -> None:  # fmt: skip
+    """One tile of y, BM rows from position `first` on: base GEMM, adapters, bias, one store."""
+    num_rows, num_experts = table[1], table[2]
+    positions = first + tl.arange(0, BM)
+    row_mask = positions < end
+    rows = rows_of(positions, row_mask, table, IN_PLACE).to(tl.int64)
+    first_col = col_tile * BN
+    cols = first_col + tl.arange(0, BN)
+    steps = tl.where(expert < num_experts, tl.cdiv(num_features, BK), 0)
+    count = 0
+    if HAS_POOL:
+        count = tl.where(steps > 0, count_groups(row_tile, adapters), 0)  # on its way during the base GEMM
+    acc = tl.zeros([BM, BN], tl.float32)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        x_tile = load_x(x, x_desc, first, rows, row_mask, step * BK, num_features, BK, EVEN_K)
+        w_tile = load_w(w, w_desc, expert, first_col, step * BK, num_cols, num_features, BN, BK, FORM, EVEN)
+        acc = dot(x_tile, w_tile, acc, "ieee")
+    if HAS_POOL:
+        own_rows = tl.where(row_mask, rows, num_rows)  # those of other tiles have no slots
+        acc = add_groups(
+            acc, row_tile, 0, count, own_rows, cols, adapters, num_rows, num_cols, J, BM, BR, False, EXPAND_STAGES
+        )
+    if HAS_BIAS:
+        bias_at = bias[0] + expert.to(tl.int64) * bias[1] + cols.to(tl.int64) * bias[2]
+        bias_mask = (cols < num_cols) & (expert < num_experts)
+        acc += tl.load(bias_at, mask=bias_mask, other=0.0).to(tl.float32)[None, :]
+    y_at = y_ptr + rows[:, None] * num_cols + cols[None, :]
+    tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=row_mask[:, None] & (cols < num_cols)[None, :])
+
+
 @triton.jit(do_not_specialize=["num_rows", "bound"])
 def expert_prefill_kernel(
     x,  # [T, K]: pointer, row stride; columns adjacent
-    x_desc,  # the same, or None
+    x_desc,  # the same in blocks of BM rows, or None
+    x_half_desc,  # of BM // 2 rows; read with HALVES
     w,  # [E, N, K]: pointer, strides
     w_desc,  # [E, N, K] (FORM 1) or [E, K, N] (FORM 2), or None
     bias,  # [E, N]: pointer, strides
@@ -77,39 +115,27 @@ def expert_prefill_kernel(
     X_TMA: tl.constexpr,  # x_desc is there
     HAS_BIAS: tl.constexpr,
     HAS_POOL: tl.constexpr,
+    HALVES: tl.constexpr,  # a tile is half as high where no more rows are left
     STAGES: tl.constexpr,
     EXPAND_STAGES: tl.constexpr,
 ) -> None:
-    """Every tile of y: base GEMM, adapters, bias, one store; rows without an expert become zero."""
+    """Every tile of y; rows without an expert become zero."""
     table = (table_ptr, num_rows, num_experts, bound)
     tiles_n = tl.cdiv(num_cols, BN)
     for item in tl.range(tl.program_id(0), tiles_in_use(table) * tiles_n, tl.num_programs(0), num_stages=1):
         expert, row_tile, col_tile, first, end = tile_item(item, tiles_n, table, BM)
-        positions = first + tl.arange(0, BM)
-        row_mask = positions < end
-        rows = rows_of(positions, row_mask, table, IN_PLACE).to(tl.int64)
-        first_col = col_tile * BN
-        cols = first_col + tl.arange(0, BN)
-        steps = tl.where(expert < num_experts, tl.cdiv(num_features, BK), 0)
-        count = 0
-        if HAS_POOL:
-            count = tl.where(steps > 0, count_groups(row_tile, adapters), 0)  # on its way during the base GEMM
-        acc = tl.zeros([BM, BN], tl.float32)
-        for step in tl.range(0, steps, num_stages=STAGES):
-            x_tile = load_x(x, x_desc, first, rows, row_mask, step * BK, num_features, BK, EVEN_K)
-            w_tile = load_w(w, w_desc, expert, first_col, step * BK, num_cols, num_features, BN, BK, FORM, EVEN)
-            acc = dot(x_tile, w_tile, acc, "ieee")
-        if HAS_POOL:
-            own_rows = tl.where(row_mask, rows, num_rows)  # those of other tiles have no slots
-            acc = add_groups(
-                acc, row_tile, 0, count, own_rows, cols, adapters, num_rows, num_cols, J, BM, BR, False, EXPAND_STAGES
-            )
-        if HAS_BIAS:
-            bias_at = bias[0] + expert.to(tl.int64) * bias[1] + cols.to(tl.int64) * bias[2]
-            bias_mask = (cols < num_cols) & (expert < num_experts)
-            acc += tl.load(bias_at, mask=bias_mask, other=0.0).to(tl.float32)[None, :]
-        y_at = y_ptr + rows[:, None] * num_cols + cols[None, :]
-        tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=row_mask[:, None] & (cols < num_cols)[None, :])
+        if HALVES and end - first <= BM // 2:
+            expert_tile(
+                expert, row_tile, col_tile, first, end, x, x_half_desc, w, w_desc, bias, y_ptr, adapters, table,
+                num_features, num_cols, J, BM // 2, BN, BK, BR, FORM, EVEN, EVEN_K, IN_PLACE, HAS_BIAS, HAS_POOL,
+                STAGES, EXPAND_STAGES,
+            )  # fmt: skip
+        else:
+            expert_tile(
+                expert, row_tile, col_tile, first, end, x, x_desc, w, w_desc, bias, y_ptr, adapters, table,
+                num_features, num_cols, J, BM, BN, BK, BR, FORM, EVEN, EVEN_K, IN_PLACE, HAS_BIAS, HAS_POOL, STAGES,
+                EXPAND_STAGES,
+            )  # fmt: skip
 
 
 _launcher = Launcher(expert_prefill_kernel)
@@ -130,6 +156,7 @@ def prefill(call: ExpertCall, tile: ExpertPrefillTile) -> torch.Tensor:
         plan,
         (call.x, call.x.stride(0)),
         Described(call.x, (call.height, tile.BK)) if x_tma else None,
+        Described(call.x, (call.height // 2, tile.BK)) if x_tma and tile.halves else None,
         strided(call.weight),
         w_desc,
         call.strided_bias,
@@ -160,6 +187,7 @@ def _plan(call: ExpertCall, tile: ExpertPrefillTile, form: int, x_tma: bool) -> 
         X_TMA=x_tma,
         HAS_BIAS=call.has_bias,
         HAS_POOL=call.has_pool,
+        HALVES=tile.halves,
         STAGES=tile.num_stages,
         EXPAND_STAGES=tile.expand_stages,
     )

@@ -173,7 +173,8 @@ def expert_shrink_tiles_kernel(
     PARTS: tl.constexpr = HEIGHT // BM
     parts = tiles_in_use(table) * PARTS
     for item in tl.range(tl.program_id(0), parts * SHARES, tl.num_programs(0), num_stages=1):
-        tile, part, share = item % parts // PARTS, item % PARTS, item // parts
+        tile, share = item % parts // PARTS, item // parts
+        part = (item + tile * PARTS // tl.num_programs(0)) % PARTS  # the last ones, often empty, go to all programs
         expert, first, _, end = tile_record(tile, table)
         first += part * BM
         if (expert < num_experts) & (first < end):

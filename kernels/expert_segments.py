@@ -27,11 +27,18 @@ from fxlora.kernels.segments import check_slots
 SLOTS_FROM = 64
 """Tiles of at least this many rows list their slots."""
 
-_HEIGHTS = ((4, 16), (16, 32), (192, 64))  # rows per expert on average, up to which tiles are that high
+ONE_TILE = 112
+"""Rows per expert on average, up to which most experts have a single tile."""
+
+_HEIGHTS = ((4, 16), (16, 32), (ONE_TILE, 128), (192, 64))  # rows per expert on average, up to which tiles are so high
 
 
 def tile_height(rows: int, num_experts: int) -> int:
-    """Rows of a tile: few enough that most of it is in use, many enough that few experts have several tiles."""
+    """Rows of a tile: few experts shall have several tiles, and little of the tiles be empty.
+
+    Two tiles of an expert read the same weights, from L2 only if they do so at the same time. So experts that mostly
+    fit 128 rows get one tile; those of some more waste less of tiles of 64.
+    """
     return next((height for bound, height in _HEIGHTS if rows <= bound * num_experts), 128)
 
 

@@ -66,7 +66,8 @@ class ExpertShrinkTile:
 
 @dataclass(frozen=True)
 class ExpertPrefillTile:
-    """Of expert_prefill.py; BR ranks are expanded at once, in a loop of so many stages."""
+    """Of expert_prefill.py; BR ranks are expanded at once, in a loop of so many stages. halves: tiles with rows for no
+    more than half of them are half as high."""
 
     BN: int
     BK: int
@@ -77,6 +78,7 @@ class ExpertPrefillTile:
     expand_stages: int
     w_tma: bool
     x_tma: bool
+    halves: bool
     shrink: ExpertShrinkTile
 
 
@@ -102,20 +104,23 @@ def expert_decode_tiles(entries: int, features: int, columns: int, dtype: torch.
 
 
 @cache
-def expert_prefill_tile(height: int, columns: int, dtype: torch.dtype, width: int) -> ExpertPrefillTile:
-    """Tile of experts over many rows each. height: rows of a tile, 64 or 128. width: most ranks of a slot."""
+def expert_prefill_tile(height: int, one_tile: bool, columns: int, dtype: torch.dtype, width: int) -> ExpertPrefillTile:
+    """Tile of experts over many rows each. height: rows of a tile, 64 or 128. one_tile: most experts have a single one.
+    width: most ranks of a slot.
+    """
+    halves = height >= 128
     if dtype == torch.float32:
-        return ExpertPrefillTile(
-            64, 32, 16, 264, 8, 2, 2, False, False, ExpertShrinkTile(32, 16, 32, 528, 4, 2, False, 1)
-        )
+        shrink = ExpertShrinkTile(32, 16, 32, 528, 4, 2, False, 1)
+        return ExpertPrefillTile(64, 32, 16, 264, 8, 2, 2, False, False, halves, shrink)
     few_ranks = width <= 16
+    alone, shared = ExpertShrinkTile(64, 128, 64, 396, 4, 3, True, 1), ExpertShrinkTile(64, 64, 64, 396, 4, 4, False, 8)
+    if one_tile:
+        shrink = alone if few_ranks else shared
+        return ExpertPrefillTile(128, 64, 64, 264, 4, 3, 3, True, True, halves, shrink)
     if height < 128:
-        shrink = ExpertShrinkTile(64, 64, 64, 396, 4, 4, False, 8)
-        if columns >= 4096:
-            return ExpertPrefillTile(256, 64, 64, 132, 8, 4, 5, True, True, shrink)
-        alone = ExpertShrinkTile(64, 128, 64, 396, 4, 3, True, 1)
-        return ExpertPrefillTile(128, 64, 64, 396, 4, 3, 3, True, True, alone if few_ranks else shrink)
+        if few_ranks or columns < 4096:
+            shrink = alone if few_ranks and columns < 4096 else shared
+            return ExpertPrefillTile(128, 64, 64, 396, 4, 3, 3, True, True, halves, shrink)
+        return ExpertPrefillTile(256, 64, 64, 132, 8, 4, 5, True, True, halves, shared)
     shrink = ExpertShrinkTile(64, 64, 64, 264, 4, 5, few_ranks, 1 if few_ranks else 8)
-    if few_ranks:
-        return ExpertPrefillTile(256, 64, 32, 132, 8, 3, 3, True, True, shrink)
-    return ExpertPrefillTile(256, 64, 64, 132, 8, 3, 3, True, True, shrink)
+    return ExpertPrefillTile(256, 64, 32 if few_ranks else 64, 132, 8, 4, 3, True, True, halves, shrink)

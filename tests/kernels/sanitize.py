@@ -48,7 +48,7 @@ def op_calls() -> Iterator[Callable[[], object]]:
 def expert_calls() -> Iterator[Callable[[], object]]:
     """Row tiles of every height, rows in place and in any order."""
     for dtype in DTYPES:
-        for rows, experts in ((1, 4), (20, 6), (60, 6), (90, 3), (200, 3), (200, 1)):
+        for rows, experts in ((1, 4), (20, 6), (60, 6), (90, 3), (200, 3), (450, 3), (200, 1)):
             for features, out in ((136, 72), (45, 19)):
                 for in_place in (True, False):
                     sizes = {

@@ -78,9 +78,9 @@ def test_more_rows_than_one_block(rows: int, experts: int, in_place: bool, devic
     check_table(case.row_slots, case.offsets, case.expert_ids, experts, 3)
 
 
-def test_heights_grow_with_the_rows_of_an_expert() -> None:
-    assert [layout.tile_height(rows, 8) for rows in (1, 32, 33, 128, 129, 1536, 1537, 10**6)] == [
-        16, 16, 32, 32, 64, 64, 128, 128,
+def test_heights_follow_from_the_rows_of_an_expert() -> None:
+    assert [layout.tile_height(rows, 8) for rows in (1, 32, 33, 128, 129, 896, 897, 1536, 1537, 10**6)] == [
+        16, 16, 32, 32, 128, 128, 64, 64, 128, 128,
     ]  # fmt: skip
 
 

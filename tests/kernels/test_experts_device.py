@@ -17,8 +17,8 @@ from tests.kernels.test_device import capture, nothing
 
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
-# rows, experts: tiles of 16, 32, 64 and 128 rows.
-DENSITY = {"one": (1, 8), "few": (60, 32), "some": (300, 32), "many": (700, 16), "most": (3200, 16)}
+# rows, experts: tiles of 16, 16, 32, 128 (one for each expert), 64 and 128 rows.
+DENSITY = {"one": (1, 8), "few": (60, 32), "some": (300, 32), "many": (700, 16), "more": (2400, 16), "most": (3200, 16)}
 
 
 def case_of(density: str, in_place: bool = True, **options: object) -> ExpertCase:
@@ -192,9 +192,11 @@ def test_a_row_keeps_its_bits_whatever_the_others_use(density: str, width: int) 
     assert case.expert_ids is not None
     kept, first = torch.arange(0, len(case.x), 5, device="cuda"), case.run()
     assert torch.equal(first, case.run()), "two runs differ"
-    for _ in range(4):
+    for favours_one in (False, False, True, True):
         slots, ids = case.row_slots.clone(), case.expert_ids.clone()
         change_rows(replace(case, x=case.x.clone(), row_slots=slots, expert_ids=ids))
+        if favours_one:  # which then has tiles of other heights than before
+            ids[len(ids) // 8 :] = case.expert_ids[random.choice(kept.tolist())]
         slots[kept], ids[kept] = case.row_slots[kept], case.expert_ids[kept]
         assert torch.equal(case.with_slots(slots).run()[kept], first[kept])
         assert torch.equal(replace(case, row_slots=slots, expert_ids=ids).run()[kept], first[kept])
