@@ -2,9 +2,9 @@
 
 Stage: run time. Two launches, the second when the first has ended: its programs start together, stay resident and share
 the tiles of y in a fixed order, so that those that read the same weights and rows do so at about the same time, which
-L2 needs. Where most experts have one tile of rows, a tile with rows for no more than half of it is half as high, which
-leaves the bits of a row as they are. Grids come from shapes alone. The weights come through TMA where their strides allow it, x too where its rows
-are in place; else through pointers, at any stride.
+L2 needs. A tile of 128 rows with no more than 64 in use is half as high, which leaves the bits of a row as they are.
+Grids come from shapes alone. The weights come through TMA where their strides allow it, x too where its rows are in
+place; else through pointers, at any stride.
 
 Arithmetic as in fused.py: h = coeff * (scaling * (x A^T)) in fp32, rounded to the dtype of x; h B is accumulated onto
 the base result, 16 ranks at a time, slots ascending, and a row meets zeros at the ranks of other slots.

@@ -83,9 +83,9 @@ class ExpertPrefillTile:
 
 
 # Chosen as those of linears. Microseconds beside torch._grouped_mm, 128 experts with 8 to a token, 8 adapters:
-# 2048 x 1536 at 16 tokens 126 (175), at 2048 tokens 330 (381); 768 x 2048 at 16 tokens 70 (108), at 2048 tokens
-# 199 (208). 8 experts with 2 to a token, 16 adapters: 4096 x 28672 at 16 tokens 443 (704). 256 experts with 8 to a
-# token: 7168 x 4096 at 16 tokens, 16 adapters 1343 (1950), at 2048 tokens, 8 adapters 4038 (4502).
+# 2048 x 1536 at 16 tokens 126 (175), at 2048 tokens 340 (383); 768 x 2048 at 16 tokens 70 (108), at 2048 tokens
+# 202 (209). 8 experts with 2 to a token, 16 adapters: 4096 x 28672 at 16 tokens 443 (704). 256 experts with 8 to a
+# token: 7168 x 4096 at 16 tokens, 16 adapters 1343 (1950), at 2048 tokens, 8 adapters 4199 (4803).
 
 
 @cache
