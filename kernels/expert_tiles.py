@@ -104,23 +104,26 @@ def expert_decode_tiles(entries: int, features: int, columns: int, dtype: torch.
 
 
 @cache
-def expert_prefill_tile(height: int, one_tile: bool, columns: int, dtype: torch.dtype, width: int) -> ExpertPrefillTile:
+def expert_prefill_tile(
+    height: int, one_tile: bool, simple: bool, columns: int, dtype: torch.dtype, width: int
+) -> ExpertPrefillTile:
     """Tile of experts over many rows each. height: rows of a tile, 64 or 128. one_tile: most experts have a single one.
-    width: most ranks of a slot.
+    simple: rows come in place and have one slot each; else so many ranks at once would spill. width: most ranks of
+    a slot.
     """
     halves = height >= 128
     if dtype == torch.float32:
         shrink = ExpertShrinkTile(32, 16, 32, 528, 4, 2, False, 1)
         return ExpertPrefillTile(64, 32, 16, 264, 8, 2, 2, False, False, halves, shrink)
-    few_ranks = width <= 16
+    few_ranks, ranks = width <= 16, 64 if simple else 32
     alone, shared = ExpertShrinkTile(64, 128, 64, 396, 4, 3, True, 1), ExpertShrinkTile(64, 64, 64, 396, 4, 4, False, 8)
     if one_tile:
-        shrink = alone if few_ranks else shared
-        return ExpertPrefillTile(128, 64, 64, 264, 4, 3, 3, True, True, halves, shrink)
+        shrink = alone if few_ranks and simple else shared
+        return ExpertPrefillTile(128, 64, ranks, 264, 4, 3, 3, True, True, halves, shrink)
     if height < 128:
         if few_ranks or columns < 4096:
-            shrink = alone if few_ranks and columns < 4096 else shared
+            shrink = alone if few_ranks and simple and columns < 4096 else shared
             return ExpertPrefillTile(128, 64, 64, 396, 4, 3, 3, True, True, halves, shrink)
         return ExpertPrefillTile(256, 64, 64, 132, 8, 4, 5, True, True, halves, shared)
     shrink = ExpertShrinkTile(64, 64, 64, 264, 4, 5, few_ranks, 1 if few_ranks else 8)
-    return ExpertPrefillTile(256, 64, 32 if few_ranks else 64, 132, 8, 4, 3, True, True, halves, shrink)
+    return ExpertPrefillTile(256, 64, 32 if few_ranks else ranks, 132, 8, 4, 3, True, True, halves, shrink)

@@ -48,5 +48,6 @@ def _run(call: ExpertCall) -> torch.Tensor:
     if call.height < SLOTS_FROM:
         return decode(call, expert_decode_tiles(call.entries, call.features, call.columns, call.x.dtype))
     one_tile = call.rows <= ONE_TILE * call.num_experts
-    tile = expert_prefill_tile(call.height, one_tile, call.columns, call.x.dtype, call.site.h_width)
+    simple = call.in_place and call.width == 1
+    tile = expert_prefill_tile(call.height, one_tile, simple, call.columns, call.x.dtype, call.site.h_width)
     return prefill(call, tile)

@@ -60,8 +60,9 @@ def test_sides_of_the_tiles_of_experts_are_what_a_dot_accepts(dtype: torch.dtype
         assert max(64, 2 * features) > delta.BK
         assert max(64, 2 * columns) > delta.BN
         assert shrink is None or (power_of_two(shrink.BR) and max(64, 2 * features) > shrink.BK)
-    for height, one_tile, columns, ranks in itertools.product((64, 128), (False, True), (1536, 4096), (16, 64)):
-        tile = expert_prefill_tile(height, one_tile, columns, dtype, ranks)
+    flags = (False, True)
+    for height, one_tile, simple, columns, ranks in itertools.product((64, 128), flags, flags, (1536, 4096), (16, 64)):
+        tile = expert_prefill_tile(height, one_tile, simple, columns, dtype, ranks)
         sides = (tile.BN, tile.BK, tile.BR, tile.shrink.BM, tile.shrink.BR, tile.shrink.BK)
         assert all(power_of_two(side) and side >= 16 for side in sides)
         assert height % tile.shrink.BM == 0
