@@ -33,6 +33,7 @@ from fxlora.passes.rows.worlds import GraphInput, Sizing, World, size_worlds, sy
 from fxlora.passes.siblings import group_siblings
 from fxlora.passes.sites import Site, Skipped, find_sites
 from fxlora.passes.verify import verify_rewrite
+from fxlora.passes.vmaps import open_vmaps
 from fxlora.passes.weights import Weights
 
 log = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ def normalize(job: Job) -> None:
     opaque = inline_modules(job.gm)
     unify_weights(job.gm)
     functional_views(job.gm)
+    open_vmaps(job.gm)
     doubled = [c for c in count_weight_nodes(job.gm).values() if c > 1]
     if doubled:
         raise VerifyError(f"{len(doubled)} weights are still read through more than one node")

@@ -143,6 +143,7 @@ GROUPED = {**TEXT, "num_key_value_heads": 2, "head_dim": 16}
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 GATED = ("gate_proj", "up_proj", "down_proj")
+QKV_OUT, FC = ("q_proj", "k_proj", "v_proj", "out_proj"), ("fc1", "fc2")
 BERT_ATTENTION = ("query", "key", "value", "attention.output.dense")
 BERT_MLP = ("intermediate.dense",)
 WORDS = ("word_embeddings",)
@@ -262,7 +263,7 @@ DOCUMENTED: tuple[Entry, ...] = (
         VIT,
         image_inputs,
         ("q_proj", "v_proj", "o_proj"),
-        ("fc1", "fc2"),
+        FC,
         head=("classifier",),
     ),
     Entry(
@@ -271,8 +272,8 @@ DOCUMENTED: tuple[Entry, ...] = (
         "WhisperConfig",
         WHISPER,
         audio_inputs,
-        ("q_proj", "k_proj", "v_proj", "out_proj"),
-        ("fc1", "fc2"),
+        QKV_OUT,
+        FC,
         head=("proj_out",),
         embedding=("decoder.embed_tokens",),
     ),
@@ -315,27 +316,15 @@ DISTIL = {
     "max_position_embeddings": 64,
 }
 CLIP_VISION = {key: size for key, size in VIT.items() if key != "num_labels"}
-FUSED = ("query_key_value",)
-NEOX_MLP = ("dense_h_to_4h", "dense_4h_to_h")
+FUSED, NEOX_MLP = ("query_key_value",), ("dense_h_to_4h", "dense_4h_to_h")
 MASKED: Mapping[str, Any] = {"head": ("decoder",), "embedding": WORDS}
+SLIDING = {**GROUPED, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 
 UNNAMED: tuple[Entry, ...] = (
-    causal(
-        "opt",
-        "OPT",
-        OPT,
-        attention=("q_proj", "k_proj", "v_proj", "out_proj"),
-        mlp=("fc1", "fc2", "project_in", "project_out"),
-    ),
+    causal("opt", "OPT", OPT, attention=QKV_OUT, mlp=("fc1", "fc2", "project_in", "project_out")),
     causal("gptneox", "GPTNeoX", TEXT, attention=FUSED, mlp=NEOX_MLP, head=("embed_out",), embedding=("embed_in",)),
     causal("falcon", "Falcon", FALCON, attention=FUSED, mlp=NEOX_MLP, embedding=WORDS),
-    causal(
-        "phi",
-        "Phi",
-        {**TEXT, "num_key_value_heads": 2},
-        attention=("q_proj", "k_proj", "v_proj", "dense"),
-        mlp=("fc1", "fc2"),
-    ),
+    causal("phi", "Phi", {**TEXT, "num_key_value_heads": 2}, attention=("q_proj", "k_proj", "v_proj", "dense"), mlp=FC),
     causal(
         "phi3",
         "Phi3",
@@ -410,10 +399,21 @@ UNNAMED: tuple[Entry, ...] = (
         "BartConfig",
         BART,
         encoder_decoder_inputs,
-        ("q_proj", "k_proj", "v_proj", "out_proj"),
-        ("fc1", "fc2"),
+        QKV_OUT,
+        FC,
         (),
         ("lm_head",),
+    ),
+    Entry(
+        "t5gemma2",  # asks for each place of its encoder's masks by its indices
+        "T5Gemma2ForConditionalGeneration",
+        "T5Gemma2Config",
+        {"encoder": {"text_config": SLIDING, "vision_config": CLIP_VISION}, "decoder": SLIDING},
+        encoder_decoder_inputs,
+        ("o_proj",),  # the tower, which no image enters here, has the other names too
+        GATED,
+        (),
+        ("lm_head.out_proj",),
     ),
     Entry("roberta", "RobertaForMaskedLM", "RobertaConfig", TEXT, ids_inputs, BERT_ATTENTION, BERT_MLP, **MASKED),
     Entry(
@@ -468,8 +468,8 @@ UNNAMED: tuple[Entry, ...] = (
         "CLIPTextConfig",
         {**TEXT, "projection_dim": 20},
         ids_inputs,
-        ("q_proj", "k_proj", "v_proj", "out_proj"),
-        ("fc1", "fc2"),
+        QKV_OUT,
+        FC,
         (),
         ("text_projection",),
         ("token_embedding",),
@@ -480,8 +480,8 @@ UNNAMED: tuple[Entry, ...] = (
         "CLIPVisionConfig",
         {**CLIP_VISION, "projection_dim": 20},
         image_inputs,
-        ("q_proj", "k_proj", "v_proj", "out_proj"),
-        ("fc1", "fc2"),
+        QKV_OUT,
+        FC,
         (),
         ("visual_projection",),
     ),
@@ -492,7 +492,7 @@ UNNAMED: tuple[Entry, ...] = (
         {**VIT, "mlp_ratio": 2},
         image_inputs,
         ("q_proj", "v_proj", "o_proj", "query", "value"),  # transformers renamed them
-        ("fc1", "fc2"),
+        FC,
         (),
         ("classifier",),
     ),

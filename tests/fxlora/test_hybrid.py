@@ -79,11 +79,12 @@ class Mapped(nn.Module):
     ("body", "reason"),
     [
         (lambda proj, x: proj(torch.vmap(lambda row: row.exp() * row, in_dims=1, out_dims=1)(x)), ""),
-        (lambda proj, x: proj(torch.vmap(torch.exp)(x)), "vmap along the request dim"),
+        (lambda proj, x: proj(torch.vmap(lambda row: row.exp() * row)(x)), ""),
+        (lambda proj, x: proj(torch.vmap(lambda row: row.softmax(0))(x)), "vmap along the request dim"),
         (lambda proj, x: proj(torch.vmap(lambda row: row.softmax(0), in_dims=1, out_dims=1)(x)), "softmax inside vmap"),
         (lambda proj, x: torch.vmap(proj, in_dims=1, out_dims=1)(x), "computed inside torch.vmap"),
     ],
-    ids=["elementwise", "over requests", "over the batch inside", "the linear inside"],
+    ids=["elementwise", "over requests", "other ops over requests", "over the batch inside", "the linear inside"],
 )
 def test_what_vmap_may_do(body: Any, reason: str) -> None:
     torch._dynamo.reset()
