@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
 
 
 # Spellings of one op in python operators, methods and aten, mapped to one name.
@@ -155,6 +158,16 @@ def fake_value(node: fx.Node) -> Any:
     """What tracing recorded for a node (a fake tensor, a SymInt, a tuple of them), or None."""
     value = node.meta.get("example_value")
     return node.meta.get("val") if value is None else value
+
+
+def rerun(node: fx.Node) -> Any:
+    """What a call gives of what tracing recorded for its operands. Raises what the op raises."""
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), fake_value)
+    modes = [v.fake_mode for v in tree_leaves((args, kwargs)) if isinstance(v, FakeTensor)]
+    with torch.no_grad(), modes[0] if modes else nullcontext():
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def is_tensor_node(value: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fxlora.passes.graph import fake_value, op_name, operand
+from fxlora.passes.graph import fake_value, op_name, operand, rerun
 from fxlora.passes.rows.families import MAY_RETURN_OPERAND
 from fxlora.passes.rows.writes import is_write
 
@@ -57,12 +57,7 @@ def _forget_last_look(x: fx.Node) -> bool:
     if recorded is None:
         return True
     try:
-        args, kwargs = fx.map_arg((x.args, dict(x.kwargs)), fake_value)
-        with torch.no_grad():
-            if x.op == "call_method":
-                made = getattr(args[0], str(x.target))(*args[1:], **kwargs)
-            else:
-                made = x.target(*args, **kwargs)  # type: ignore[operator]
+        made = rerun(x)
     except Exception:
         return False
     if not isinstance(made, torch.Tensor) or made is recorded:
@@ -82,8 +77,7 @@ def _replace(graph: fx.Graph, node: fx.Node) -> None:
         made = graph.call_method(base, node.args, node.kwargs)
     made.meta = dict(node.meta)
     if fake_value(node) is not None:
-        args, kwargs = fx.map_arg((made.args, dict(made.kwargs)), fake_value)
-        _record(made, getattr(args[0], base)(*args[1:], **kwargs))
+        _record(made, rerun(made))
     for user in list(x.users):
         if user in after:
             user.replace_input_with(x, made)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxlora.passes.graph import argument, fake_value, is_tensor_node, op_name, operand
+from fxlora.passes.graph import argument, fake_value, is_tensor_node, op_name, operand, rerun
 from fxlora.passes.rows.families import is_pointwise
 
 OPENS, CLOSES, HIDES, SHOWS = (
@@ -180,12 +180,7 @@ class _Whole:
 
 def _recorded(made: fx.Node, like: fx.Node) -> fx.Node:
     """The node, with what tracing would have recorded for it."""
-    args, kwargs = fx.map_arg((made.args, dict(made.kwargs)), fake_value)
-    with torch.no_grad():
-        if made.op == "call_method":
-            value = getattr(args[0], str(made.target))(*args[1:], **kwargs)
-        else:
-            value = made.target(*args, **kwargs)  # type: ignore[operator]
+    value = rerun(made)
     kept = {key: value for key in ("val", "example_value") if key in like.meta}
     made.meta = {**like.meta, **(kept or {"example_value": value})}
     return made

@@ -298,7 +298,7 @@ def settle_sizes(world: World, node: fx.Node, value: Any) -> None:
     recorded = fake_value(node)
     pairs = zip(recorded, value, strict=True) if isinstance(value, tuple) else [(recorded, value)]
     for fake, real in pairs:
-        if not isinstance(fake, torch.Tensor) or not isinstance(real, torch.Tensor):
+        if not isinstance(fake, torch.Tensor) or not isinstance(real, torch.Tensor) or fake.dim() != real.dim():
             return
         for size, number in zip(fake.shape, real.shape, strict=True):
             if isinstance(size, torch.SymInt) and free_unbacked_symbols(size) == {size.node._expr}:

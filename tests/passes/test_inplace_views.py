@@ -33,6 +33,13 @@ def unsqueezed(proj: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return proj(x * mask)
 
 
+def chosen(proj: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    mask = torch.where(x[..., 0] > 0, 1, 0)  # numbers, which only a fake mode takes beside fake tensors
+    mask[:, 0] = False
+    mask.unsqueeze_(2)
+    return proj(x * mask)
+
+
 def turned(proj: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     y = x * 2
     y.transpose_(1, 2).unsqueeze_(0)
@@ -47,7 +54,7 @@ def seen_before(proj: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return proj(rows[:, None] + y.mT)
 
 
-@pytest.mark.parametrize("body", [unsqueezed, turned, seen_before])
+@pytest.mark.parametrize("body", [unsqueezed, chosen, turned, seen_before])
 @torch.no_grad()
 def test_a_mixed_batch_is_served(body: Body) -> None:
     torch.manual_seed(0)
