@@ -17,7 +17,7 @@ from fxlora.passes.weights import Weights, tensor_key
 from fxlora.renames import renames_of
 from fxlora.signature import META_KEY, constant_leaves, supply_builtins, tensor_leaves
 from fxlora.size_limit import limited_sizes
-from fxlora.tracing import call_once, capture_settings, plain_attention, unwrapped
+from fxlora.tracing import call_once, capture_settings, experts_advice, plain_attention, unwrapped
 
 _log = logging.getLogger(__name__)
 
@@ -73,8 +73,10 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
         supply_builtins(gm)
         _remember(gm, model, args, kwargs)
         return gm
+    advice = experts_advice(model)
     raise CaptureError(
-        "no whole graph of the model could be captured, and nothing can be proven across a graph break.\n"
+        "no whole graph of the model could be captured, and nothing can be proven across a graph break"
+        + (f" ({advice}).\n" if advice else ".\n")
         + "\n".join(dict.fromkeys(failures))
     )
 

@@ -27,7 +27,7 @@ from fxlora.passes.rows.seeds import BatchDims
 from fxlora.passes.sites import Site, Skipped
 from fxlora.replays import WITHOUT_GRAPHS, Replays
 from fxlora.runtime import Runtime
-from fxlora.tracing import Tracing, call_once
+from fxlora.tracing import Tracing, call_once, experts_advice
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -244,7 +244,7 @@ def _compiled_forward(model: nn.Module, backend: functools.partial[Callable[...,
                 if untried and untried.pop():
                     call_once(original, args, kwargs)
                     return call(*args, **kwargs)
-                note = advice(original, kwargs)
+                note = advice(original, kwargs) or experts_advice(model)
                 raise GraphBreakError(
                     f"the forward of this {type(model).__name__} is no single graph, and nothing can be proven "
                     f"across a graph break{note and f' ({note})'}: {error}"

@@ -54,6 +54,20 @@ def capture_settings() -> dict[str, Any]:
     return {"allow_rnn": True, "specialize_float": True, **ignored}
 
 
+def experts_advice(model: nn.Module) -> str:
+    """What makes a graph of a transformers model that computes its experts one by one; empty for any other.
+
+    Source: `use_experts_implementation` in transformers/integrations/moe.py.
+    """
+    dispatching = [m for m in model.modules() if hasattr(m, "has_gate") and hasattr(m, "is_transposed")]
+    if all(getattr(getattr(m, "config", None), "_experts_implementation", "") != "eager" for m in dispatching):
+        return ""
+    return (
+        "it computes its experts one by one, as many as the data asks for; in one graph it does after "
+        'model.set_experts_implementation("grouped_mm")'
+    )
+
+
 @contextmanager
 def plain_attention() -> Iterator[None]:
     """While a model is captured, torch's attention modules run their Python code.

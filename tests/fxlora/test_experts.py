@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 import fxlora
-from fxlora.errors import CapacityError, UnboundTensorError
+from fxlora.errors import CapacityError, CaptureError, GraphBreakError, UnboundTensorError
 from fxlora.passes.graph import op_name
 from tests.models import ZOO, Entry, Inputs
 from tests.oracle import TOLERANCE, Oracle, make_adapter, relative_error
@@ -245,6 +245,21 @@ def test_modules_that_peft_turns_into_parameters(tmp_path: Path) -> None:
     assert [pools[leaf].rank.tolist()[:2] for leaf in ("gate_up_proj", "down_proj")] == [[4, 6], [2, 3]]
     inputs, names = entry.inputs(batch=4, seed=3), ["a", "b", None, "b"]
     Oracle(build, adapters).check(lora(**inputs, adapters=names), inputs, names)
+
+
+@torch.no_grad()
+def test_what_computes_its_experts_one_by_one_is_told_how_not_to() -> None:
+    entry = ZOO["mixtral"]
+    model, said = entry.with_experts("eager")(), r'\(.*model\.set_experts_implementation\("grouped_mm"\)'
+    with pytest.raises(CaptureError, match=said):
+        fxlora.capture(model, **entry.inputs())
+    torch._dynamo.reset()
+    served: Any = fxlora.compile(model, max_adapters=1, max_rank=4, backend="eager")
+    with pytest.raises(GraphBreakError, match=said):
+        served(**entry.inputs())
+    model.set_experts_implementation("grouped_mm")
+    torch._dynamo.reset()
+    assert served(**entry.inputs()).logits.shape[0] == len(entry.inputs()["input_ids"])
 
 
 def test_questions_about_the_device_stand_between_the_calls() -> None:
