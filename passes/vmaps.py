@@ -8,6 +8,7 @@ and what does not. A vmap of anything else stays as it is.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import fx
 from fxlora.passes.graph import argument, fake_value, is_tensor_node, op_name, operand, rerun
 from fxlora.passes.rows.families import is_pointwise
 
+log = logging.getLogger(__name__)
 OPENS, CLOSES, HIDES, SHOWS = (
     "_vmap_increment_nesting",
     "_vmap_decrement_nesting",
@@ -61,10 +63,16 @@ def _open(graph: fx.Graph, region: Sequence[fx.Node]) -> bool:
     if any(levels.get(node) and user not in levels for node in region for user in node.users):
         return False
     made: dict[fx.Node, fx.Node] = {}
-    for node in region:
-        if node in levels:
+    emitted: list[fx.Node] = []
+    try:
+        for node in levels:
             with graph.inserting_before(node):
-                made[node] = _Whole(graph, node, levels, made).call()
+                made[node] = _Whole(graph, node, levels, made, emitted).call()
+    except Exception as error:  # of an op, on what tracing recorded
+        log.info("a vmap stays as it is: %s", error)
+        for node in reversed(emitted):
+            graph.erase_node(node)
+        return False
     for node in reversed(region):
         if node in made:
             node.replace_all_uses_with(made[node])
@@ -122,9 +130,14 @@ class _Whole:
     """One call of a vmap, made of whole tensors."""
 
     def __init__(
-        self, graph: fx.Graph, node: fx.Node, levels: dict[fx.Node, Levels], made: dict[fx.Node, fx.Node]
+        self,
+        graph: fx.Graph,
+        node: fx.Node,
+        levels: dict[fx.Node, Levels],
+        made: dict[fx.Node, fx.Node],
+        emitted: list[fx.Node],
     ) -> None:
-        self._graph, self._node, self._levels, self._made = graph, node, levels, made
+        self._graph, self._node, self._levels, self._made, self._emitted = graph, node, levels, made, emitted
 
     def call(self) -> fx.Node:
         """The call, whose result has the dims of its levels first."""
@@ -135,11 +148,11 @@ class _Whole:
             return self._show()
         mapped = [n for n in node.all_input_nodes if self._levels.get(n)]
         if not mapped or name in _LIKE:
-            return self._copy(lambda n: self._made.get(n, n))
+            return self._recorded(self._graph.node_copy(node, lambda n: self._made.get(n, n)))
         meeting = argument(node, 1, "indices") if name == "index" else node.all_input_nodes
         width = max(_ndim(n) for n in meeting if is_tensor_node(n))
         aligned = {n: self._aligned(n, width) for n in mapped}
-        return self._copy(lambda n: aligned.get(n) or self._made.get(n, n))
+        return self._recorded(self._graph.node_copy(node, lambda n: aligned.get(n) or self._made.get(n, n)))
 
     def _hide(self) -> fx.Node:
         x, level = operand(self._node), argument(self._node, 2, "level")
@@ -157,7 +170,7 @@ class _Whole:
         sizes = [-1] * (len(levels) + _ndim(self._node))
         sizes[place] = argument(self._node, 2, "batch_size")
         longer = self._emit(torch.unsqueeze, whole, place)
-        return _recorded(self._graph.call_method("expand", (longer, *sizes)), self._node)
+        return self._recorded(self._graph.call_method("expand", (longer, *sizes)))
 
     def _aligned(self, n: fx.Node, width: int) -> fx.Node:
         """A mapped operand with all levels of the result, and as many dims behind them."""
@@ -171,16 +184,16 @@ class _Whole:
     def _moved(self, x: fx.Node, source: int, place: int) -> fx.Node:
         return x if source == place else self._emit(torch.movedim, x, source, place)
 
-    def _copy(self, value_of: Callable[[fx.Node], fx.Node]) -> fx.Node:
-        return _recorded(self._graph.node_copy(self._node, value_of), self._node)
-
     def _emit(self, function: Callable[..., torch.Tensor], *args: Any) -> fx.Node:
-        return _recorded(self._graph.call_function(function, args), self._node)
+        return self._recorded(self._graph.call_function(function, args))
 
-
-def _recorded(made: fx.Node, like: fx.Node) -> fx.Node:
-    """The node, with what tracing would have recorded for it."""
-    value = rerun(made)
-    kept = {key: value for key in ("val", "example_value") if key in like.meta}
-    made.meta = {**like.meta, **(kept or {"example_value": value})}
-    return made
+    def _recorded(self, made: fx.Node) -> fx.Node:
+        """The node, with what tracing would have recorded for it."""
+        self._emitted.append(made)
+        like = self._node
+        if not like.op.startswith("call") or not is_tensor_node(like):  # the same of a slice and of all
+            return made
+        value = rerun(made)  # never the recorded value, which may be a slice of a vmap that is over
+        kept = {key: value for key in ("val", "example_value") if key in like.meta}
+        made.meta = {**like.meta, **(kept or {"example_value": value})}
+        return made

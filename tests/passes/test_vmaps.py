@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import fx
 
-from fxlora.passes.graph import op_name
+import fxlora.passes.vmaps as vmaps_module
+from fxlora.passes.graph import op_name, rerun
 from fxlora.passes.normalize import copy_graph
 from fxlora.passes.vmaps import OPENS, open_vmaps
 
@@ -113,6 +114,19 @@ def test_what_is_opened(name: str) -> None:
     before, after = opened(WHOLE[name][0], *WHOLE[name][1])
     assert before
     assert not after
+
+
+def test_what_fails_on_the_way_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an op may that asks for more of a size than tracing knows."""
+
+    def fails(node: fx.Node) -> Any:
+        if op_name(node) == "index":
+            raise RuntimeError("could not guard on a size")
+        return rerun(node)
+
+    monkeypatch.setattr(vmaps_module, "rerun", fails)
+    before, after = opened(WHOLE["a mask"][0], *WHOLE["a mask"][1])
+    assert after == before
 
 
 @pytest.mark.parametrize("name", KEPT)
