@@ -62,7 +62,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         delta = tiles.DeltaTile(8, 32, 16, 5, 4)
         return tiles.ExpertDecodeTiles(shrink, delta, tiles.ExpertGemmTile(16, 16, entries % 2 == 1, 3, 2, 4, 2))
 
-    def prefill(height: int, one_tile: bool, columns: int, dtype: torch.dtype, width: int) -> tiles.ExpertPrefillTile:
+    def prefill(
+        height: int, one_tile: bool, simple: bool, columns: int, dtype: torch.dtype, width: int
+    ) -> tiles.ExpertPrefillTile:
         shrink = tiles.ExpertShrinkTile(32, 16, 32, 3, 4, 2, height > 64, 2)
         return tiles.ExpertPrefillTile(16, 16, 16, 3, 4, 3, 2, True, True, height > 64, shrink)
 
