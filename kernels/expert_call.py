@@ -90,6 +90,11 @@ class ExpertCall(PlannedCall):
         return min(self.rows, tile_bound(self.rows, self.num_experts, self.height))
 
     @property
+    def halves(self) -> bool:
+        """Whether a row tile with rows for no more than half of it is half as high."""
+        return self.height >= 128
+
+    @property
     def strided_bias(self) -> tuple[Any, ...]:
         """Pointer and strides of the bias."""
         return (None, 0, 0) if self.bias is None else strided(self.bias)

@@ -156,7 +156,7 @@ def prefill(call: ExpertCall, tile: ExpertPrefillTile) -> torch.Tensor:
         plan,
         (call.x, call.x.stride(0)),
         Described(call.x, (call.height, tile.BK)) if x_tma else None,
-        Described(call.x, (call.height // 2, tile.BK)) if x_tma and tile.halves else None,
+        Described(call.x, (call.height // 2, tile.BK)) if x_tma and call.halves else None,
         strided(call.weight),
         w_desc,
         call.strided_bias,
@@ -187,7 +187,7 @@ def _plan(call: ExpertCall, tile: ExpertPrefillTile, form: int, x_tma: bool) -> 
         X_TMA=x_tma,
         HAS_BIAS=call.has_bias,
         HAS_POOL=call.has_pool,
-        HALVES=tile.halves,
+        HALVES=call.halves,
         STAGES=tile.num_stages,
         EXPAND_STAGES=tile.expand_stages,
     )

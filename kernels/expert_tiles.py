@@ -66,8 +66,7 @@ class ExpertShrinkTile:
 
 @dataclass(frozen=True)
 class ExpertPrefillTile:
-    """Of expert_prefill.py; BR ranks are expanded at once, in a loop of so many stages. halves: tiles with rows for no
-    more than half of them are half as high."""
+    """Of expert_prefill.py; BR ranks are expanded at once, in a loop of so many stages."""
 
     BN: int
     BK: int
@@ -78,7 +77,6 @@ class ExpertPrefillTile:
     expand_stages: int
     w_tma: bool
     x_tma: bool
-    halves: bool
     shrink: ExpertShrinkTile
 
 
@@ -111,19 +109,18 @@ def expert_prefill_tile(
     simple: rows come in place and have one slot each; else so many ranks at once would spill. width: most ranks of
     a slot.
     """
-    halves = height >= 128
     if dtype == torch.float32:
         shrink = ExpertShrinkTile(32, 16, 32, 528, 4, 2, False, 1)
-        return ExpertPrefillTile(64, 32, 16, 264, 8, 2, 2, False, False, halves, shrink)
+        return ExpertPrefillTile(64, 32, 16, 264, 8, 2, 2, False, False, shrink)
     few_ranks, ranks = width <= 16, 64 if simple else 32
     alone, shared = ExpertShrinkTile(64, 128, 64, 396, 4, 3, True, 1), ExpertShrinkTile(64, 64, 64, 396, 4, 4, False, 8)
     if one_tile:
         shrink = alone if few_ranks and simple else shared
-        return ExpertPrefillTile(128, 64, ranks, 264, 4, 3, 3, True, True, halves, shrink)
+        return ExpertPrefillTile(128, 64, ranks, 264, 4, 3, 3, True, True, shrink)
     if height < 128:
         if few_ranks or columns < 4096:
             shrink = alone if few_ranks and simple and columns < 4096 else shared
-            return ExpertPrefillTile(128, 64, 64, 396, 4, 3, 3, True, True, halves, shrink)
-        return ExpertPrefillTile(256, 64, 64, 132, 8, 4, 5, True, True, halves, shared)
+            return ExpertPrefillTile(128, 64, 64, 396, 4, 3, 3, True, True, shrink)
+        return ExpertPrefillTile(256, 64, 64, 132, 8, 4, 5, True, True, shared)
     shrink = ExpertShrinkTile(64, 64, 64, 264, 4, 5, few_ranks, 1 if few_ranks else 8)
-    return ExpertPrefillTile(256, 64, 32 if few_ranks else ranks, 132, 8, 4, 3, True, True, halves, shrink)
+    return ExpertPrefillTile(256, 64, 32 if few_ranks else ranks, 132, 8, 4, 3, True, True, shrink)

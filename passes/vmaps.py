@@ -9,7 +9,7 @@ and what does not. A vmap of anything else stays as it is.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,14 +17,9 @@ from torch import fx
 
 from fxlora.passes.graph import argument, fake_value, is_tensor_node, op_name, operand, rerun
 from fxlora.passes.rows.families import is_pointwise
+from fxlora.passes.rows.mapped import CLOSES, HIDES, OPENS, SHOWS, vmap_regions
 
 log = logging.getLogger(__name__)
-OPENS, CLOSES, HIDES, SHOWS = (
-    "_vmap_increment_nesting",
-    "_vmap_decrement_nesting",
-    "_add_batch_dim",
-    "_remove_batch_dim",
-)
 _SILENT = {OPENS, CLOSES, "lazy_load_decompositions"}
 _LIKE = {"new_ones", "new_zeros", "new_full", "new_tensor", "new_empty"}
 """Creations that take dtype and device of a tensor, and nothing else."""
@@ -38,21 +33,7 @@ class _UnknownError(Exception):
 
 def open_vmaps(gm: fx.GraphModule) -> int:
     """Replace vmaps, those in one another together; returns how many were."""
-    return sum(_open(gm.graph, region) for region in list(_regions(gm.graph)))
-
-
-def _regions(graph: fx.Graph) -> Iterator[list[fx.Node]]:
-    """The nodes of each outermost vmap."""
-    depth, region = 0, []
-    for node in graph.nodes:
-        name = op_name(node)
-        depth += name == OPENS
-        if depth:
-            region.append(node)
-        depth -= name == CLOSES
-        if region and not depth:
-            yield region
-            region = []
+    return sum(_open(gm.graph, region) for region in list(vmap_regions(gm.graph)))
 
 
 def _open(graph: fx.Graph, region: Sequence[fx.Node]) -> bool:

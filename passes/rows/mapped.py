@@ -6,7 +6,7 @@ so rows along the other dims move with them; only elementwise ops are followed t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
@@ -18,28 +18,35 @@ from fxlora.passes.rows.labels import Label, Mixed, Rows, join, remap
 if TYPE_CHECKING:
     from fxlora.passes.rows.propagate import Prover
 
-_OPENS, _CLOSES = "_vmap_increment_nesting", "_vmap_decrement_nesting"
-_HIDES, _SHOWS = "_add_batch_dim", "_remove_batch_dim"
+OPENS, CLOSES = "_vmap_increment_nesting", "_vmap_decrement_nesting"
+HIDES, SHOWS = "_add_batch_dim", "_remove_batch_dim"
+
+
+def vmap_regions(graph: fx.Graph) -> Iterator[list[fx.Node]]:
+    """The nodes of each outermost vmap, from its beginning to its end."""
+    depth, region = 0, []
+    for node in graph.nodes:
+        name = op_name(node)
+        depth += name == OPENS
+        if depth:
+            region.append(node)
+        depth -= name == CLOSES
+        if region and not depth:
+            yield region
+            region = []
 
 
 def inside_vmap(graph: fx.Graph) -> set[fx.Node]:
     """The calls between the beginning and the end of a vmap."""
-    found: set[fx.Node] = set()
-    depth = 0
-    for node in graph.nodes:
-        name = op_name(node)
-        depth += (name == _OPENS) - (name == _CLOSES)
-        if depth and node.op.startswith("call"):
-            found.add(node)
-    return found
+    return {node for region in vmap_regions(graph) for node in region if node.op.startswith("call")}
 
 
 def is_followed(name: str) -> bool:
     """Ops whose rows are followed inside a vmap."""
-    return is_pointwise(name) or name in (_HIDES, _SHOWS)
+    return is_pointwise(name) or name in (HIDES, SHOWS)
 
 
-@rule(_HIDES)
+@rule(HIDES)
 def hide(p: Prover, node: fx.Node) -> Rows:
     """A tensor without the dim that vmap runs along."""
     x = operand(node)
@@ -49,7 +56,7 @@ def hide(p: Prover, node: fx.Node) -> Rows:
     return remap(rows, lambda d: d - (d > dim))
 
 
-@rule(_SHOWS)
+@rule(SHOWS)
 def show(p: Prover, node: fx.Node) -> Rows:
     """The tensor with that dim again."""
     dim = argument(node, 3, "out_dim") % p.ndim(node)

@@ -66,7 +66,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         height: int, one_tile: bool, simple: bool, columns: int, dtype: torch.dtype, width: int
     ) -> tiles.ExpertPrefillTile:
         shrink = tiles.ExpertShrinkTile(32, 16, 32, 3, 4, 2, height > 64, 2)
-        return tiles.ExpertPrefillTile(16, 16, 16, 3, 4, 3, 2, True, True, height > 64, shrink)
+        return tiles.ExpertPrefillTile(16, 16, 16, 3, 4, 3, 2, True, True, shrink)
 
     monkeypatch.setattr(lora_experts, "expert_decode_tiles", decode)
     monkeypatch.setattr(lora_experts, "expert_prefill_tile", prefill)

@@ -12,7 +12,8 @@ from torch import fx
 import fxlora.passes.vmaps as vmaps_module
 from fxlora.passes.graph import op_name, rerun
 from fxlora.passes.normalize import copy_graph
-from fxlora.passes.vmaps import OPENS, open_vmaps
+from fxlora.passes.rows.mapped import OPENS
+from fxlora.passes.vmaps import open_vmaps
 
 Body = Callable[..., torch.Tensor]
 
