@@ -6,7 +6,7 @@ The first stage of the flow: everything after it speaks of canonical op names, n
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -160,14 +160,19 @@ def fake_value(node: fx.Node) -> Any:
     return node.meta.get("val") if value is None else value
 
 
+def invoke(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a call gives of these arguments in the place of its own. Raises what the op raises."""
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
 def rerun(node: fx.Node) -> Any:
     """What a call gives of what tracing recorded for its operands. Raises what the op raises."""
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), fake_value)
     modes = [v.fake_mode for v in tree_leaves((args, kwargs)) if isinstance(v, FakeTensor)]
     with torch.no_grad(), modes[0] if modes else nullcontext():
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return invoke(node, args, kwargs)
 
 
 def is_tensor_node(value: Any) -> bool:

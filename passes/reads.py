@@ -15,7 +15,7 @@ from torch import fx
 
 from fxlora.passes.expert_reads import gathered_root, read_product
 from fxlora.passes.experts import ExpertProduct
-from fxlora.passes.graph import argument, op_name, operand
+from fxlora.passes.graph import argument, invoke, op_name, operand
 from fxlora.passes.rows.worlds import TensorFacts, World
 from fxlora.passes.weights import CASTS, PASS_ON, Weights
 
@@ -287,9 +287,7 @@ class Reader:
         try:
             args = fx.map_arg(node.args[1:], self._number)
             kwargs = fx.map_arg(dict(node.kwargs), self._number)
-            if node.op == "call_method":
-                return getattr(view, str(node.target))(*args, **kwargs)
-            return node.target(view, *args, **kwargs)  # type: ignore[operator]
+            return invoke(node, (view, *args), kwargs)
         except Exception:
             return None
 

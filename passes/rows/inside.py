@@ -16,7 +16,7 @@ from torch._decomp import global_decomposition_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxlora.passes.graph import op_name, operand
+from fxlora.passes.graph import invoke, op_name, operand
 from fxlora.passes.inplace_views import functional_views
 from fxlora.passes.rows.labels import Label, Mixed, RowMap, Rows
 from fxlora.passes.rows.worlds import Sizing, TensorFacts, World
@@ -68,10 +68,7 @@ def _traced(
         values = dict(zip(operands, tensors, strict=True))
         args = fx.map_arg(node.args, lambda n: values[n] if n in values else world.facts(n))
         kwargs = fx.map_arg(dict(node.kwargs), lambda n: values[n] if n in values else world.facts(n))
-        if node.op == "call_method":
-            result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        else:
-            result = node.target(*args, **kwargs)  # type: ignore[operator]
+        result = invoke(node, args, kwargs)
         return list(result) if isinstance(result, list | tuple) else [result]
 
     try:

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from fxlora.passes.graph import argument, fake_value, op_name, operand
+from fxlora.passes.graph import argument, fake_value, invoke, op_name, operand
 from fxlora.passes.rows.worlds import TensorFacts, UnknownShapeError, World
 from fxlora.passes.rows.writes import also_written, is_write
 
@@ -216,9 +216,7 @@ class Integers:
             if op_name(node) == "histc":
                 counted: Any = args[0]
                 args = (counted.float(), *args[1:])  # on the CPU it counts floats alone
-            if node.op == "call_method":
-                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            result = node.target(*args, **kwargs)  # type: ignore[operator]
+            result = invoke(node, args, kwargs)
             return args[0] if op_name(node) == "setitem" else result
         except Exception:
             return None
