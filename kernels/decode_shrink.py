@@ -93,11 +93,11 @@ def shrink_products(
 
 @triton.jit
 def shrink_tile(
-    tile, part, x, h_ptr, h_stride, coeffs, segments_ptr, site, num_entries, num_features, J: tl.constexpr,
-    PARTS: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
-    STAGES: tl.constexpr, HAS_COEFFS: tl.constexpr,
+    tile, part, share, x, h_ptr, h_stride, coeffs, segments_ptr, site, num_entries, num_features, J: tl.constexpr,
+    PARTS: tl.constexpr, SHARES: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+    SLICES: tl.constexpr, STAGES: tl.constexpr, HAS_COEFFS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One part of one tile's h, whole groups of 16 ranks. tile: of tile_of."""
+    """A part of the in-features and a share of the ranks of one tile's h, whole groups of 16. tile: of tile_of."""
     slot, first_position, end = tile
     rank, start, scaling = adapter_of(slot, site)
     positions = first_position + tl.arange(0, BM)
@@ -107,7 +107,7 @@ def shrink_tile(
     x_at = x[0] + (entries // J).to(tl.int64) * x[1]
     h_at = h_ptr + (part * num_entries + entries).to(tl.int64) * h_stride
     each = tl.cdiv(tl.cdiv(num_features, BK), PARTS) * BK
-    for first in range(0, rank, BR):
+    for first in range(share * BR, rank, SHARES * BR):
         ranks = first + tl.arange(0, BR)
         a_at = site[0] + (start + ranks).to(tl.int64) * num_features
         acc = shrink_products(
@@ -132,7 +132,8 @@ def shrink_tiles_kernel(
     max_adapters,
     HAS_POOL: tl.constexpr,  # one flag for each member
     J: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr,  # programs that share the in-features of a tile
+    SHARES: tl.constexpr,  # programs that share the ranks of a tile
     BR: tl.constexpr,
     BK: tl.constexpr,
     SLICES: tl.constexpr,
@@ -147,12 +148,13 @@ def shrink_tiles_kernel(
         if HAS_POOL[member]:
             if tl.program_id(1) == member:
                 h_at = h_ptr + member * num_entries.to(tl.int64) * h_stride * PARTS
-                items = count_tiles(segments_ptr, num_entries, max_adapters) * PARTS
+                items = count_tiles(segments_ptr, num_entries, max_adapters) * (PARTS * SHARES)
                 for item in tl.range(tl.program_id(0), items, tl.num_programs(0), num_stages=1):
-                    tile = tile_of(item // PARTS, segments_ptr, num_entries, max_adapters)
+                    tile = tile_of(item // (PARTS * SHARES), segments_ptr, num_entries, max_adapters)
                     shrink_tile(
-                        tile, item % PARTS, x, h_at, h_stride, coeffs, segments_ptr, sites[member], num_entries,
-                        num_features, J, PARTS, 16, BR, BK, SLICES, STAGES, HAS_COEFFS,
+                        tile, item % PARTS, item // PARTS % SHARES, x, h_at, h_stride, coeffs, segments_ptr,
+                        sites[member], num_entries, num_features, J, PARTS, SHARES, 16, BR, BK, SLICES, STAGES,
+                        HAS_COEFFS,
                     )  # fmt: skip
 
 
@@ -176,7 +178,8 @@ def shrink_tiles(call: LinearCall, h: torch.Tensor, stride: int, tile: ShrinkTil
 
 def _plan(call: LinearCall, stride: int, tile: ShrinkTile) -> Plan:
     members = call.members
-    items = min(call.entries, tile_bound(call.entries, members.max_adapters, TILE)) * tile.parts
+    shares = tile.shares_of(members.h_width)
+    items = min(call.entries, tile_bound(call.entries, members.max_adapters, TILE)) * tile.parts * shares
     return call.planned(
         _launcher,
         (min(items, tile.programs), len(call.widths)),
@@ -185,6 +188,7 @@ def _plan(call: LinearCall, stride: int, tile: ShrinkTile) -> Plan:
         HAS_POOL=members.has_pool,
         J=call.width,
         PARTS=tile.parts,
+        SHARES=shares,
         BR=max(16, min(tile.BR, stride)),
         BK=tile.BK,
         SLICES=tile.slices,

@@ -86,6 +86,7 @@ def group_shrink_kernel(
     BINS: tl.constexpr,  # power of two above S
     SORTED: tl.constexpr,
     HEIGHT: tl.constexpr,
+    SHARES: tl.constexpr,  # programs that share the ranks of a tile
     BR: tl.constexpr,
     BK: tl.constexpr,
     SLICES: tl.constexpr,
@@ -113,14 +114,14 @@ def group_shrink_kernel(
                 if HEIGHT > TILE:
                     ends = tile_ends(segments_ptr, num_entries, max_adapters, HEIGHT, BINS)
                     count = tl.max(ends, axis=0)
-                for item in tl.range(tl.program_id(0), count, tl.num_programs(0), num_stages=1):
+                for item in tl.range(tl.program_id(0), count * SHARES, tl.num_programs(0), num_stages=1):
                     if HEIGHT == TILE:
-                        tile = tile_of(item, segments_ptr, num_entries, max_adapters)
+                        tile = tile_of(item // SHARES, segments_ptr, num_entries, max_adapters)
                     else:
-                        tile = tall_tile_of(item, ends, segments_ptr, num_entries, HEIGHT)
+                        tile = tall_tile_of(item // SHARES, ends, segments_ptr, num_entries, HEIGHT)
                     shrink_tile(
-                        tile, 0, x, adapters.h, h_width, coeffs, segments_ptr, site, num_entries, num_features, J, 1,
-                        HEIGHT, BR, BK, SLICES, STAGES, HAS_COEFFS,
+                        tile, 0, item % SHARES, x, adapters.h, h_width, coeffs, segments_ptr, site, num_entries,
+                        num_features, J, 1, SHARES, HEIGHT, BR, BK, SLICES, STAGES, HAS_COEFFS,
                     )  # fmt: skip
 
 
@@ -147,7 +148,8 @@ def shrink_groups(call: LinearCall, scratch: Scratch, tile: ShrinkTile) -> None:
 
 def _plan(call: LinearCall, scratch: Scratch, tile: ShrinkTile) -> Plan:
     members = call.members
-    items = min(call.entries, tile_bound(call.entries, members.max_adapters, tile.BM))
+    shares = tile.shares_of(members.h_width)
+    items = min(call.entries, tile_bound(call.entries, members.max_adapters, tile.BM)) * shares
     return call.planned(
         _launcher,
         (max(cdiv(call.rows, scratch.block_rows), min(items, tile.programs)), len(call.widths)),
@@ -160,6 +162,7 @@ def _plan(call: LinearCall, scratch: Scratch, tile: ShrinkTile) -> Plan:
         BINS=max(32, next_power_of_2(members.max_adapters + 1)),
         SORTED=scratch.is_sorted,
         HEIGHT=tile.BM,
+        SHARES=shares,
         BR=max(16, min(tile.BR, scratch.width)),
         BK=tile.BK,
         SLICES=tile.slices,

@@ -53,7 +53,8 @@ class VectorTile:
 @dataclass(frozen=True)
 class ShrinkTile:
     """Of decode_shrink.py and group_shrink.py: tiles of BM entries of one slot, 16 for the former; `parts` programs
-    share the in-features of a tile; at most `programs` of each member. A block of in-features is cut into `slices`."""
+    share the in-features of a tile, at most `shares` its ranks, BR at once; at most `programs` of each member. A block
+    of in-features is cut into `slices`."""
 
     BM: int
     BR: int
@@ -63,6 +64,11 @@ class ShrinkTile:
     num_warps: int
     num_stages: int
     slices: int
+    shares: int = 1
+
+    def shares_of(self, width: int) -> int:
+        """Programs that share the ranks of a tile, of which a slot has `width` at most."""
+        return min(self.shares, cdiv(width, self.BR))
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,10 @@ _SHRINK_HALVES = ShrinkTile(16, 64, 256, 2, 264, 4, 3, 4)
 _SHRINK_HALVES_RANKS = ShrinkTile(16, 64, 256, 2, 264, 4, 3, 1)
 _SHRINK_QUARTERS_RANKS = ShrinkTile(16, 64, 128, 4, 264, 4, 3, 1)
 _SHRINK_ALONE = ShrinkTile(16, 64, 256, 1, 264, 4, 4, 4)
-_SHRINK_ALONE_RANKS = ShrinkTile(16, 64, 128, 1, 264, 4, 5, 4)
+_SHRINK_ALONE_RANKS = ShrinkTile(16, 32, 256, 1, 264, 4, 3, 4, 16)
+_SHRINK_SHARED_RANKS = ShrinkTile(16, 16, 256, 1, 528, 4, 4, 4, 16)
+_SHRINK_TALL = ShrinkTile(64, 16, 64, 1, 264, 4, 5, 1)
+_SHRINK_TALL_SHARED = ShrinkTile(64, 16, 128, 1, 264, 4, 4, 1, 16)
 _SHRINK_TALL_RANKS = ShrinkTile(64, 64, 64, 1, 264, 4, 5, 1)
 _GEMV_SHORT, _GEMV_ODD = GemvTile(4, 512, 1, 8, _VECTOR), GemvTile(8, 512, 2, 8, _VECTOR)
 _GEMV = {
@@ -236,7 +245,7 @@ def _decode_shrink(features: int, columns: int, width: int) -> ShrinkTile | None
     """Of 17 to 64 rows: the matrix unit, where vectors would read the As once too often."""
     if width <= 16:
         return _SHRINK_HALVES if features > TALL or columns > 4096 else None
-    return _SHRINK_QUARTERS_RANKS if features <= 2048 or columns <= 2560 else _SHRINK_HALVES_RANKS
+    return _SHRINK_QUARTERS_RANKS if columns <= 2560 else _SHRINK_SHARED_RANKS
 
 
 @cache
@@ -309,12 +318,13 @@ def prefill_tile(rows: int, widths: tuple[int, ...], width: int) -> PrefillTile:
 
     The largest, unless much of its last wave would be idle: then two programs share a multiprocessor.
     """
-    shrink, later = _SHRINK_ALONE if width <= 16 else _SHRINK_TALL_RANKS, (32, 3)
+    later = (32, 3)
 
     def count(block_m: int, block_n: int) -> int:
         return cdiv(rows, block_m) * sum(cdiv(n, block_n) for n in widths)
 
     large, medium = count(128, 256), count(128, 128)
+    shrink = _prefill_shrink(rows, len(widths), large, width)
     idle = cdiv(large, MULTIPROCESSORS) * MULTIPROCESSORS / max(large, 1)
     if large >= 120 and idle <= (1.08 if width <= 16 else 1.4):
         return PrefillTile(128, 256, 64, 32, 8, 3, 1, later, shrink)
@@ -325,6 +335,17 @@ def prefill_tile(rows: int, widths: tuple[int, ...], width: int) -> PrefillTile:
     if count(64, 128) <= MULTIPROCESSORS:
         return PrefillTile(64, 128, 64, 16, 4, 5, 1, later, shrink)
     return PrefillTile(64, 128, 64, 16, 4, 4, 2, later, shrink)
+
+
+def _prefill_shrink(rows: int, members: int, tiles: int, width: int) -> ShrinkTile:
+    """All multiprocessors for a short time where the product needs them all, few of them where others are left.
+
+    tiles: of 128 x 256 of the product.
+    """
+    if width > 16:
+        is_small = members == 1 and rows <= 4096 and tiles <= 4 * MULTIPROCESSORS
+        return _SHRINK_TALL_SHARED if is_small else _SHRINK_TALL_RANKS
+    return _SHRINK_ALONE if members == 1 and rows <= 4096 else _SHRINK_TALL
 
 
 @cache

@@ -57,6 +57,7 @@ DECODE = {
     "plain": DecodeTiles(SHRINK, EXPAND, GemmTile(16, 16, 16, 1, False, 4, 2)),
     "swap": DecodeTiles(VECTORS, ExpandTile(32, 32, 1, 4), GemmTile(16, 32, 32, 1, True, 4, 2)),
     "split": DecodeTiles(VECTORS, EXPAND, GemmTile(32, 16, 16, 2, False, 4, 2)),
+    "shared ranks": DecodeTiles(replace(SHRINK, shares=2), EXPAND, GemmTile(16, 16, 16, 1, False, 4, 2)),
     "split and swap": DecodeTiles(SHRINK, EXPAND, GemmTile(16, 16, 16, 2, True, 4, 2)),
 }
 ALONE = ShrinkTile(16, 16, 64, 1, 3, 4, 2, 4)
@@ -66,6 +67,7 @@ FUSED = {
     "swap": FusedTiles(replace(ALONE, BR=32), GemmTile(16, 64, 32, 1, True, 4, 2), 64, 3),
     "W by TMA": FusedTiles(ALONE, GemmTile(16, 32, 32, 1, False, 4, 3), 32, 2, w_tma=True),
     "W by TMA, swap": FusedTiles(ALONE, GemmTile(16, 64, 16, 1, True, 4, 2), 64, 3, w_tma=True),
+    "shared ranks": FusedTiles(replace(ALONE, shares=3), GemmTile(16, 16, 16, 1, False, 4, 2), 32, 2),
     "tall shrink": FusedTiles(replace(ALONE, BM=32, slices=1), GemmTile(32, 16, 16, 1, False, 4, 2), 32, 2),
 }
 GEMV = {
