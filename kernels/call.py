@@ -17,7 +17,7 @@ from fxlora.kernels.launch import Described, Fixed, Launcher, Variant
 from fxlora.kernels.overlap import can_overlap
 from fxlora.kernels.registry import Group, SitePool
 from fxlora.kernels.replay import Replays
-from fxlora.kernels.triton_helpers import INTERPRET, check_pool, expand_precision, strided
+from fxlora.kernels.triton_helpers import INTERPRET, check_pool, expand_precision, strided, unit_of
 
 PoolArguments = tuple[torch.Tensor | None, ...]
 
@@ -161,9 +161,11 @@ class LinearCall(PlannedCall):
         self.overlap = can_overlap(x.device)
         self.precision = expand_precision(x.dtype)
         self.device_index = x.get_device()
+        self.unit = unit_of(self.features, self.x.stride(0), *[weight.stride(0) for weight in weights])
+        self.cols_unit = unit_of(*self.widths)
         self.signature = (
             self.rows, self.width, self.features, self.widths, self.has_bias, self.has_coeffs, x.dtype,
-            self.device_index, self.overlap,
+            self.device_index, self.overlap, self.unit,
         )  # fmt: skip
 
     @property

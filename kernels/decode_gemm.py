@@ -16,7 +16,7 @@ import triton.language as tl
 
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
 from fxlora.kernels.shrink import shrink_entry
-from fxlora.kernels.triton_helpers import dot
+from fxlora.kernels.triton_helpers import dot, whole, whole_rows
 
 
 @triton.jit
@@ -126,6 +126,8 @@ def gemm_kernel(
     HAS_COEFFS: tl.constexpr,
     SHRINK: tl.constexpr,  # K rounded up to a multiple of BK, BR and BK of shrink_entry
     STAGES: tl.constexpr,
+    UNIT: tl.constexpr,  # of in-features, as in triton_helpers.whole
+    COLS_UNIT: tl.constexpr,  # of out-features
     PDL: tl.constexpr,
     FIRST: tl.constexpr,  # no launch of this call comes before
 ) -> None:
@@ -133,6 +135,7 @@ def gemm_kernel(
     if FIRST:
         wait_for_earlier(PDL)
     let_later_start(PDL)
+    x, num_features = whole_rows(x, UNIT), whole(num_features, UNIT)
     program = tl.program_id(0)
     begin = 0
     for member in tl.static_range(len(HAS_POOL)):
@@ -150,10 +153,11 @@ def gemm_kernel(
         end = begin + tl.cdiv(widths[member], BN) * tl.cdiv(num_rows, BM) * SPLIT
         if (program >= begin) & (program < end):
             gemm_tile(
-                x, weights[member], biases[member], ys[member], sums_at, program - begin, num_rows, num_features,
-                widths[member], BM, BN, BK, SPLIT, SWAP, EVEN, HAS_BIAS[member], HAS_SUMS[member], STAGES,
+                x, whole_rows(weights[member], UNIT), biases[member], ys[member], sums_at, program - begin, num_rows,
+                num_features, whole(widths[member], COLS_UNIT), BM, BN, BK, SPLIT, SWAP, EVEN, HAS_BIAS[member],
+                HAS_SUMS[member], STAGES,
             )  # fmt: skip
         begin = end
         if HAS_SUMS[member]:
-            sums_at += num_rows.to(tl.int64) * SPLIT * widths[member]
+            sums_at += num_rows.to(tl.int64) * SPLIT * whole(widths[member], COLS_UNIT)
     wait_for_earlier(PDL)  # who waits for this launch then knows that h is complete, too

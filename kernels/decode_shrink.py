@@ -22,7 +22,7 @@ from fxlora.kernels.overlap import let_later_start, wait_for_earlier
 from fxlora.kernels.segments import TILE, tile_bound
 from fxlora.kernels.shrink import adapter_of, factor_of
 from fxlora.kernels.tiles import ShrinkTile
-from fxlora.kernels.triton_helpers import dot
+from fxlora.kernels.triton_helpers import dot, whole, whole_rows
 
 
 @triton.jit
@@ -139,11 +139,13 @@ def shrink_tiles_kernel(
     SLICES: tl.constexpr,
     STAGES: tl.constexpr,
     HAS_COEFFS: tl.constexpr,
+    UNIT: tl.constexpr,  # of in-features, as in triton_helpers.whole
     PDL: tl.constexpr,
 ) -> None:
     """Program (share of the work, member)."""
     wait_for_earlier(PDL)
     let_later_start(PDL)
+    x, num_features = whole_rows(x, UNIT), whole(num_features, UNIT)
     for member in tl.static_range(len(HAS_POOL)):
         if HAS_POOL[member]:
             if tl.program_id(1) == member:
@@ -194,5 +196,6 @@ def _plan(call: LinearCall, stride: int, tile: ShrinkTile) -> Plan:
         SLICES=tile.slices,
         STAGES=tile.num_stages,
         HAS_COEFFS=call.has_coeffs,
+        UNIT=call.unit,
         PDL=call.overlap,
     )

@@ -21,7 +21,7 @@ from fxlora.kernels.launch import Launcher
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
 from fxlora.kernels.segments import TILE, tile_bound
 from fxlora.kernels.tiles import DecodeTiles, ShrinkTile
-from fxlora.kernels.triton_helpers import cdiv, dot
+from fxlora.kernels.triton_helpers import cdiv, dot, whole
 
 
 @triton.jit
@@ -131,6 +131,7 @@ def expand_kernel(
     BR: tl.constexpr,
     BN: tl.constexpr,
     ONE_CHUNK: tl.constexpr,  # no adapter has more than BR ranks
+    COLS_UNIT: tl.constexpr,  # of out-features, as in triton_helpers.whole
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
@@ -144,17 +145,18 @@ def expand_kernel(
                 if HAS_POOL[member]:
                     count = count_tiles(segments_ptr, num_entries, max_adapters)
                     bare = tl.load(segments_ptr + num_entries + max_adapters)
-                blocks = tl.cdiv(widths[member], BN)
+                num_cols = whole(widths[member], COLS_UNIT)
+                blocks = tl.cdiv(num_cols, BN)
                 tiles = count + tl.cdiv(num_entries - bare, 16)
                 for item in tl.range(tl.program_id(0), tiles * blocks, tl.num_programs(0), num_stages=1):
                     slot, first, end = any_tile_of(item // blocks, count, bare, segments_ptr, num_entries, max_adapters)
                     expand_tile(
                         slot, first, end, item % blocks * BN + tl.arange(0, BN), ys[member], sums_at, biases[member],
                         h_ptr + member * num_entries.to(tl.int64) * h_stride * H_PARTS, h_stride, segments_ptr,
-                        sites[member], b_ptrs[member], num_entries, widths[member], j, J, SPLIT if FIRST else 1,
+                        sites[member], b_ptrs[member], num_entries, num_cols, j, J, SPLIT if FIRST else 1,
                         H_PARTS, LAST, HAS_BIAS[member] and FIRST, HAS_POOL[member], BR, ONE_CHUNK, PDL, PRECISION,
                     )  # fmt: skip
-            sums_at += (num_entries // J).to(tl.int64) * SPLIT * widths[member]
+            sums_at += (num_entries // J).to(tl.int64) * SPLIT * whole(widths[member], COLS_UNIT)
     wait_for_earlier(PDL)
 
 
@@ -217,6 +219,7 @@ def _plan(call: LinearCall, stride: int, j: int, tiles: DecodeTiles) -> Plan:
         BR=block_ranks,
         BN=tile.BN,
         ONE_CHUNK=stride <= block_ranks,
+        COLS_UNIT=call.cols_unit,
         PDL=call.overlap,
         PRECISION=call.precision,
     )

@@ -27,7 +27,7 @@ from fxlora.kernels.groups import adapters_of, add_groups, count_groups
 from fxlora.kernels.launch import Launcher
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
 from fxlora.kernels.tiles import FusedTiles
-from fxlora.kernels.triton_helpers import cdiv
+from fxlora.kernels.triton_helpers import cdiv, whole, whole_rows
 
 
 @triton.jit
@@ -95,6 +95,8 @@ def fused_kernel(
     HAS_POOL: tl.constexpr,  # one flag for each member
     STAGES: tl.constexpr,
     EXPAND_STAGES: tl.constexpr,
+    UNIT: tl.constexpr,  # of in-features, as in triton_helpers.whole
+    COLS_UNIT: tl.constexpr,  # of out-features
     PDL: tl.constexpr,
     FIRST: tl.constexpr,  # no launch of this call comes before
 ) -> None:
@@ -102,6 +104,7 @@ def fused_kernel(
     if FIRST:
         wait_for_earlier(PDL)
     let_later_start(PDL)
+    x, num_features = whole_rows(x, UNIT), whole(num_features, UNIT)
     tiles_m = tl.cdiv(num_rows, BM)
     program, begin = tl.program_id(0), 0
     w_descs = (w0_desc, w1_desc, w2_desc, w3_desc)
@@ -115,9 +118,10 @@ def fused_kernel(
                     capacity, num_rows * J, tiles_m,
                 )  # fmt: skip
             fused_tile(
-                (program - begin) % tiles_m, (program - begin) // tiles_m, x, weights[member], w_descs[member],
-                biases[member], ys[member], adapters, segments_ptr, num_rows, num_features, widths[member], J, BM, BN,
-                BK, BR, SWAP, SORTED, EVEN, HAS_BIAS[member], HAS_POOL[member], STAGES, EXPAND_STAGES, PDL,
+                (program - begin) % tiles_m, (program - begin) // tiles_m, x, whole_rows(weights[member], UNIT),
+                w_descs[member], biases[member], ys[member], adapters, segments_ptr, num_rows, num_features,
+                whole(widths[member], COLS_UNIT), J, BM, BN, BK, BR, SWAP, SORTED, EVEN, HAS_BIAS[member],
+                HAS_POOL[member], STAGES, EXPAND_STAGES, PDL,
             )  # fmt: skip
         begin = end
     wait_for_earlier(PDL)
@@ -174,6 +178,8 @@ def _plan(call: LinearCall, scratch: Scratch, tiles: FusedTiles, by_tma: bool) -
         HAS_POOL=call.members.has_pool,
         STAGES=tile.num_stages,
         EXPAND_STAGES=tiles.stages,
+        UNIT=call.unit,
+        COLS_UNIT=call.cols_unit,
         PDL=call.overlap,
         FIRST=not call.members.has_pools,
     )

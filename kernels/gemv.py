@@ -19,7 +19,7 @@ from fxlora.kernels.launch import Launcher
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
 from fxlora.kernels.shrink import adapter_of, shrink, slot_of
 from fxlora.kernels.tiles import GemvTile
-from fxlora.kernels.triton_helpers import cdiv, next_power_of_2
+from fxlora.kernels.triton_helpers import cdiv, next_power_of_2, whole, whole_rows
 
 
 @triton.jit
@@ -136,19 +136,23 @@ def gemv_kernel(
     EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,  # one flag for each member
     HAS_POOL: tl.constexpr,  # one flag for each member
+    UNIT: tl.constexpr,  # of in-features, as in triton_helpers.whole
+    COLS_UNIT: tl.constexpr,  # of out-features
     PDL: tl.constexpr,
 ) -> None:
     """The members' blocks one after another, rows of a block side by side."""
     let_later_start(PDL)
+    x, num_features = whole_rows(x, UNIT), whole(num_features, UNIT)
     program = tl.program_id(0)
     begin = 0
     for member in tl.static_range(len(HAS_POOL)):
         end = begin + tl.cdiv(widths[member], BN) * num_rows
         if (program >= begin) & (program < end):
             gemv_tile(
-                x, weights[member], biases[member], ys[member], h_ptr + member * num_rows * J * h_stride, h_stride,
-                slots, sites[member], b_ptrs[member], (program - begin) % num_rows, (program - begin) // num_rows,
-                num_features, widths[member], max_adapters, J, K, BN, BK, BLOCKS, BR, EVEN, HAS_BIAS[member],
+                x, whole_rows(weights[member], UNIT), biases[member], ys[member],
+                h_ptr + member * num_rows * J * h_stride, h_stride, slots, sites[member], b_ptrs[member],
+                (program - begin) % num_rows, (program - begin) // num_rows, num_features,
+                whole(widths[member], COLS_UNIT), max_adapters, J, K, BN, BK, BLOCKS, BR, EVEN, HAS_BIAS[member],
                 HAS_POOL[member], PDL,
             )  # fmt: skip
         begin = end
@@ -199,5 +203,7 @@ def _plan(call: LinearCall, stride: int, tile: GemvTile) -> Plan:
         EVEN=call.features % tile.BK == 0 and not any([n % tile.BN for n in call.widths]),
         HAS_BIAS=call.has_bias,
         HAS_POOL=members.has_pool,
+        UNIT=call.unit,
+        COLS_UNIT=call.cols_unit,
         PDL=call.overlap and members.has_pools,
     )

@@ -18,7 +18,16 @@ from fxlora.kernels.call import LinearCall
 from fxlora.kernels.registry import SitePool
 from fxlora.kernels.segments import tile_bound
 from fxlora.kernels.tiles import GeneralTiles, Tile
-from fxlora.kernels.triton_helpers import add_adapters, cdiv, dot, next_power_of_2, pool_arguments, strided
+from fxlora.kernels.triton_helpers import (
+    add_adapters,
+    cdiv,
+    dot,
+    next_power_of_2,
+    pool_arguments,
+    strided,
+    whole,
+    whole_rows,
+)
 
 
 @triton.jit
@@ -38,9 +47,11 @@ def shrink_kernel(
     BM: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
+    UNIT: tl.constexpr,  # of in-features, as in triton_helpers.whole
 ) -> None:
     """h of one tile of sorted entries, all of one slot."""
-    x_ptr, x_row_stride, x_col_stride = x
+    x_ptr, x_row_stride, x_col_stride = whole_rows(x, UNIT)
+    num_features = whole(num_features, UNIT)
     tile = tl.program_id(0)
     slots = tl.arange(0, SLOTS)
     starts_ptr = segments_ptr + num_entries
@@ -99,10 +110,13 @@ def linear_kernel(
     HAS_POOL: tl.constexpr,
     HAS_COEFFS: tl.constexpr,
     PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,  # of in-features, as in triton_helpers.whole
+    COLS_UNIT: tl.constexpr,  # of out-features
 ) -> None:
     """One tile of y: base GEMM, bias, adapters, one store."""
-    x_ptr, x_row_stride, x_col_stride = x
-    w_ptr, w_row_stride, w_col_stride = w
+    x_ptr, x_row_stride, x_col_stride = whole_rows(x, UNIT)
+    w_ptr, w_row_stride, w_col_stride = whole_rows(w, UNIT)
+    num_features, num_cols = whole(num_features, UNIT), whole(num_cols, COLS_UNIT)
     tiles_m = tl.cdiv(num_rows, BM)
     rows = ((tl.program_id(0) % tiles_m) * BM + tl.arange(0, BM)).to(tl.int64)
     cols = ((tl.program_id(0) // tiles_m) * BN + tl.arange(0, BN)).to(tl.int64)
@@ -157,6 +171,8 @@ def general(call: LinearCall, tiles: GeneralTiles) -> list[torch.Tensor]:
             HAS_POOL=pool is not None,
             HAS_COEFFS=call.has_coeffs,
             PRECISION=call.precision,
+            UNIT=call.unit,
+            COLS_UNIT=call.cols_unit,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
@@ -183,6 +199,7 @@ def shrink(call: LinearCall, pool: SitePool, tile: Tile) -> torch.Tensor:
         BM=tile.BM,
         BK=tile.BK,
         BR=tile.BR,
+        UNIT=call.unit,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

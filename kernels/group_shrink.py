@@ -25,7 +25,7 @@ from fxlora.kernels.overlap import let_later_start, wait_for_earlier
 from fxlora.kernels.segment_rows import TILE
 from fxlora.kernels.segments import tile_bound
 from fxlora.kernels.tiles import ShrinkTile
-from fxlora.kernels.triton_helpers import cdiv, next_power_of_2
+from fxlora.kernels.triton_helpers import cdiv, next_power_of_2, whole, whole_rows
 
 
 class Scratch(NamedTuple):
@@ -92,11 +92,13 @@ def group_shrink_kernel(
     SLICES: tl.constexpr,
     STAGES: tl.constexpr,
     HAS_COEFFS: tl.constexpr,
+    UNIT: tl.constexpr,  # of in-features, as in triton_helpers.whole
     PDL: tl.constexpr,
 ) -> None:
     """Program (share of the tiles of h, member); the last ones list a row tile each first, as they have least to do."""
     wait_for_earlier(PDL)
     let_later_start(PDL)
+    x, num_features = whole_rows(x, UNIT), whole(num_features, UNIT)
     tiles_m = tl.cdiv(num_rows, BM)
     num_entries = num_rows * J
     for member in tl.static_range(len(HAS_POOL)):
@@ -168,5 +170,6 @@ def _plan(call: LinearCall, scratch: Scratch, tile: ShrinkTile) -> Plan:
         SLICES=tile.slices,
         STAGES=tile.num_stages,
         HAS_COEFFS=call.has_coeffs,
+        UNIT=call.unit,
         PDL=call.overlap,
     )

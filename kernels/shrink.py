@@ -18,7 +18,7 @@ from fxlora.kernels.call import LinearCall, Plan
 from fxlora.kernels.launch import Launcher
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
 from fxlora.kernels.tiles import VectorTile
-from fxlora.kernels.triton_helpers import cdiv
+from fxlora.kernels.triton_helpers import cdiv, whole, whole_rows
 
 
 @triton.jit
@@ -110,9 +110,11 @@ def shrink_kernel(
     BR: tl.constexpr,
     BK: tl.constexpr,
     HAS_COEFFS: tl.constexpr,
+    UNIT: tl.constexpr,  # of in-features, as in triton_helpers.whole
     PDL: tl.constexpr,
 ) -> None:
     """Program (share of the work, member)."""
+    x, num_features = whole_rows(x, UNIT), whole(num_features, UNIT)
     wait_for_earlier(PDL)
     let_later_start(PDL)
     for member in tl.static_range(len(HAS_POOL)):
@@ -158,5 +160,6 @@ def _plan(call: LinearCall, tile: VectorTile) -> Plan:
         BR=tile.BR,
         BK=tile.BK,
         HAS_COEFFS=call.has_coeffs,
+        UNIT=call.unit,
         PDL=call.overlap,
     )

@@ -32,6 +32,27 @@ def dot(a, b, acc, PRECISION: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def whole(number, UNIT: tl.constexpr) -> tl.tensor:
+    """The number, which is a multiple of UNIT: now the compiler knows, and copies as much at once.
+
+    Triton itself tells it of multiples of 16 alone. Without either, every element is loaded by itself.
+    """
+    if UNIT == 1:
+        return number
+    else:
+        return number // UNIT * UNIT
+
+
+@triton.jit
+def whole_rows(matrix, UNIT: tl.constexpr) -> tl.tensor:
+    """A matrix (pointer, row stride and maybe column stride) whose rows begin at multiples of UNIT elements."""
+    if len(matrix) == 2:
+        return matrix[0], whole(matrix[1], UNIT)
+    else:
+        return matrix[0], whole(matrix[1], UNIT), matrix[2]
+
+
+@triton.jit
 def next_slot(slots, previous, max_adapters) -> tl.tensor:
     """Smallest slot above `previous` among a tile's slots, or `max_adapters` if there is none."""
     return tl.min(tl.where((slots > previous) & (slots < max_adapters), slots, max_adapters), axis=0)
@@ -106,6 +127,15 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """Smallest power of two that is at least n, 1 for n < 2. As for `cdiv`."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def unit_of(*numbers: int) -> int:
+    """What `whole` is to be told of these numbers: the largest power of two that divides them all; 1 if all are
+    multiples of 16, which Triton sees by itself."""
+    joined = 0
+    for number in numbers:
+        joined |= number
+    return joined & -joined if joined % 16 else 1
 
 
 def strided(tensor: torch.Tensor) -> tuple[torch.Tensor | int, ...]:

@@ -96,6 +96,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "some rows, three members": lambda: linear(64, 4096, 4096, 1024, 1024),
     "some rows, wide": lambda: linear(64, 4096, 28672),
     "some rows, odd vocabulary": lambda: linear(64, 768, 50257),
+    "in-features of 8 or 4 apart": lambda: [linear(m, k, 1284, rank=64) for k in (3000, 3420) for m in (1, 64, 256)],
     "more rows": lambda: linear(256, 4096, 4096),
     "more rows, tall": lambda: linear(256, 14336, 4096),
     "many rows": lambda: linear(2048, 4096, 4096),

@@ -397,3 +397,14 @@ def test_what_a_call_finds_out_about_its_group_goes_with_the_handle() -> None:
         case.call(ops.segment_rows(case.row_slots, case.max_adapters), handle)
         assert handle in registry._derived
     assert handle not in registry._derived
+
+
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_rows_that_begin_elsewhere_are_copied_otherwise(rows: int) -> None:
+    case = small_case(rows=rows)  # 40 in-features: rows 8 elements apart, so that 8 are copied at once
+    with registered(case.pools) as handle:
+        segments = ops.segment_rows(case.row_slots, case.max_adapters)
+        expected = [y.float() for y in case.call(segments, handle)]
+        for extra in (3, 0, 4, 2):
+            found = replace(case, x=wider(case.x, extra)).call(segments, handle)
+            assert_close(found, expected, LIMIT[BF16] if INTERPRET else 1e-6, f"{extra} more columns")

@@ -18,6 +18,7 @@ from fxlora.kernels.tiles import (
     prefers_prefill,
     prefill_tile,
 )
+from fxlora.kernels.triton_helpers import unit_of
 
 WIDTHS = (1, 3, 64, 2048, 4096, 14336, 28672, 151936)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -115,3 +116,10 @@ def test_a_fused_tile_is_the_one_whose_waves_take_least() -> None:
 def test_what_could_pass_the_range_of_half_precision_stays_in_decode(dtype: torch.dtype) -> None:
     shapes = itertools.product((65, 256), WIDTHS, WIDTHS)
     assert not any(prefers_prefill(rows, features, (columns,), dtype) for rows, features, columns in shapes)
+
+
+def test_the_unit_of_numbers_divides_them_all() -> None:
+    assert unit_of(3420, 6840) == 4
+    assert unit_of(3000, 4096) == 8
+    assert unit_of(3000, 4097) == unit_of(1) == 1
+    assert unit_of(4096, 16) == unit_of() == unit_of(0) == 1  # what Triton sees by itself
