@@ -162,7 +162,7 @@ class LinearCall(PlannedCall):
         self.precision = expand_precision(x.dtype)
         self.device_index = x.get_device()
         self.unit = unit_of(self.features, self.x.stride(0), *[weight.stride(0) for weight in weights])
-        self.cols_unit = unit_of(*self.widths)
+        self.units = (self.unit, unit_of(*self.widths))  # of in-features and of out-features
         self.signature = (
             self.rows, self.width, self.features, self.widths, self.has_bias, self.has_coeffs, x.dtype,
             self.device_index, self.overlap, self.unit,

@@ -87,8 +87,7 @@ def _plan(call: LinearCall, tiles: DecodeTiles) -> Plan:
         HAS_COEFFS=call.has_coeffs,
         SHRINK=constants,
         STAGES=tile.num_stages,
-        UNIT=call.unit,
-        COLS_UNIT=call.cols_unit,
+        UNITS=call.units,
         PDL=call.overlap,
         FIRST=not (isinstance(shrink, ShrinkTile) and members.has_pools),
     )

@@ -63,11 +63,12 @@ def product(
 def gemm_tile(
     x, w, bias, y_ptr, sums_ptr, tile, num_rows, num_features, num_cols, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_SUMS: tl.constexpr, STAGES: tl.constexpr,
+    HAS_SUMS: tl.constexpr, STAGES: tl.constexpr, UNITS: tl.constexpr,
 ) -> None:  # fmt: skip
     """One part of one tile [BM, BN] of one member; tile counts parts first, then rows, then columns."""
     x_ptr, x_row_stride, x_col_stride = x
-    w_ptr, w_row_stride, w_col_stride = w
+    w_ptr, w_row_stride, w_col_stride = whole_rows(w, UNITS[0])
+    num_cols = whole(num_cols, UNITS[1])
     split = tile % SPLIT
     tile = tile // SPLIT
     tiles_m = tl.cdiv(num_rows, BM)
@@ -126,18 +127,15 @@ def gemm_kernel(
     HAS_COEFFS: tl.constexpr,
     SHRINK: tl.constexpr,  # K rounded up to a multiple of BK, BR and BK of shrink_entry
     STAGES: tl.constexpr,
-    UNIT: tl.constexpr,  # of in-features, as in triton_helpers.whole
-    COLS_UNIT: tl.constexpr,  # of out-features
+    UNITS: tl.constexpr,  # of in-features and of out-features, as in triton_helpers.whole
     PDL: tl.constexpr,
     FIRST: tl.constexpr,  # no launch of this call comes before
 ) -> None:
     """Programs of the members' shrinks one after another, then those of their tiles."""
-    if FIRST:
-        wait_for_earlier(PDL)
+    wait_for_earlier(PDL and FIRST)
     let_later_start(PDL)
-    x, num_features = whole_rows(x, UNIT), whole(num_features, UNIT)
-    program = tl.program_id(0)
-    begin = 0
+    x, num_features = whole_rows(x, UNITS[0]), whole(num_features, UNITS[0])
+    program, begin = tl.program_id(0), 0
     for member in tl.static_range(len(HAS_POOL)):
         if HAS_POOL[member]:
             if (program >= begin) & (program < begin + shrinkers):
@@ -153,11 +151,10 @@ def gemm_kernel(
         end = begin + tl.cdiv(widths[member], BN) * tl.cdiv(num_rows, BM) * SPLIT
         if (program >= begin) & (program < end):
             gemm_tile(
-                x, whole_rows(weights[member], UNIT), biases[member], ys[member], sums_at, program - begin, num_rows,
-                num_features, whole(widths[member], COLS_UNIT), BM, BN, BK, SPLIT, SWAP, EVEN, HAS_BIAS[member],
-                HAS_SUMS[member], STAGES,
+                x, weights[member], biases[member], ys[member], sums_at, program - begin, num_rows, num_features,
+                widths[member], BM, BN, BK, SPLIT, SWAP, EVEN, HAS_BIAS[member], HAS_SUMS[member], STAGES, UNITS,
             )  # fmt: skip
         begin = end
         if HAS_SUMS[member]:
-            sums_at += num_rows.to(tl.int64) * SPLIT * whole(widths[member], COLS_UNIT)
+            sums_at += num_rows.to(tl.int64) * SPLIT * whole(widths[member], UNITS[1])
     wait_for_earlier(PDL)  # who waits for this launch then knows that h is complete, too

@@ -219,7 +219,7 @@ def _plan(call: LinearCall, stride: int, j: int, tiles: DecodeTiles) -> Plan:
         BR=block_ranks,
         BN=tile.BN,
         ONE_CHUNK=stride <= block_ranks,
-        COLS_UNIT=call.cols_unit,
+        COLS_UNIT=call.units[1],
         PDL=call.overlap,
         PRECISION=call.precision,
     )

@@ -35,9 +35,10 @@ def fused_tile(
     row_tile, col_tile, x, weight, w_desc, bias, y_ptr, adapters, segments_ptr, num_rows, num_features, num_cols,
     J: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, SWAP: tl.constexpr,
     SORTED: tl.constexpr, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POOL: tl.constexpr, STAGES: tl.constexpr,
-    EXPAND_STAGES: tl.constexpr, PDL: tl.constexpr,
+    EXPAND_STAGES: tl.constexpr, UNITS: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """One tile of one member's y: base product, bias, adapters, one store."""
+    weight, num_cols = whole_rows(weight, UNITS[0]), whole(num_cols, UNITS[1])
     places, cols = row_tile * BM + tl.arange(0, BM), col_tile * BN + tl.arange(0, BN)
     row_mask, col_mask = places < num_rows, cols < num_cols
     rows = places.to(tl.int64)
@@ -95,8 +96,7 @@ def fused_kernel(
     HAS_POOL: tl.constexpr,  # one flag for each member
     STAGES: tl.constexpr,
     EXPAND_STAGES: tl.constexpr,
-    UNIT: tl.constexpr,  # of in-features, as in triton_helpers.whole
-    COLS_UNIT: tl.constexpr,  # of out-features
+    UNITS: tl.constexpr,  # of in-features and of out-features, as in triton_helpers.whole
     PDL: tl.constexpr,
     FIRST: tl.constexpr,  # no launch of this call comes before
 ) -> None:
@@ -104,7 +104,7 @@ def fused_kernel(
     if FIRST:
         wait_for_earlier(PDL)
     let_later_start(PDL)
-    x, num_features = whole_rows(x, UNIT), whole(num_features, UNIT)
+    x, num_features = whole_rows(x, UNITS[0]), whole(num_features, UNITS[0])
     tiles_m = tl.cdiv(num_rows, BM)
     program, begin = tl.program_id(0), 0
     w_descs = (w0_desc, w1_desc, w2_desc, w3_desc)
@@ -118,10 +118,9 @@ def fused_kernel(
                     capacity, num_rows * J, tiles_m,
                 )  # fmt: skip
             fused_tile(
-                (program - begin) % tiles_m, (program - begin) // tiles_m, x, whole_rows(weights[member], UNIT),
-                w_descs[member], biases[member], ys[member], adapters, segments_ptr, num_rows, num_features,
-                whole(widths[member], COLS_UNIT), J, BM, BN, BK, BR, SWAP, SORTED, EVEN, HAS_BIAS[member],
-                HAS_POOL[member], STAGES, EXPAND_STAGES, PDL,
+                (program - begin) % tiles_m, (program - begin) // tiles_m, x, weights[member], w_descs[member],
+                biases[member], ys[member], adapters, segments_ptr, num_rows, num_features, widths[member], J, BM, BN,
+                BK, BR, SWAP, SORTED, EVEN, HAS_BIAS[member], HAS_POOL[member], STAGES, EXPAND_STAGES, UNITS, PDL,
             )  # fmt: skip
         begin = end
     wait_for_earlier(PDL)
@@ -178,8 +177,7 @@ def _plan(call: LinearCall, scratch: Scratch, tiles: FusedTiles, by_tma: bool) -
         HAS_POOL=call.members.has_pool,
         STAGES=tile.num_stages,
         EXPAND_STAGES=tiles.stages,
-        UNIT=call.unit,
-        COLS_UNIT=call.cols_unit,
+        UNITS=call.units,
         PDL=call.overlap,
         FIRST=not call.members.has_pools,
     )

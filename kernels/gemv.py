@@ -136,23 +136,22 @@ def gemv_kernel(
     EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,  # one flag for each member
     HAS_POOL: tl.constexpr,  # one flag for each member
-    UNIT: tl.constexpr,  # of in-features, as in triton_helpers.whole
-    COLS_UNIT: tl.constexpr,  # of out-features
+    UNITS: tl.constexpr,  # of in-features and of out-features, as in triton_helpers.whole
     PDL: tl.constexpr,
 ) -> None:
     """The members' blocks one after another, rows of a block side by side."""
     let_later_start(PDL)
-    x, num_features = whole_rows(x, UNIT), whole(num_features, UNIT)
+    x, num_features = whole_rows(x, UNITS[0]), whole(num_features, UNITS[0])
     program = tl.program_id(0)
     begin = 0
     for member in tl.static_range(len(HAS_POOL)):
         end = begin + tl.cdiv(widths[member], BN) * num_rows
         if (program >= begin) & (program < end):
             gemv_tile(
-                x, whole_rows(weights[member], UNIT), biases[member], ys[member],
+                x, whole_rows(weights[member], UNITS[0]), biases[member], ys[member],
                 h_ptr + member * num_rows * J * h_stride, h_stride, slots, sites[member], b_ptrs[member],
                 (program - begin) % num_rows, (program - begin) // num_rows, num_features,
-                whole(widths[member], COLS_UNIT), max_adapters, J, K, BN, BK, BLOCKS, BR, EVEN, HAS_BIAS[member],
+                whole(widths[member], UNITS[1]), max_adapters, J, K, BN, BK, BLOCKS, BR, EVEN, HAS_BIAS[member],
                 HAS_POOL[member], PDL,
             )  # fmt: skip
         begin = end
@@ -203,7 +202,6 @@ def _plan(call: LinearCall, stride: int, tile: GemvTile) -> Plan:
         EVEN=call.features % tile.BK == 0 and not any([n % tile.BN for n in call.widths]),
         HAS_BIAS=call.has_bias,
         HAS_POOL=members.has_pool,
-        UNIT=call.unit,
-        COLS_UNIT=call.cols_unit,
+        UNITS=call.units,
         PDL=call.overlap and members.has_pools,
     )

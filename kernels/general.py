@@ -110,13 +110,12 @@ def linear_kernel(
     HAS_POOL: tl.constexpr,
     HAS_COEFFS: tl.constexpr,
     PRECISION: tl.constexpr,
-    UNIT: tl.constexpr,  # of in-features, as in triton_helpers.whole
-    COLS_UNIT: tl.constexpr,  # of out-features
+    UNITS: tl.constexpr,  # of in-features and of out-features, as in triton_helpers.whole
 ) -> None:
     """One tile of y: base GEMM, bias, adapters, one store."""
-    x_ptr, x_row_stride, x_col_stride = whole_rows(x, UNIT)
-    w_ptr, w_row_stride, w_col_stride = whole_rows(w, UNIT)
-    num_features, num_cols = whole(num_features, UNIT), whole(num_cols, COLS_UNIT)
+    x_ptr, x_row_stride, x_col_stride = whole_rows(x, UNITS[0])
+    w_ptr, w_row_stride, w_col_stride = whole_rows(w, UNITS[0])
+    num_features, num_cols = whole(num_features, UNITS[0]), whole(num_cols, UNITS[1])
     tiles_m = tl.cdiv(num_rows, BM)
     rows = ((tl.program_id(0) % tiles_m) * BM + tl.arange(0, BM)).to(tl.int64)
     cols = ((tl.program_id(0) // tiles_m) * BN + tl.arange(0, BN)).to(tl.int64)
@@ -171,8 +170,7 @@ def general(call: LinearCall, tiles: GeneralTiles) -> list[torch.Tensor]:
             HAS_POOL=pool is not None,
             HAS_COEFFS=call.has_coeffs,
             PRECISION=call.precision,
-            UNIT=call.unit,
-            COLS_UNIT=call.cols_unit,
+            UNITS=call.units,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
