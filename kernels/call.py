@@ -161,11 +161,11 @@ class LinearCall(PlannedCall):
         self.overlap = can_overlap(x.device)
         self.precision = expand_precision(x.dtype)
         self.device_index = x.get_device()
-        self.unit = unit_of(self.features, self.x.stride(0), *[weight.stride(0) for weight in weights])
-        self.units = (self.unit, unit_of(*self.widths))  # of in-features and of out-features
+        row_strides = [weight.stride(0) for weight in weights]
+        self.units = (unit_of(self.features, self.x.stride(0), *row_strides), unit_of(*self.widths))
         self.signature = (
             self.rows, self.width, self.features, self.widths, self.has_bias, self.has_coeffs, x.dtype,
-            self.device_index, self.overlap, self.unit,
+            self.device_index, self.overlap, self.units,
         )  # fmt: skip
 
     @property

@@ -196,6 +196,6 @@ def _plan(call: LinearCall, stride: int, tile: ShrinkTile) -> Plan:
         SLICES=tile.slices,
         STAGES=tile.num_stages,
         HAS_COEFFS=call.has_coeffs,
-        UNIT=call.unit,
+        UNIT=call.units[0],
         PDL=call.overlap,
     )

@@ -140,12 +140,12 @@ def expand_kernel(
     sums_at = sums_ptr
     for member in tl.static_range(len(HAS_POOL)):
         if HAS_SUMS[member]:
+            num_cols = whole(widths[member], COLS_UNIT)
             if tl.program_id(1) == member:
                 count, bare = 0, 0
                 if HAS_POOL[member]:
                     count = count_tiles(segments_ptr, num_entries, max_adapters)
                     bare = tl.load(segments_ptr + num_entries + max_adapters)
-                num_cols = whole(widths[member], COLS_UNIT)
                 blocks = tl.cdiv(num_cols, BN)
                 tiles = count + tl.cdiv(num_entries - bare, 16)
                 for item in tl.range(tl.program_id(0), tiles * blocks, tl.num_programs(0), num_stages=1):
@@ -156,7 +156,7 @@ def expand_kernel(
                         sites[member], b_ptrs[member], num_entries, num_cols, j, J, SPLIT if FIRST else 1,
                         H_PARTS, LAST, HAS_BIAS[member] and FIRST, HAS_POOL[member], BR, ONE_CHUNK, PDL, PRECISION,
                     )  # fmt: skip
-            sums_at += (num_entries // J).to(tl.int64) * SPLIT * whole(widths[member], COLS_UNIT)
+            sums_at += (num_entries // J).to(tl.int64) * SPLIT * num_cols
     wait_for_earlier(PDL)
 
 

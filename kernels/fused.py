@@ -101,8 +101,7 @@ def fused_kernel(
     FIRST: tl.constexpr,  # no launch of this call comes before
 ) -> None:
     """The members' tiles, one after another; row tiles first."""
-    if FIRST:
-        wait_for_earlier(PDL)
+    wait_for_earlier(PDL and FIRST)
     let_later_start(PDL)
     x, num_features = whole_rows(x, UNITS[0]), whole(num_features, UNITS[0])
     tiles_m = tl.cdiv(num_rows, BM)

@@ -82,9 +82,10 @@ def times_h(b, h_at, rank, first, BR: tl.constexpr) -> tl.tensor:
 def gemv_tile(
     x, w, bias, y_ptr, h_ptr, h_stride, slots, site, b_ptr, row, block, num_features, num_cols, max_adapters,
     J: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr, BR: tl.constexpr,
-    EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POOL: tl.constexpr, PDL: tl.constexpr,
+    EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POOL: tl.constexpr, UNITS: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """Columns block * BN .. of one row of one member. W and the first ranks of B are asked for before anything else."""
+    w, num_cols = whole_rows(w, UNITS[0]), whole(num_cols, UNITS[1])
     cols = block * BN + tl.arange(0, BN)
     col_mask = cols < num_cols
     ks = tl.arange(0, BK)
@@ -148,11 +149,10 @@ def gemv_kernel(
         end = begin + tl.cdiv(widths[member], BN) * num_rows
         if (program >= begin) & (program < end):
             gemv_tile(
-                x, whole_rows(weights[member], UNITS[0]), biases[member], ys[member],
-                h_ptr + member * num_rows * J * h_stride, h_stride, slots, sites[member], b_ptrs[member],
-                (program - begin) % num_rows, (program - begin) // num_rows, num_features,
-                whole(widths[member], UNITS[1]), max_adapters, J, K, BN, BK, BLOCKS, BR, EVEN, HAS_BIAS[member],
-                HAS_POOL[member], PDL,
+                x, weights[member], biases[member], ys[member], h_ptr + member * num_rows * J * h_stride, h_stride,
+                slots, sites[member], b_ptrs[member], (program - begin) % num_rows, (program - begin) // num_rows,
+                num_features, widths[member], max_adapters, J, K, BN, BK, BLOCKS, BR, EVEN, HAS_BIAS[member],
+                HAS_POOL[member], UNITS, PDL,
             )  # fmt: skip
         begin = end
 

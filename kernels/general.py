@@ -197,7 +197,7 @@ def shrink(call: LinearCall, pool: SitePool, tile: Tile) -> torch.Tensor:
         BM=tile.BM,
         BK=tile.BK,
         BR=tile.BR,
-        UNIT=call.unit,
+        UNIT=call.units[0],
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

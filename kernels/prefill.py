@@ -168,8 +168,7 @@ def prefill_kernel(
     FIRST: tl.constexpr,  # no launch of this call comes before
 ) -> None:
     """Every tile of the members, one after another, dealt out to the programs in turn."""
-    if FIRST:
-        wait_for_earlier(PDL)
+    wait_for_earlier(PDL and FIRST)
     let_later_start(PDL)
     w_descs, y_descs = (w0_desc, w1_desc, w2_desc, w3_desc), (y0_desc, y1_desc, y2_desc, y3_desc)
     tiles_m = tl.cdiv(num_rows, BM)

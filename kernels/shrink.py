@@ -160,6 +160,6 @@ def _plan(call: LinearCall, tile: VectorTile) -> Plan:
         BR=tile.BR,
         BK=tile.BK,
         HAS_COEFFS=call.has_coeffs,
-        UNIT=call.unit,
+        UNIT=call.units[0],
         PDL=call.overlap,
     )

@@ -7,6 +7,7 @@ Stage: run time, below the Triton bodies. The only kernel code that asks whether
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -132,10 +133,7 @@ def next_power_of_2(n: int) -> int:
 def unit_of(*numbers: int) -> int:
     """What `whole` is to be told of these numbers: the largest power of two that divides them all; 1 if all are
     multiples of 16, which Triton sees by itself."""
-    joined = 0
-    for number in numbers:
-        joined |= number
-    return joined & -joined if joined % 16 else 1
+    return math.gcd(16, *numbers) % 16 or 1
 
 
 def strided(tensor: torch.Tensor) -> tuple[torch.Tensor | int, ...]:
