@@ -1,9 +1,10 @@
 """A linear over some rows whose tiles take their adapters' part along: y = x W^T + bias + h B in one pass.
 
-Stage: run time, between `lora_linear.py`, which picks the tiles, and the kernels. For many rows, or for columns so many
-that sums left in memory (decode.py) cost more than they save. Two launches: group_shrink.py lists the groups of each
-row tile and makes h while the second one, here, multiplies; that one reads both behind its last in-features, and adds
-h B as in-features more. A group's members share both. No program waits for another of its launch.
+Stage: run time, between `lora_linear.py`, which picks the tiles, and the kernels. For rows or columns so many that sums
+left in memory (decode.py) cost more than they save, and for more rows where TMA cannot read them (prefill.py). Two
+launches: group_shrink.py lists the groups of each row tile and makes h while the second one, here, multiplies; that one
+reads both behind its last in-features, and adds h B as in-features more. A group's members share both. No program waits
+for another of its launch.
 
 Arithmetic: h = coeff * (scaling * (x A^T)) in fp32, rounded to the dtype of x; h B is accumulated onto the base result,
 16 ranks at a time, slots ascending. Rows of several tiles are taken in the order of their slots, so that a tile meets

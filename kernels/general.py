@@ -1,7 +1,7 @@
 """`lora_linear` for everything: any dtype, stride and width, any number of rows. Two launches, nothing tuned.
 
-Stage: run time, where no special body applies: more than a few rows in fp32, of odd widths or strides, or on a GPU
-without TMA. Shrink first, then the base GEMM with the expand in its epilogue.
+Stage: run time, where no special body applies: more than a few rows in fp32, or in fp16 where TMA cannot read them.
+Shrink first, then the base GEMM with the expand in its epilogue.
 
 Letters: T rows, J slots per row, E = T * J entries, K in-features, N out-features, W columns of h, S slots.
 """

@@ -27,6 +27,9 @@ from fxlora.kernels.segments import tile_bound
 from fxlora.kernels.tiles import ShrinkTile
 from fxlora.kernels.triton_helpers import cdiv, next_power_of_2, whole, whole_rows
 
+EACH = tl.constexpr(3)
+"""Tiles of h that a program makes, of those that do it alone."""
+
 
 class Scratch(NamedTuple):
     """What the two launches share, uninitialised, and the row map as they read it."""
@@ -65,7 +68,7 @@ def list_tile(
     write_groups(row_tile, slots_of(rows, index % JP, adapters, num_rows, J), adapters, BINS)
 
 
-@triton.jit(do_not_specialize=["num_rows", "max_adapters"])
+@triton.jit(do_not_specialize=["num_rows", "max_adapters", "few"])
 def group_shrink_kernel(
     x,  # [T, K]: pointer, strides
     h_ptr,  # [members, E, W], like x
@@ -79,6 +82,7 @@ def group_shrink_kernel(
     num_rows,
     num_features,
     max_adapters,
+    few,  # programs of a member that make h, unless it has more than EACH tiles for each of them
     HAS_POOL: tl.constexpr,  # one flag for each member
     J: tl.constexpr,
     JP: tl.constexpr,  # power of two >= J
@@ -95,7 +99,7 @@ def group_shrink_kernel(
     UNIT: tl.constexpr,  # of in-features, as in triton_helpers.whole
     PDL: tl.constexpr,
 ) -> None:
-    """Program (share of the tiles of h, member); the last ones list a row tile each first, as they have least to do."""
+    """Program (share of the tiles of h, member); the last ones, which have least to do, begin the lists."""
     wait_for_earlier(PDL)
     let_later_start(PDL)
     x, num_features = whole_rows(x, UNIT), whole(num_features, UNIT)
@@ -109,14 +113,18 @@ def group_shrink_kernel(
                     member, site[0], site, max_adapters, slots_ptr, h_ptr, h_width, groups_ptr, capacity, num_entries,
                     tiles_m,
                 )  # fmt: skip
-                row_tile = tl.num_programs(0) - 1 - tl.program_id(0)
-                if row_tile < tiles_m:
+                first = tl.num_programs(0) - 1 - tl.program_id(0)
+                for row_tile in tl.range(first, tiles_m, tl.num_programs(0), num_stages=1):
                     list_tile(row_tile, adapters, segments_ptr, num_rows, J, JP, BM, BINS, SORTED)
                 ends, count = None, count_tiles(segments_ptr, num_entries, max_adapters)
                 if HEIGHT > TILE:
                     ends = tile_ends(segments_ptr, num_entries, max_adapters, HEIGHT, BINS)
                     count = tl.max(ends, axis=0)
-                for item in tl.range(tl.program_id(0), count * SHARES, tl.num_programs(0), num_stages=1):
+                items, programs = count * SHARES, tl.num_programs(0)
+                if items <= few * EACH:
+                    programs = tl.minimum(few, programs)
+                begin = tl.where(tl.program_id(0) < programs, tl.program_id(0), items)
+                for item in tl.range(begin, items, programs, num_stages=1):
                     if HEIGHT == TILE:
                         tile = tile_of(item // SHARES, segments_ptr, num_entries, max_adapters)
                     else:
@@ -154,8 +162,8 @@ def _plan(call: LinearCall, scratch: Scratch, tile: ShrinkTile) -> Plan:
     items = min(call.entries, tile_bound(call.entries, members.max_adapters, tile.BM)) * shares
     return call.planned(
         _launcher,
-        (max(cdiv(call.rows, scratch.block_rows), min(items, tile.programs)), len(call.widths)),
-        (call.rows, call.features, members.max_adapters),
+        (min(items, tile.programs), len(call.widths)),
+        (call.rows, call.features, members.max_adapters, tile.few or tile.programs),
         tile.num_warps,
         HAS_POOL=members.has_pool,
         J=call.width,

@@ -6,6 +6,7 @@ holds:
     up to DECODE_ROWS rows                 decode.py    base product with the shrink beside it, expand
         many of them, or many columns      fused.py     shrink, base product that takes the expand along
     more rows, where TMA can read it all   prefill.py   shrink, one persistent launch of base product and expand
+        other bf16                         fused.py
     everything else                        general.py
 
 Letters: T rows, J slots per row, K in-features, N out-features, V vocabulary.
@@ -16,6 +17,7 @@ Letters: T rows, J slots per row, K in-features, N out-features, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import gcd
 from typing import Any
 
 import torch
@@ -28,7 +30,15 @@ from fxlora.kernels.gemv import gemv
 from fxlora.kernels.general import general
 from fxlora.kernels.prefill import prefill
 from fxlora.kernels.registry import Group, derived_of, pools_of
-from fxlora.kernels.tiles import decode_tiles, fused_tiles, gemv_tile, general_tiles, prefers_prefill, prefill_tile
+from fxlora.kernels.tiles import (
+    decode_tiles,
+    fused_tiles,
+    gemv_tile,
+    general_tiles,
+    many_fused_tiles,
+    prefers_prefill,
+    prefill_tile,
+)
 from fxlora.kernels.triton_helpers import device_of
 
 DECODE_ROWS = 256
@@ -89,8 +99,10 @@ def body_of(call: LinearCall) -> tuple[Body, object]:
         return gemv, gemv_tile(features)
     ranks, many = call.members.h_width, rows > DECODE_ROWS
     if (many or (rows > FEW_ROWS and prefers_prefill(rows, features, call.widths, dtype))) and _all_by_tma(call):
-        return prefill, prefill_tile(rows, call.widths, ranks)
+        return prefill, prefill_tile(rows, features, call.widths, ranks)
     if many:
+        if dtype == torch.bfloat16:
+            return fused, many_fused_tiles(rows, call.widths, ranks, _units_of(call))
         return general, general_tiles(rows, call.entries, dtype)
     # fused keeps h in the dtype of x, whose range fp16 does not have
     aligned = not any([n % 8 for n in call.widths])
@@ -101,3 +113,10 @@ def body_of(call: LinearCall) -> tuple[Body, object]:
 def _all_by_tma(call: LinearCall) -> bool:
     """TMA reads x and the weights, and writes the outputs."""
     return call.rows_by_tma(call.x, *call.weights) and not any([n % 8 for n in call.widths])
+
+
+def _units_of(call: LinearCall) -> tuple[int, int]:
+    """As of `many_fused_tiles`."""
+    in_rows = all([weight.stride(1) == 1 for weight in call.weights])
+    strides = [max(weight.stride()) for weight in call.weights]
+    return gcd(16, call.features, call.x.stride(0), *strides), gcd(16 if in_rows else 2, *call.widths)

@@ -7,6 +7,7 @@ BR ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TypeVar
@@ -53,8 +54,8 @@ class VectorTile:
 @dataclass(frozen=True)
 class ShrinkTile:
     """Of decode_shrink.py and group_shrink.py: tiles of BM entries of one slot, 16 for the former; `parts` programs
-    share the in-features of a tile, at most `shares` its ranks, BR at once; at most `programs` of each member. A block
-    of in-features is cut into `slices`."""
+    share the in-features of a tile, at most `shares` its ranks, BR at once; at most `programs` of each member, of which
+    `few` (0: all) do it alone where the batch has few tiles. A block of in-features is cut into `slices`."""
 
     BM: int
     BR: int
@@ -65,6 +66,7 @@ class ShrinkTile:
     num_stages: int
     slices: int
     shares: int = 1
+    few: int = 0
 
     def shares_of(self, width: int) -> int:
         """Programs that share the ranks of a tile, of which a slot has `width` at most."""
@@ -169,6 +171,8 @@ _SHRINK_SHARED_RANKS = ShrinkTile(16, 16, 256, 1, 528, 4, 4, 4, 16)
 _SHRINK_TALL = ShrinkTile(64, 16, 64, 1, 264, 4, 5, 1)
 _SHRINK_TALL_SHARED = ShrinkTile(64, 16, 128, 1, 264, 4, 4, 1, 16)
 _SHRINK_TALL_RANKS = ShrinkTile(64, 64, 64, 1, 264, 4, 5, 1)
+_SHRINK_ASIDE = ShrinkTile(64, 16, 128, 1, MULTIPROCESSORS, 4, 5, 1)
+_SHRINK_ASIDE_TALL = ShrinkTile(128, 16, 128, 1, MULTIPROCESSORS, 8, 5, 1)
 _GEMV_SHORT, _GEMV_ODD = GemvTile(4, 512, 1, 8, _VECTOR), GemvTile(8, 512, 2, 8, _VECTOR)
 _GEMV = {
     2048: GemvTile(4, 2048, 4, 8, _VECTOR),
@@ -193,6 +197,11 @@ Choice = TypeVar("Choice")
 
 def _pick(table: dict[int | None, Choice], rows: int) -> Choice:
     return next(choice for bound, choice in table.items() if bound is None or rows <= bound)
+
+
+def _counter(rows: int, widths: tuple[int, ...]) -> Callable[[int, int], int]:
+    """(BM, BN) -> tiles of all members."""
+    return lambda block_m, block_n: cdiv(rows, block_m) * sum([cdiv(n, block_n) for n in widths])
 
 
 def _warps(elements: int, most: int) -> int:
@@ -286,10 +295,7 @@ def _fused_gemm(rows: int, features: int, widths: tuple[int, ...], width: int) -
     """
     if sum(widths) <= 512 or features > TALL:
         return None
-
-    def count(block_m: int, block_n: int) -> int:
-        return cdiv(rows, block_m) * sum(cdiv(n, block_n) for n in widths)
-
+    count = _counter(rows, widths)
     small, medium, large = count(64, 64), count(64, 128), count(64, 256)
     if small <= MULTIPROCESSORS:
         fills = small > (90 if len(widths) == 1 else 60) and features < TALL and width <= 16
@@ -313,23 +319,26 @@ def prefers_prefill(rows: int, features: int, widths: tuple[int, ...], dtype: to
 
 
 @cache
-def prefill_tile(rows: int, widths: tuple[int, ...], width: int) -> PrefillTile:
+def prefill_tile(rows: int, features: int, widths: tuple[int, ...], width: int) -> PrefillTile:
     """Tile of a linear of many rows. widths: N of each member. width: most ranks of a slot.
 
-    The largest, unless much of its last wave would be idle: then two programs share a multiprocessor.
+    128 x 256 where a tile takes long or weights come from memory all the time, unless much of its last wave would be
+    idle; else two programs share a multiprocessor.
     """
-    later = (32, 3)
-
-    def count(block_m: int, block_n: int) -> int:
-        return cdiv(rows, block_m) * sum(cdiv(n, block_n) for n in widths)
-
+    later, count = (32, 3), _counter(rows, widths)
     large, medium = count(128, 256), count(128, 128)
+    idle = -large % MULTIPROCESSORS
     shrink = _prefill_shrink(rows, len(widths), large, width)
-    idle = cdiv(large, MULTIPROCESSORS) * MULTIPROCESSORS / max(large, 1)
-    if large >= 120 and idle <= (1.08 if width <= 16 else 1.4):
-        return PrefillTile(128, 256, 64, 32, 8, 3, 1, later, shrink)
+    aside = _shrink_aside(rows, features, large, idle) if len(widths) == 1 and width <= 16 else None
+    fills = large >= 120 and idle <= large * (0.08 if width <= 16 else 0.4)
+    is_long = features >= TALL or (features > 3072 and (width > 16 or sum(widths) > WIDE))
+    for columns in (32, 64):
+        if count(64, columns) <= MULTIPROCESSORS:
+            return PrefillTile(64, columns, 128, 16, 4, 4, 2, later, shrink)
+    if is_long and (fills or aside):
+        return PrefillTile(128, 256, 64, 32, 8, 3, 1, later, aside or shrink)
     if medium > MULTIPROCESSORS:
-        return PrefillTile(128, 128, 64, 16, 4, 3, 2, later, shrink)
+        return PrefillTile(128, 128, 64, 16, 4, 3, 2, later, aside or shrink)
     if medium >= 100:
         return PrefillTile(128, 128, 64, 16, 4, 4, 1, later, shrink)
     if count(64, 128) <= MULTIPROCESSORS:
@@ -346,6 +355,38 @@ def _prefill_shrink(rows: int, members: int, tiles: int, width: int) -> ShrinkTi
         is_small = members == 1 and rows <= 4096 and tiles <= 4 * MULTIPROCESSORS
         return _SHRINK_TALL_SHARED if is_small else _SHRINK_TALL_RANKS
     return _SHRINK_ALONE if members == 1 and rows <= 4096 else _SHRINK_TALL
+
+
+def _shrink_aside(rows: int, features: int, tiles: int, idle: int) -> ShrinkTile | None:
+    """For the programs that the last wave of the product has no tile for, where they are done before its first ends.
+
+    tiles: of 128 x 256 of the product, which leave `idle` multiprocessors out in the end.
+    """
+    is_tall = features >= TALL
+    in_time = features > 3072 and rows <= (256 if is_tall else 64) * idle
+    is_single = MULTIPROCESSORS // 2 < tiles <= MULTIPROCESSORS
+    if rows <= 256 or not in_time or not (is_single or 5 * idle <= tiles):
+        return None
+    return replace(_SHRINK_ASIDE_TALL if is_tall else _SHRINK_ASIDE, few=min(idle, 64))
+
+
+@cache
+def many_fused_tiles(rows: int, widths: tuple[int, ...], width: int, units: tuple[int, int]) -> FusedTiles:
+    """Tiles of a bf16 linear of many rows that TMA cannot read.
+
+    widths: N of each member. width: most ranks of a slot. units: elements that lie together in rows of x and of the
+    weights, and in rows of y and of B, of the latter 2 at most where weights are transposed: both cost registers.
+    """
+    count = _counter(rows, widths)
+    if units[0] == 1:
+        gemm = GemmTile(128, 64, 64, 1, False, 4, 4)
+    elif count(64, 64) <= MULTIPROCESSORS or units[1] == 1:
+        gemm = GemmTile(64, 64, 64, 1, False, 4, 4)
+    elif count(64, 128) <= 2.25 * MULTIPROCESSORS and min(units) >= 4:
+        gemm = GemmTile(64, 128, 64, 1, False, 4, 3)
+    else:
+        gemm = GemmTile(128, 128, 64, 1, False, 4 if min(units) >= 4 else 8, 3)
+    return FusedTiles(_SHRINK_TALL if width <= 16 else _SHRINK_TALL_RANKS, gemm, 16, 3)
 
 
 @cache

@@ -31,6 +31,7 @@ from fxlora.kernels.registry import SitePool, register_runtime, unregister_runti
 from fxlora.kernels.segments import segments_size
 
 SLOTS, BF16 = 64, torch.bfloat16
+ODD = ((3420, 1280), (1280, 3420), (1030, 1030), (768, 50257))
 FIELDS = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 
 
@@ -103,6 +104,9 @@ CALLS: dict[str, Callable[[], object]] = {
     "many rows, rank 64": lambda: linear(2048, 4096, 4096, rank=64),
     "many rows, three members": lambda: linear(2048, 4096, 4096, 1024, 1024),
     "many rows, two programs at a time": lambda: linear(2048, 2048, 2048, 512, 512),
+    "many rows over few columns": lambda: [linear(2048, 2048, n) for n in (64, 128, 256)],
+    "many rows, a shrink aside": lambda: [linear(2048, 14336, 4096), linear(2048, 4096, 3584)],
+    "many rows, in-features of 4 and 2 apart": lambda: [linear(m, k, n) for m in (300, 2048) for k, n in ODD],
     "experts, few rows": lambda: experts(16, 8, 128, 2048, 1536),
     "experts, few rows, tall": lambda: experts(16, 2, 8, 14336, 4096),
     "experts, many rows": lambda: experts(2048, 8, 128, 2048, 1536),

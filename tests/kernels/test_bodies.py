@@ -353,7 +353,9 @@ def test_which_body_serves_what() -> None:
     from fxlora.kernels.overlap import can_overlap
     from fxlora.kernels.prefill import prefill
 
-    many = prefill if INTERPRET or can_overlap(torch.device(DEVICE)) else general
+    many, many_fp16 = prefill, prefill
+    if not (INTERPRET or can_overlap(torch.device(DEVICE))):
+        many, many_fp16 = fused, general
     for rows, outs, dtype, body in (
         (1, (4096,), BF16, gemv), (1, (5,), FP32, gemv), (16, (512,), BF16, gemv), (16, (256, 256), FP32, gemv),
         (16, (256, 257), BF16, decode), (17, (24,), BF16, decode), (256, (24,), FP32, decode),
@@ -363,21 +365,21 @@ def test_which_body_serves_what() -> None:
         (65, (20007,), BF16, decode), (65, (20008,), BF16, fused),
         (129, (9000,), BF16, fused), (129, (9001,), BF16, decode), (129, (4504, 4504), BF16, fused),
         (129, (9000,), FP16, decode),
-        (257, (24,), FP32, general), (257, (24, 16), BF16, many), (257, (24,), FP16, many),
-        (257, (24, 17), BF16, general),
+        (257, (24,), FP32, general), (257, (24, 16), BF16, many), (257, (24,), FP16, many_fp16),
+        (257, (24, 17), BF16, fused), (257, (24, 17), FP16, general),
     ):  # fmt: skip
         assert choice(small_case(rows=rows, outs=outs, dtype=dtype)) is body, (rows, outs, dtype)
-    assert choice(small_case(rows=257, features=44)) is general
+    assert choice(small_case(rows=257, features=44)) is fused
     assert choice(small_case(rows=129, features=8200, outs=(4304,))) is (prefill if many is prefill else decode)
     assert choice(small_case(rows=129, features=8200, outs=(4096,))) is decode
     case, few = small_case(rows=257), small_case(rows=1)
     transposed = [case.weights[0].t().contiguous().t()]
     assert choice(replace(few, weights=transposed)) is decode
-    assert choice(replace(case, weights=transposed)) is general
+    assert choice(replace(case, weights=transposed)) is fused
     assert choice(replace(case, weights=[wider(case.weights[0], 8)])) is many
-    assert choice(replace(case, weights=[wider(case.weights[0], 4)])) is general
-    assert choice(replace(case, weights=[wider(case.weights[0], 8, 1)])) is general
-    assert choice(replace(case, x=wider(case.x, 3))) is general
+    assert choice(replace(case, weights=[wider(case.weights[0], 4)])) is fused
+    assert choice(replace(case, weights=[wider(case.weights[0], 8, 1)])) is fused
+    assert choice(replace(case, x=wider(case.x, 3))) is fused
     assert choice(replace(case, x=case.x.t().contiguous().t())) is many  # made contiguous first
 
 

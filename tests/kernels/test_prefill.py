@@ -76,6 +76,16 @@ def test_chunks_of_ranks(ranks_at_once: int) -> None:
     assert_right(small_case(ranks=(1, 33, 64, 100, 16), order="shuffled"), replace(TILE, BR=ranks_at_once))
 
 
+@pytest.mark.parametrize("height", [16, 32])
+def test_a_shrink_keeps_to_few_programs_unless_the_batch_has_many_tiles(height: int) -> None:
+    case = small_case(rows=75, order="shuffled")
+    shrink = replace(SHRINK, BM=height, slices=4 if height == 16 else 1, programs=5)
+    plain = assert_right(case, replace(TILE, shrink=shrink))
+    for few in (1, 4, 9):  # too few for these adapters, enough of them, more than there are
+        found = assert_right(case, replace(TILE, shrink=replace(shrink, few=few)))
+        assert equal_bits(plain, found, slice(None))
+
+
 @pytest.mark.parametrize("features", [8, 32, 200])
 @pytest.mark.parametrize("rows", [1, 32, 33])
 def test_sizes_that_fit_no_tile(rows: int, features: int) -> None:
@@ -131,7 +141,7 @@ def test_strided_weights_and_row_maps() -> None:
 @pytest.mark.parametrize("slices", [1, 4])
 @pytest.mark.parametrize("height", [32, 64])
 def test_shrink_of_taller_tiles(height: int, slices: int) -> None:
-    shrink = replace(SHRINK, BM=height, slices=slices)
+    shrink = replace(SHRINK, BM=height, BK=128, slices=slices)
     for order in ("runs", "shuffled"):
         assert_right(small_case(order=order), replace(TILE, shrink=shrink))
     assert_right(small_case(ranks=(0, 0)), replace(TILE, shrink=shrink))

@@ -15,6 +15,7 @@ from fxlora.kernels.tiles import (
     fused_tiles,
     gemv_tile,
     general_tiles,
+    many_fused_tiles,
     prefers_prefill,
     prefill_tile,
 )
@@ -82,21 +83,46 @@ def test_blocks_of_a_vector_product_are_powers_of_two_no_wider_than_they_need(fe
 def test_sides_of_all_other_tiles_are_what_a_dot_accepts(rows: int) -> None:
     general = [general_tiles(rows, rows, dtype) for dtype in DTYPES]
     both = [tile for tiles in general for tile in (tiles.shrink, tiles.gemm)]
-    for tile in (embedding_tile(rows), prefill_tile(rows, WIDTHS, 64), *both):
+    for tile in (embedding_tile(rows), prefill_tile(rows, 4096, WIDTHS, 64), *both):
         assert all(power_of_two(side) and side >= 16 for side in (tile.BM, tile.BN, tile.BK, tile.BR))
 
 
 def test_a_prefill_tile_shrinks_before_multiprocessors_idle() -> None:
-    assert prefill_tile(8192, (4096,), 16).BN == 256
-    assert prefill_tile(512, (4096,), 16).BN == 128
-    assert prefill_tile(300, (512,), 16).BM == 64
+    assert prefill_tile(8192, 14336, (4096,), 16).BN == 256
+    assert prefill_tile(8192, 4096, (4096,), 16).BN == 128
+    assert prefill_tile(300, 4096, (2048,), 16).BM == 64
+    assert [prefill_tile(rows, 2048, (128,), 16).BN for rows in (2048, 4096, 8192)] == [32, 64, 128]
 
 
 def test_a_last_wave_that_would_be_mostly_idle_is_shared() -> None:
-    even, uneven, together = (prefill_tile(2048, n, 16) for n in ((4096,), (5120,), (4096, 1024, 1024)))
+    even, uneven, together = (prefill_tile(2048, 14336, n, 16) for n in ((4096,), (5120,), (4096, 1024, 1024)))
     assert (even.BN, even.programs) == (256, 1)
     assert (uneven.BN, uneven.programs) == (128, 2)
     assert (together.BN, together.programs) == (256, 1)  # 384 tiles of all members
+
+
+def test_a_shrink_keeps_to_what_the_last_wave_leaves_idle() -> None:
+    def few(rows: int, features: int, *widths: int, width: int = 16) -> int:
+        return prefill_tile(rows, features, widths, width).shrink.few
+
+    assert few(2048, 14336, 4096) == 8  # 256 tiles of two times 132
+    assert few(2048, 4096, 3584) == 40
+    assert few(2048, 8960, 1536) == 36  # one wave
+    assert few(2048, 4096, 4096) == few(2048, 2048, 3584) == few(2048, 4096, 5120) == 0
+    assert few(2048, 14336, 4096, width=64) == few(2048, 14336, 4096, 4096) == few(256, 14336, 28672) == 0
+
+
+def test_many_rows_that_tma_cannot_read() -> None:
+    def sides(rows: int, units: tuple[int, int], *widths: int) -> tuple[int, int, int]:
+        gemm = many_fused_tiles(rows, widths, 16, units).gemm
+        return gemm.BM, gemm.BN, gemm.num_warps
+
+    assert sides(257, (4, 4), 24) == sides(257, (2, 2), 24) == (64, 64, 4)
+    assert sides(300, (4, 4), 3420, 3420) == (64, 128, 4)
+    assert sides(8192, (4, 4), 3420, 3420) == (128, 128, 4)
+    assert sides(8192, (2, 2), 1030) == sides(8192, (16, 2), 4096) == (128, 128, 8)
+    assert sides(8192, (16, 1), 50257) == (64, 64, 4)
+    assert sides(257, (1, 16), 2048) == sides(8192, (1, 16), 2048) == (128, 64, 4)
 
 
 def test_a_fused_tile_is_the_one_whose_waves_take_least() -> None:
