@@ -330,12 +330,12 @@ def prefill_tile(rows: int, features: int, widths: tuple[int, ...], width: int) 
     idle = -large % MULTIPROCESSORS
     shrink = _prefill_shrink(rows, len(widths), large, width)
     aside = _shrink_aside(rows, features, large, idle) if len(widths) == 1 and width <= 16 else None
-    fills = large >= 120 and idle <= large * (0.08 if width <= 16 else 0.4)
+    fills = large >= 120 and idle <= large * (0.4 if width > 16 and features >= TALL else 0.08)
     is_long = features >= TALL or (features > 3072 and (width > 16 or sum(widths) > WIDE))
     for columns in (32, 64):
         if count(64, columns) <= MULTIPROCESSORS:
             return PrefillTile(64, columns, 128, 16, 4, 4, 2, later, shrink)
-    if is_long and (fills or aside):
+    if is_long and (fills or (aside and features >= TALL)):
         return PrefillTile(128, 256, 64, 32, 8, 3, 1, later, aside or shrink)
     if medium > MULTIPROCESSORS:
         return PrefillTile(128, 128, 64, 16, 4, 3, 2, later, aside or shrink)
