@@ -28,10 +28,14 @@ def _spellings(text: str) -> dict[str, str]:
 
 _SAME_OP = _spellings(
     """
-    div: truediv true_divide divide
-    floor_divide: floordiv
-    mul: multiply
-    sub: subtract
+    add: __add__ __radd__
+    div: truediv true_divide divide __truediv__
+    floor_divide: floordiv __floordiv__
+    mul: multiply __mul__ __rmul__
+    sub: subtract __sub__
+    rsub: __rsub__
+    pow: __pow__
+    eq: __eq__
     add_: iadd
     sub_: isub
     mul_: imul
@@ -41,11 +45,11 @@ _SAME_OP = _spellings(
     bitwise_or_: ior
     pow_: ipow
     matmul_: imatmul
-    bitwise_and: and_ __and__
-    bitwise_or: or_ __or__
-    bitwise_xor: __xor__ xor
+    bitwise_and: and_ __and__ __rand__
+    bitwise_or: or_ __or__ __ror__
+    bitwise_xor: __xor__ xor __rxor__
     bitwise_not: invert inv __invert__
-    remainder: mod
+    remainder: mod __mod__
     transpose: swapaxes swapdims transpose_copy
     T: numpy_T
     data: _get_data_attr
@@ -68,12 +72,12 @@ _SAME_OP = _spellings(
     getitem: __getitem__
     to: _to_copy convert_element_type
     atan2: arctan2
-    gt: greater
-    lt: less
-    ge: greater_equal
-    le: less_equal
-    ne: not_equal
-    neg: negative
+    gt: greater __gt__
+    lt: less __lt__
+    ge: greater_equal __ge__
+    le: less_equal __le__
+    ne: not_equal __ne__
+    neg: negative __neg__
     trunc: fix
     index: _unsafe_index
     slice: slice_copy

@@ -64,7 +64,16 @@ def test_spellings_of_one_op_share_a_name(target: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "name"), [("view", "view"), ("swapdims", "transpose"), ("movedim", "moveaxis"), ("add_", "add_")]
+    ("method", "name"),
+    [
+        ("view", "view"),
+        ("swapdims", "transpose"),
+        ("movedim", "moveaxis"),
+        ("add_", "add_"),
+        ("__eq__", "eq"),
+        ("__radd__", "add"),
+        ("__rsub__", "rsub"),
+    ],  # fmt: skip
 )
 def test_methods_are_named_alike(method: str, name: str) -> None:
     assert op_name(call(method, "%x", method=True)) == name
