@@ -68,6 +68,15 @@ def list_tile(
     write_groups(row_tile, slots_of(rows, index % JP, adapters, num_rows, J), adapters, BINS)
 
 
+@triton.jit
+def share_of(items, few) -> tl.tensor:
+    """First of the items that this program makes, and the step to its next; none where few programs make them all."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    if items <= few * EACH:
+        programs = tl.minimum(few, programs)
+    return tl.where(program < programs, program, items), programs
+
+
 @triton.jit(do_not_specialize=["num_rows", "max_adapters", "few"])
 def group_shrink_kernel(
     x,  # [T, K]: pointer, strides
@@ -120,11 +129,8 @@ def group_shrink_kernel(
                 if HEIGHT > TILE:
                     ends = tile_ends(segments_ptr, num_entries, max_adapters, HEIGHT, BINS)
                     count = tl.max(ends, axis=0)
-                items, programs = count * SHARES, tl.num_programs(0)
-                if items <= few * EACH:
-                    programs = tl.minimum(few, programs)
-                begin = tl.where(tl.program_id(0) < programs, tl.program_id(0), items)
-                for item in tl.range(begin, items, programs, num_stages=1):
+                begin, step = share_of(count * SHARES, few)
+                for item in tl.range(begin, count * SHARES, step, num_stages=1):
                     if HEIGHT == TILE:
                         tile = tile_of(item // SHARES, segments_ptr, num_entries, max_adapters)
                     else:

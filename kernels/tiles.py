@@ -148,11 +148,11 @@ class GemvTile:
 # microseconds behind a kernel that overlaps nothing, beside torch.mm in the same run; NVIDIA H200, torch 2.11.0,
 # triton 3.6.0, 2026-11-29. fp32 tiles were not measured.
 #     K x N            M 1           M 16, 16 adapters   M 64, 8       M 64, 64      M 256, 64     M 2048, 8
-#     4096 x 4096      10.8 (12.4)   14.5 (13.8)         17.1 (12.1)   22.9 (12.2)   27.3 (16.8)   108 (93)
-#     2048 x 4096       7.8 (7.2)     9.5 (7.3)          11.2 (7.3)    18.5 (7.3)    18.1 (9.9)    59 (47)
-#     14336 x 4096     31.8 (32.3)   37.1 (33.4)         38.9 (36.8)   51.2 (36.8)   68.9 (48.5)   359 (325)
-#     4096 x 28672     56.6 (60.1)   63.3 (61.3)         64.5 (65.1)   81.6 (64.3)  128.3 (91.1)   750 (676)
-#     2048 x 128        3.5 (4.9)     5.0 (5.5)           6.7 (5.7)     7.3 (5.5)     9.6 (5.8)     13 (6.5)
+#     4096 x 4096      10.8 (12.4)   14.5 (13.8)         17.1 (12.1)   22.9 (12.2)   27.3 (16.8)   108 (92)
+#     2048 x 4096       7.8 (7.2)     9.5 (7.3)          11.2 (7.3)    18.5 (7.3)    18.1 (9.9)    57 (47)
+#     14336 x 4096     31.8 (32.3)   37.1 (33.4)         38.9 (36.8)   51.2 (36.8)   68.9 (48.5)   341 (333)
+#     4096 x 28672     56.6 (60.1)   63.3 (61.3)         64.5 (65.1)   81.6 (64.3)  128.3 (91.1)   739 (678)
+#     2048 x 128        3.5 (4.9)     5.0 (5.5)           6.7 (5.7)     7.3 (5.5)     9.6 (5.8)     10 (5.9)
 # Vector products ask for eight blocks of W at most: unrolled further they spilled at some widths, 267 us at
 # 11008 x 4096 where this takes 25.
 
@@ -183,8 +183,9 @@ _GEMV = {
 }
 _EXPAND, _EXPAND_MANY = ExpandTile(64, 256, 1056, 4), ExpandTile(64, 256, 528, 4)
 _FP32 = {16: GemmTile(16, 64, 32, 1, False, 4, 3), None: GemmTile(64, 64, 32, 1, False, 4, 3)}
-WIDE, TALL = 20000, 8192
-"""Out-features from which every multiprocessor has tiles enough; in-features above which parts of them are long."""
+WIDE, TALL, LONG = 20000, 8192, 35e10
+"""Out-features from which every multiprocessor has tiles enough; in-features above which parts of them are long;
+multiplications of a call from which power limits what it may read."""
 
 # What the general body uses; not tuned.
 _SHRINK = {16: Tile(16, 16, 128, 16, 4, 3), 64: Tile(32, 16, 128, 16, 4, 3), None: Tile(64, 16, 64, 16, 4, 3)}
@@ -322,16 +323,16 @@ def prefers_prefill(rows: int, features: int, widths: tuple[int, ...], dtype: to
 def prefill_tile(rows: int, features: int, widths: tuple[int, ...], width: int) -> PrefillTile:
     """Tile of a linear of many rows. widths: N of each member. width: most ranks of a slot.
 
-    128 x 256 where a tile takes long or weights come from memory all the time, unless much of its last wave would be
-    idle; else two programs share a multiprocessor.
+    128 x 256, which reads least, where a tile or the whole call takes long, unless much of the last wave would be idle;
+    else two programs share a multiprocessor, and one multiplies while the other stores.
     """
     later, count = (32, 3), _counter(rows, widths)
     large, medium = count(128, 256), count(128, 128)
     idle = -large % MULTIPROCESSORS
-    shrink = _prefill_shrink(rows, len(widths), large, width)
     aside = _shrink_aside(rows, features, large, idle) if len(widths) == 1 and width <= 16 else None
+    shrink = _prefill_shrink(rows, len(widths), large, width)
     fills = large >= 120 and idle <= large * (0.4 if width > 16 and features >= TALL else 0.08)
-    is_long = features >= TALL or (features > 3072 and (width > 16 or sum(widths) > WIDE))
+    is_long = features > 3072 or rows * features * sum(widths) > LONG
     for columns in (32, 64):
         if count(64, columns) <= MULTIPROCESSORS:
             return PrefillTile(64, columns, 128, 16, 4, 4, 2, later, shrink)
@@ -362,9 +363,8 @@ def _shrink_aside(rows: int, features: int, tiles: int, idle: int) -> ShrinkTile
 
     tiles: of 128 x 256 of the product, which leave `idle` multiprocessors out in the end.
     """
-    is_tall = features >= TALL
+    is_tall, is_single = features >= TALL, MULTIPROCESSORS // 2 < tiles <= MULTIPROCESSORS
     in_time = features > 3072 and rows <= (256 if is_tall else 64) * idle
-    is_single = MULTIPROCESSORS // 2 < tiles <= MULTIPROCESSORS
     if rows <= 256 or not in_time or not (is_single or 5 * idle <= tiles):
         return None
     return replace(_SHRINK_ASIDE_TALL if is_tall else _SHRINK_ASIDE, few=min(idle, 64))

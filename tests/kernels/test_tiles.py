@@ -88,8 +88,8 @@ def test_sides_of_all_other_tiles_are_what_a_dot_accepts(rows: int) -> None:
 
 
 def test_a_prefill_tile_shrinks_before_multiprocessors_idle() -> None:
-    assert prefill_tile(8192, 14336, (4096,), 16).BN == 256
-    assert prefill_tile(8192, 4096, (4096,), 16).BN == 128
+    assert prefill_tile(8192, 4096, (4096,), 16).BN == prefill_tile(8192, 2560, (9728, 9728), 16).BN == 256
+    assert prefill_tile(8192, 2048, (4096,), 16).BN == prefill_tile(512, 4096, (4096,), 16).BN == 128
     assert prefill_tile(300, 4096, (2048,), 16).BM == 64
     assert [prefill_tile(rows, 2048, (128,), 16).BN for rows in (2048, 4096, 8192)] == [32, 64, 128]
 

@@ -73,7 +73,7 @@ def test_spellings_of_one_op_share_a_name(target: Any, name: str) -> None:
         ("__eq__", "eq"),
         ("__radd__", "add"),
         ("__rsub__", "rsub"),
-    ],  # fmt: skip
+    ],
 )
 def test_methods_are_named_alike(method: str, name: str) -> None:
     assert op_name(call(method, "%x", method=True)) == name
