@@ -26,7 +26,7 @@ import torch
 from torch import fx
 
 from fxlora.dumps.adapters import AdapterView
-from fxlora.dumps.modules import module_kinds, module_paths, repeats, source_of
+from fxlora.dumps.modules import module_kinds, module_paths, repeats, shared_item, source_of
 from fxlora.dumps.record import Record
 from fxlora.passes.diff import NodeState, Snapshot, argument_names, call_text, show
 from fxlora.passes.graph import fake_value, op_name, operand
@@ -46,9 +46,9 @@ def build_graph(record: Record, snapshot: Snapshot, adapters: Sequence[AdapterVi
             ids[state.node] = state.name
             graph.add_node(state.name, **_present(_facts(record, state, i)))
     paths = {node: names[0] for node in record.tensors if (names := record.paths_of(node))}
-    modules = module_paths(snapshot.nodes, paths)
+    modules, item = module_paths(snapshot.nodes, paths), shared_item(snapshot.nodes)
     for state in snapshot.nodes:
-        _add_call(graph, state, ids, modules.get(state.node, ""))
+        _add_call(graph, state, ids, modules.get(state.node, ""), repeats(state, item))
     _mark_row_maps(graph, snapshot, ids)
     _add_sites(graph, record, snapshot, ids)
     for view in adapters:
@@ -152,15 +152,17 @@ def _present(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in facts.items() if value is not None and value != ""}
 
 
-def _add_call(graph: nx.MultiDiGraph, state: NodeState, ids: Mapping[fx.Node, str], module: str) -> None:
-    """The text of a call, and an edge from each node among its arguments."""
+def _add_call(
+    graph: nx.MultiDiGraph, state: NodeState, ids: Mapping[fx.Node, str], module: str, again: Mapping[str, int]
+) -> None:
+    """The text of a call, and an edge from each node among its arguments. again: of repeats."""
     if state.op in ("placeholder", "get_attr"):
         return
     attributes = graph.nodes[ids[state.node]]
     attributes["call"] = template(state, ids, attributes["label"])
     if module:
         attributes["module"] = plain(module)
-    if again := repeats(state):
+    if again:
         attributes["repeats"] = {plain(path): number for path, number in again.items()}
     names = argument_names(state)
     for path, node in _operands(state, names):

@@ -21,26 +21,44 @@ _TORCH = str(Path(torch.__file__).parent)
 _PART = re.compile(r"\['([^']+)'\]|\[(\d+)\]|([^.\[\]()',\s]+)")
 _FRAME = re.compile(r'File "(.+)", line (\d+), in ')
 _FROM_VARIABLE = re.compile(r"\b[LG]\['")
+_ITEM = re.compile(r"\b[LG]\['[^']+'\](\[\d+\])+")
 
 
-def module_stack(state: NodeState) -> list[tuple[str, str]]:
-    """(path, class) of the modules around a node, outermost first, as tracing recorded them; may be empty."""
+def shared_item(nodes: Sequence[NodeState]) -> str:
+    """`L['args'][0]` where all modules of a graph hang on this one item of a sequence; else empty.
+
+    That is how dynamo names a model whose forward is behind a wrapper that takes `*args`.
+    """
+    found = {match[0] if (match := _ITEM.search(path)) else "" for state in nodes for path, _ in _recorded(state)}
+    return found.pop() if len(found) == 1 else ""
+
+
+def module_stack(state: NodeState, item: str = "") -> list[tuple[str, str]]:
+    """(path, class) of the modules around a node, outermost first, as tracing recorded them; may be empty.
+
+    item: of shared_item.
+    """
     found = []
-    for entry in (state.meta.get("nn_module_stack") or {}).values():
-        path, kind = entry if isinstance(entry, tuple) else (entry, "")
+    for path, kind in _recorded(state):
         name = kind.__name__ if isinstance(kind, type) else str(kind).rpartition(".")[2]
-        found.append((_clean(str(path)), name))
+        found.append((_clean(path.replace(item, "")), name))
     return found
 
 
-def repeats(state: NodeState) -> dict[str, int]:
+def repeats(state: NodeState, item: str = "") -> dict[str, int]:
     """Modules around a node that were called before: path to how often. Tracers number the calls: `layer@1`."""
     found = {}
-    for key, entry in (state.meta.get("nn_module_stack") or {}).items():
+    for key, (path, _) in zip(state.meta.get("nn_module_stack") or (), _recorded(state), strict=True):
         number = str(key).rpartition("@")[2]
         if "@" in str(key) and number.isdigit():
-            found[_clean(str(entry[0] if isinstance(entry, tuple) else entry))] = int(number)
+            found[_clean(path.replace(item, ""))] = int(number)
     return found
+
+
+def _recorded(state: NodeState) -> list[tuple[str, Any]]:
+    """(path, class or its name) of each module around a node."""
+    entries = (state.meta.get("nn_module_stack") or {}).values()
+    return [(str(entry[0]), entry[1]) if isinstance(entry, tuple) else (str(entry), "") for entry in entries]
 
 
 @lru_cache(maxsize=65536)
@@ -61,9 +79,9 @@ def _clean(path: str) -> str:
 def module_paths(nodes: Sequence[NodeState], weight_paths: Mapping[fx.Node, str]) -> dict[fx.Node, str]:
     """The module of every call. A call without one lies where its neighbours' modules meet."""
     known: list[str | None] = []
-    calls = [state for state in nodes if state.op.startswith("call")]
+    calls, item = [state for state in nodes if state.op.startswith("call")], shared_item(nodes)
     for state in calls:
-        stack = module_stack(state)
+        stack = module_stack(state, item)
         owner = next((weight_paths[n] for n in _nodes(state) if n in weight_paths), None)
         known.append(stack[-1][0] if stack else None if owner is None else owner.rpartition(".")[0])
     following: list[str] = []
@@ -95,7 +113,8 @@ def _nodes(state: NodeState) -> list[fx.Node]:
 
 def module_kinds(nodes: Sequence[NodeState]) -> dict[str, str]:
     """The class of every module that the stacks name."""
-    return {path: kind for state in nodes for path, kind in module_stack(state) if path}
+    item = shared_item(nodes)
+    return {path: kind for state in nodes for path, kind in module_stack(state, item) if path}
 
 
 def source_of(meta: Mapping[str, Any]) -> str:

@@ -243,6 +243,26 @@ def test_modules_go_by_their_own_paths(recorded: str, path: str) -> None:
     assert module_stack(NodeState(node, node.op, node.target, (), {})) == [(path, "Linear")]
 
 
+def test_a_model_behind_a_wrapper_has_its_own_paths(tmp_path: Path) -> None:
+    """`*args` of the wrapper are what dynamo names its modules by."""
+
+    def wrapped(*args: torch.Tensor) -> torch.Tensor:
+        return forward(*args)
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.inner = nn.Linear(4, 8), nn.Sequential(nn.Linear(8, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(self.up(x))
+
+    forward = Two.forward
+    Two.forward = wrapped  # type: ignore[method-assign, assignment]
+    lora = fxlora.apply(fxlora.capture(Two(), torch.randn(3, 4)), max_adapters=1, max_rank=2)
+    assert text(lora, tmp_path, focus="inner.0").splitlines()[1] == "inner.0"
+
+
 def test_depth_and_focus(tmp_path: Path) -> None:
     lora = zoo("qwen3")
     shallow = text(lora, tmp_path, depth=1)
