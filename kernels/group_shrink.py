@@ -28,7 +28,7 @@ from fxlora.kernels.tiles import ShrinkTile
 from fxlora.kernels.triton_helpers import cdiv, next_power_of_2, whole, whole_rows
 
 EACH = tl.constexpr(3)
-"""Tiles of h that a program makes, of those that do it alone."""
+"""Most tiles of h for each program where few make all of them."""
 
 
 class Scratch(NamedTuple):

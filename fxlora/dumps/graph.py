@@ -39,14 +39,15 @@ from fxlora.passes.weights import tensor_key
 def build_graph(record: Record, snapshot: Snapshot, adapters: Sequence[AdapterView] = ()) -> nx.MultiDiGraph:
     """The graph of one side of a record. Adds sites and adapters where the record has them."""
     graph = nx.MultiDiGraph(title=record.title or "graph", stage=_stage(record, snapshot))
-    graph.graph["modules"] = {plain(path): kind for path, kind in module_kinds(snapshot.nodes).items()}
+    item = shared_item(snapshot.nodes)
+    graph.graph["modules"] = {plain(path): kind for path, kind in module_kinds(snapshot.nodes, item).items()}
     ids = _add_weights(graph, record, snapshot)
     for i, state in enumerate(snapshot.nodes):
         if state.node not in ids:
             ids[state.node] = state.name
             graph.add_node(state.name, **_present(_facts(record, state, i)))
     paths = {node: names[0] for node in record.tensors if (names := record.paths_of(node))}
-    modules, item = module_paths(snapshot.nodes, paths), shared_item(snapshot.nodes)
+    modules = module_paths(snapshot.nodes, paths, item)
     for state in snapshot.nodes:
         _add_call(graph, state, ids, modules.get(state.node, ""), repeats(state, item))
     _mark_row_maps(graph, snapshot, ids)

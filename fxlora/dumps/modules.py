@@ -76,10 +76,10 @@ def _clean(path: str) -> str:
     return ".".join(parts)
 
 
-def module_paths(nodes: Sequence[NodeState], weight_paths: Mapping[fx.Node, str]) -> dict[fx.Node, str]:
-    """The module of every call. A call without one lies where its neighbours' modules meet."""
+def module_paths(nodes: Sequence[NodeState], weight_paths: Mapping[fx.Node, str], item: str) -> dict[fx.Node, str]:
+    """The module of every call. A call without one lies where its neighbours' modules meet. item: of shared_item."""
     known: list[str | None] = []
-    calls, item = [state for state in nodes if state.op.startswith("call")], shared_item(nodes)
+    calls = [state for state in nodes if state.op.startswith("call")]
     for state in calls:
         stack = module_stack(state, item)
         owner = next((weight_paths[n] for n in _nodes(state) if n in weight_paths), None)
@@ -111,9 +111,8 @@ def _nodes(state: NodeState) -> list[fx.Node]:
     return found
 
 
-def module_kinds(nodes: Sequence[NodeState]) -> dict[str, str]:
-    """The class of every module that the stacks name."""
-    item = shared_item(nodes)
+def module_kinds(nodes: Sequence[NodeState], item: str) -> dict[str, str]:
+    """The class of every module that the stacks name. item: of shared_item."""
     return {path: kind for state in nodes for path, kind in module_stack(state, item) if path}
 
 

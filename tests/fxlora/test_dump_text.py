@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -246,19 +247,18 @@ def test_modules_go_by_their_own_paths(recorded: str, path: str) -> None:
 def test_a_model_behind_a_wrapper_has_its_own_paths(tmp_path: Path) -> None:
     """`*args` of the wrapper are what dynamo names its modules by."""
 
-    def wrapped(*args: torch.Tensor) -> torch.Tensor:
-        return forward(*args)
+    def wrapper(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda *args: forward(*args)
 
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.up, self.inner = nn.Linear(4, 8), nn.Sequential(nn.Linear(8, 4))
 
+        @wrapper
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.inner(self.up(x))
 
-    forward = Two.forward
-    Two.forward = wrapped  # type: ignore[method-assign, assignment]
     lora = fxlora.apply(fxlora.capture(Two(), torch.randn(3, 4)), max_adapters=1, max_rank=2)
     assert text(lora, tmp_path, focus="inner.0").splitlines()[1] == "inner.0"
 
