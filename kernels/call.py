@@ -56,6 +56,7 @@ class PlannedCall:
     def __init__(self) -> None:
         self.launches: list[tuple[Plan, tuple[object, ...]]] = []  # with their arguments, in order
         self.scratch: list[torch.Tensor] = []
+        self.is_recorded = True  # nothing was done on the device but these launches
 
     def launch(self, plan: Plan, *args: object) -> None:
         """Launches it with these arguments."""

@@ -57,16 +57,14 @@ def _plan(call: LinearCall, tiles: DecodeTiles) -> Plan:
     members, tile, shrink = call.members, tiles.gemm, tiles.shrink
     count = sum([cdiv(n, tile.BN) for n in call.widths]) * cdiv(call.rows, tile.BM) * tile.SPLIT
     stride = max(16, next_power_of_2(members.h_width))
-    programs, parts, constants, h_parts = 0, 1, (), 1
-    if isinstance(shrink, ShrinkTile):
-        h_parts = shrink.parts
-    elif members.has_pools:
+    programs, parts, constants = 0, 1, ()
+    if members.has_pools and not isinstance(shrink, ShrinkTile):
         parts = min(cdiv(members.h_width, shrink.BR), shrink.parts)
         programs = min(call.entries * parts, shrink.programs)
         constants = (cdiv(call.features, shrink.BK) * shrink.BK, shrink.BR, shrink.BK)
-    summed = has_sums(call, tile.SPLIT)
+    summed = has_sums(call, tiles.split)
     sizes = (
-        len(call.widths) * h_parts * call.entries * stride if members.has_pools else 0,
+        len(call.widths) * tiles.h_parts * call.entries * stride if members.has_pools else 0,
         sum([tile.SPLIT * call.rows * n for n, kept in zip(call.widths, summed, strict=True) if kept]),
     )
     return call.planned(

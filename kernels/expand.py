@@ -20,7 +20,7 @@ from fxlora.kernels.decode_shrink import count_tiles, tile_of
 from fxlora.kernels.launch import Launcher
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
 from fxlora.kernels.segments import TILE, tile_bound
-from fxlora.kernels.tiles import DecodeTiles, ShrinkTile
+from fxlora.kernels.tiles import SingleTiles
 from fxlora.kernels.triton_helpers import cdiv, dot, whole
 
 
@@ -169,7 +169,7 @@ def expand(
     sums: torch.Tensor,
     h: torch.Tensor,
     stride: int,
-    tiles: DecodeTiles,
+    tiles: SingleTiles,
 ) -> None:
     """Fills the outputs of the members that have sums; one launch for each of a row's slots.
 
@@ -199,8 +199,8 @@ def has_sums(call: LinearCall, split: int) -> tuple[bool, ...]:
     return tuple([has_pool or split > 1 for has_pool in call.members.has_pool])
 
 
-def _plan(call: LinearCall, stride: int, j: int, tiles: DecodeTiles) -> Plan:
-    members, tile, split = call.members, tiles.expand, tiles.gemm.SPLIT
+def _plan(call: LinearCall, stride: int, j: int, tiles: SingleTiles) -> Plan:
+    members, tile, split = call.members, tiles.expand, tiles.split
     block_ranks = max(16, min(tile.BR, stride))
     bound = min(call.entries, tile_bound(call.entries, members.max_adapters, TILE) + 1)
     return call.planned(
@@ -210,7 +210,7 @@ def _plan(call: LinearCall, stride: int, j: int, tiles: DecodeTiles) -> Plan:
         tile.num_warps,
         J=call.width,
         SPLIT=split,
-        H_PARTS=tiles.shrink.parts if isinstance(tiles.shrink, ShrinkTile) else 1,
+        H_PARTS=tiles.h_parts,
         FIRST=j == 0,
         LAST=j == call.width - 1,
         HAS_BIAS=call.has_bias,

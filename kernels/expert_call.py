@@ -17,7 +17,16 @@ import triton.language as tl
 from fxlora.kernels.call import PlannedCall, Plans
 from fxlora.kernels.checks import check_experts, check_rows
 from fxlora.kernels.expert_pool import ExpertPool
-from fxlora.kernels.expert_segments import is_in_place, tile_bound, tile_height
+from fxlora.kernels.expert_segments import (
+    HIGH,
+    high_count_at,
+    high_slots_at,
+    is_in_place,
+    tile_bound,
+    tile_count_at,
+    tile_height,
+    tile_slots_at,
+)
 from fxlora.kernels.launch import Fixed
 from fxlora.kernels.overlap import can_overlap
 from fxlora.kernels.replay import Replays
@@ -81,18 +90,25 @@ class ExpertCall(PlannedCall):
 
     @property
     def bound(self) -> int:
-        """TB of the table."""
-        return tile_bound(self.rows, self.num_experts, 16)
+        """TB of the table, HB with its tiles of HIGH rows."""
+        return tile_bound(self.rows, self.num_experts, HIGH if self.height == HIGH else 16)
+
+    @property
+    def tiles_at(self) -> int:
+        """Where the list of tiles begins in the table."""
+        return (high_count_at if self.height == HIGH else tile_count_at)(self.rows, self.num_experts)
+
+    @property
+    def tile_slots_at(self) -> int:
+        """Where the slots of the tiles begin in the table."""
+        if self.height == HIGH:
+            return high_slots_at(self.rows, self.num_experts, self.site.max_adapters)
+        return tile_slots_at(self.rows, self.num_experts)
 
     @property
     def tiles(self) -> int:
         """Row tiles that always suffice."""
         return min(self.rows, tile_bound(self.rows, self.num_experts, self.height))
-
-    @property
-    def halves(self) -> bool:
-        """Whether a row tile with rows for no more than half of it is half as high."""
-        return self.height >= 128
 
     @property
     def strided_bias(self) -> tuple[Any, ...]:
@@ -102,14 +118,14 @@ class ExpertCall(PlannedCall):
 
 @triton.jit
 def tiles_in_use(table) -> tl.tensor:
-    """Row tiles of the batch. table: that of expert_segments.py, then T, E and TB."""
-    return tl.load(table[0] + 2 * table[1] + table[2] + 2)
+    """Row tiles of the batch. table: that of expert_segments.py, T, E, TB and where its list of tiles begins."""
+    return tl.load(table[0] + table[4])
 
 
 @triton.jit
 def tile_record(tile, table) -> tl.tensor:
     """Expert of a row tile, its first position in row_order, where its expert's positions begin and end."""
-    tile_experts_ptr = table[0] + 2 * table[1] + table[2] + 3
+    tile_experts_ptr = table[0] + table[4] + 1
     expert = tl.load(tile_experts_ptr + tile)
     first = tl.load(tile_experts_ptr + table[3] + tile)
     start = tl.load(table[0] + 2 * table[1] + expert)

@@ -192,7 +192,7 @@ def expert_gemm_kernel(
 ) -> None:
     """y = x W^T + bias + delta. Programs share the tiles [BM, BN] of the batch; rows without an expert become zero."""
     let_later_start(PDL)
-    table = (table_ptr, num_rows, num_experts, bound)
+    table = (table_ptr, num_rows, num_experts, bound, 2 * num_rows + num_experts + 2)
     tiles_n = tl.cdiv(num_cols, BN)
     for item in tl.range(tl.program_id(0), tiles_in_use(table) * tiles_n, tl.num_programs(0), num_stages=1):
         expert, _, col_tile, first, end = tile_item(item, tiles_n, table, BM)

@@ -3,6 +3,7 @@
 Stage: run time. Two launches, the second when the first has ended: its programs start together, stay resident and share
 the tiles of y in a fixed order, so that those that read the same weights and rows do so at about the same time, which
 L2 needs. A tile of 128 rows with no more than 64 in use is half as high, which leaves the bits of a row as they are.
+Where most experts have little more than 128 rows, a program takes the 32 after them along, for one pass over W.
 Grids come from shapes alone. The weights come through TMA where their strides allow it, x too where its rows are in
 place; else through pointers, at any stride.
 
@@ -23,8 +24,9 @@ import triton.language as tl
 from fxlora.kernels.call import Plan
 from fxlora.kernels.expert_call import ExpertCall, load_x, rows_of, tile_item, tiles_in_use
 from fxlora.kernels.expert_prefill_shrink import adapters_of, shrink_tiles
+from fxlora.kernels.expert_segments import HIGH
 from fxlora.kernels.expert_tiles import ExpertPrefillTile
-from fxlora.kernels.groups import add_groups, count_groups
+from fxlora.kernels.groups import add_groups, add_groups_to_both, count_groups
 from fxlora.kernels.launch import Described, Launcher
 from fxlora.kernels.triton_helpers import cdiv, dot, strided
 
@@ -52,13 +54,38 @@ def load_w(
 
 
 @triton.jit
+def multiply(x_tile, w_tile, acc, SWAP: tl.constexpr) -> tl.tensor:
+    """acc [BM, BN] (SWAP: [BN, BM]) + x W."""
+    if SWAP:
+        return dot(w_tile.T, x_tile.T, acc, "ieee")
+    else:
+        return dot(x_tile, w_tile, acc, "ieee")
+
+
+@triton.jit
+def store_rows(
+    acc, expert, rows, row_mask, cols, bias, y_ptr, num_cols, num_experts, HAS_BIAS: tl.constexpr, SWAP: tl.constexpr
+) -> None:
+    """Rows of y, with the bias."""
+    if SWAP:
+        acc = acc.T
+    if HAS_BIAS:
+        bias_at = bias[0] + expert.to(tl.int64) * bias[1] + cols.to(tl.int64) * bias[2]
+        bias_mask = (cols < num_cols) & (expert < num_experts)
+        acc += tl.load(bias_at, mask=bias_mask, other=0.0).to(tl.float32)[None, :]
+    y_at = y_ptr + rows[:, None] * num_cols + cols[None, :]
+    tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=row_mask[:, None] & (cols < num_cols)[None, :])
+
+
+@triton.jit
 def expert_tile(
-    expert, row_tile, col_tile, first, end, x, x_desc, w, w_desc, bias, y_ptr, adapters, table, num_features, num_cols,
-    J: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, FORM: tl.constexpr,
-    EVEN: tl.constexpr, EVEN_K: tl.constexpr, IN_PLACE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POOL: tl.constexpr,
-    STAGES: tl.constexpr, EXPAND_STAGES: tl.constexpr,
+    expert, row_tile, col_tile, first, end, x, x_desc, x_tail_desc, w, w_desc, bias, y_ptr, adapters, table,
+    num_features, num_cols, J: tl.constexpr, BM: tl.constexpr, TAIL: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BR: tl.constexpr, FORM: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr, IN_PLACE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_POOL: tl.constexpr, STAGES: tl.constexpr, EXPAND_STAGES: tl.constexpr,
+    SWAP: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One tile of y, BM rows from position `first` on: base GEMM, adapters, bias, one store."""
+    """One tile of y, BM rows from position `first` on and TAIL more: base GEMM, adapters, bias, one store."""
     num_rows, num_experts = table[1], table[2]
     positions = first + tl.arange(0, BM)
     row_mask = positions < end
@@ -69,29 +96,43 @@ def expert_tile(
     count = 0
     if HAS_POOL:
         count = tl.where(steps > 0, count_groups(row_tile, adapters), 0)  # on its way during the base GEMM
-    acc = tl.zeros([BM, BN], tl.float32)
+    acc = tl.zeros([BN, BM] if SWAP else [BM, BN], tl.float32)
+    tail, tail_rows, tail_mask = acc, rows, row_mask  # of no use without a TAIL
+    if TAIL:
+        tail_positions = first + BM + tl.arange(0, TAIL)
+        tail_mask = tail_positions < end
+        tail_rows = rows_of(tail_positions, tail_mask, table, IN_PLACE).to(tl.int64)
+        tail = tl.zeros([BN, TAIL], tl.float32)
     for step in tl.range(0, steps, num_stages=STAGES):
         x_tile = load_x(x, x_desc, first, rows, row_mask, step * BK, num_features, BK, EVEN_K)
         w_tile = load_w(w, w_desc, expert, first_col, step * BK, num_cols, num_features, BN, BK, FORM, EVEN)
-        acc = dot(x_tile, w_tile, acc, "ieee")
+        acc = multiply(x_tile, w_tile, acc, SWAP)
+        if TAIL:
+            x_tail = load_x(x, x_tail_desc, first + BM, tail_rows, tail_mask, step * BK, num_features, BK, EVEN_K)
+            tail = multiply(x_tail, w_tile, tail, True)
     if HAS_POOL:
         own_rows = tl.where(row_mask, rows, num_rows)  # those of other tiles have no slots
-        acc = add_groups(
-            acc, row_tile, 0, count, own_rows, cols, adapters, num_rows, num_cols, J, BM, BR, False, EXPAND_STAGES
-        )
-    if HAS_BIAS:
-        bias_at = bias[0] + expert.to(tl.int64) * bias[1] + cols.to(tl.int64) * bias[2]
-        bias_mask = (cols < num_cols) & (expert < num_experts)
-        acc += tl.load(bias_at, mask=bias_mask, other=0.0).to(tl.float32)[None, :]
-    y_at = y_ptr + rows[:, None] * num_cols + cols[None, :]
-    tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=row_mask[:, None] & (cols < num_cols)[None, :])
+        if TAIL:
+            own_tail_rows = tl.where(tail_mask, tail_rows, num_rows)
+            acc, tail = add_groups_to_both(
+                acc, tail, row_tile, count, own_rows, own_tail_rows, cols, adapters, num_rows, num_cols, J, BM, TAIL,
+                BR, EXPAND_STAGES,
+            )  # fmt: skip
+        else:
+            acc = add_groups(
+                acc, row_tile, 0, count, own_rows, cols, adapters, num_rows, num_cols, J, BM, BR, SWAP, EXPAND_STAGES
+            )
+    if TAIL:  # first, so that it is out of the registers
+        store_rows(tail, expert, tail_rows, tail_mask, cols, bias, y_ptr, num_cols, num_experts, HAS_BIAS, True)
+    store_rows(acc, expert, rows, row_mask, cols, bias, y_ptr, num_cols, num_experts, HAS_BIAS, SWAP)
 
 
-@triton.jit(do_not_specialize=["num_rows", "bound"])
+@triton.jit(do_not_specialize=["num_rows", "bound", "tiles_at"])
 def expert_prefill_kernel(
     x,  # [T, K]: pointer, row stride; columns adjacent
     x_desc,  # the same in blocks of BM rows, or None
     x_half_desc,  # of BM // 2 rows; read with HALVES
+    x_tail_desc,  # of TAIL rows
     w,  # [E, N, K]: pointer, strides
     w_desc,  # [E, N, K] (FORM 1) or [E, K, N] (FORM 2), or None
     bias,  # [E, N]: pointer, strides
@@ -101,10 +142,12 @@ def expert_prefill_kernel(
     num_rows,
     num_experts,
     bound,  # TB of the table
+    tiles_at,
     num_features,
     num_cols,
     J: tl.constexpr,
     BM: tl.constexpr,
+    TAIL: tl.constexpr,  # more rows of a tile, taken along where there are any; with it SWAP
     BN: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
@@ -120,21 +163,27 @@ def expert_prefill_kernel(
     EXPAND_STAGES: tl.constexpr,
 ) -> None:
     """Every tile of y; rows without an expert become zero."""
-    table = (table_ptr, num_rows, num_experts, bound)
+    table = (table_ptr, num_rows, num_experts, bound, tiles_at)
     tiles_n = tl.cdiv(num_cols, BN)
     for item in tl.range(tl.program_id(0), tiles_in_use(table) * tiles_n, tl.num_programs(0), num_stages=1):
-        expert, row_tile, col_tile, first, end = tile_item(item, tiles_n, table, BM)
+        expert, row_tile, col_tile, first, end = tile_item(item, tiles_n, table, BM + TAIL)
         if HALVES and end - first <= BM // 2:
             expert_tile(
-                expert, row_tile, col_tile, first, end, x, x_half_desc, w, w_desc, bias, y_ptr, adapters, table,
-                num_features, num_cols, J, BM // 2, BN, BK, BR, FORM, EVEN, EVEN_K, IN_PLACE, HAS_BIAS, HAS_POOL,
-                STAGES, EXPAND_STAGES,
+                expert, row_tile, col_tile, first, end, x, x_half_desc, None, w, w_desc, bias, y_ptr, adapters, table,
+                num_features, num_cols, J, BM // 2, 0, BN, BK, BR, FORM, EVEN, EVEN_K, IN_PLACE, HAS_BIAS, HAS_POOL,
+                STAGES, EXPAND_STAGES, TAIL > 0,
+            )  # fmt: skip
+        elif TAIL and end - first > BM:
+            expert_tile(
+                expert, row_tile, col_tile, first, end, x, x_desc, x_tail_desc, w, w_desc, bias, y_ptr, adapters, table,
+                num_features, num_cols, J, BM, TAIL, BN, BK, BR, FORM, EVEN, EVEN_K, IN_PLACE, HAS_BIAS, HAS_POOL,
+                STAGES, EXPAND_STAGES, True,
             )  # fmt: skip
         else:
             expert_tile(
-                expert, row_tile, col_tile, first, end, x, x_desc, w, w_desc, bias, y_ptr, adapters, table,
-                num_features, num_cols, J, BM, BN, BK, BR, FORM, EVEN, EVEN_K, IN_PLACE, HAS_BIAS, HAS_POOL, STAGES,
-                EXPAND_STAGES,
+                expert, row_tile, col_tile, first, end, x, x_desc, None, w, w_desc, bias, y_ptr, adapters, table,
+                num_features, num_cols, J, BM, 0, BN, BK, BR, FORM, EVEN, EVEN_K, IN_PLACE, HAS_BIAS, HAS_POOL,
+                STAGES, EXPAND_STAGES, TAIL > 0,
             )  # fmt: skip
 
 
@@ -143,6 +192,8 @@ _launcher = Launcher(expert_prefill_kernel)
 
 def prefill(call: ExpertCall, tile: ExpertPrefillTile) -> torch.Tensor:
     """y [T, N] for `call`."""
+    if tile.TAIL:
+        call.height = HIGH
     in_reach = call.in_place and _tma_reads(call.x, call)
     x_tma = tile.x_tma and in_reach
     adapters = None
@@ -155,8 +206,9 @@ def prefill(call: ExpertCall, tile: ExpertPrefillTile) -> torch.Tensor:
     call.launch(
         plan,
         (call.x, call.x.stride(0)),
-        Described(call.x, (call.height, tile.BK)) if x_tma else None,
-        Described(call.x, (call.height // 2, tile.BK)) if x_tma and call.halves else None,
+        Described(call.x, (tile.BM, tile.BK)) if x_tma else None,
+        Described(call.x, (tile.BM // 2, tile.BK)) if x_tma and _halves(tile) else None,
+        Described(call.x, (tile.TAIL, tile.BK)) if x_tma and tile.TAIL else None,
         strided(call.weight),
         w_desc,
         call.strided_bias,
@@ -168,15 +220,21 @@ def prefill(call: ExpertCall, tile: ExpertPrefillTile) -> torch.Tensor:
     return y
 
 
+def _halves(tile: ExpertPrefillTile) -> bool:
+    """Whether a row tile with rows for no more than half of it is half as high."""
+    return tile.BM >= 128
+
+
 def _plan(call: ExpertCall, tile: ExpertPrefillTile, form: int, x_tma: bool) -> Plan:
     even_k = call.features % tile.BK == 0
     return call.planned(
         _launcher,
         (min(call.tiles * cdiv(call.columns, tile.BN), tile.programs),),
-        (call.rows, call.num_experts, call.bound, call.features, call.columns),
+        (call.rows, call.num_experts, call.bound, call.tiles_at, call.features, call.columns),
         tile.num_warps,
         J=call.width,
-        BM=call.height,
+        BM=tile.BM,
+        TAIL=tile.TAIL,
         BN=tile.BN,
         BK=tile.BK,
         BR=tile.BR,
@@ -187,7 +245,7 @@ def _plan(call: ExpertCall, tile: ExpertPrefillTile, form: int, x_tma: bool) -> 
         X_TMA=x_tma,
         HAS_BIAS=call.has_bias,
         HAS_POOL=call.has_pool,
-        HALVES=call.halves,
+        HALVES=_halves(tile),
         STAGES=tile.num_stages,
         EXPAND_STAGES=tile.expand_stages,
     )

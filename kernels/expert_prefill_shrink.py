@@ -65,11 +65,10 @@ def adapters_of(call: ExpertCall) -> ExpertAdapters:
 
 
 @triton.jit
-def slots_of_tile(tile, table, adapters, L: tl.constexpr) -> tl.tensor:
+def slots_of_tile(tile, tile_slots_ptr, adapters, L: tl.constexpr) -> tl.tensor:
     """The slots of a row tile, the number of their first group and of the one after their last, [L] each."""
     index = tl.arange(0, L)
-    at = table[0] + 2 * table[1] + table[2] + 3 + 2 * table[3] + tile * adapters.max_adapters
-    slots = tl.load(at + index, mask=index < adapters.max_adapters, other=-1)
+    slots = tl.load(tile_slots_ptr + tile * adapters.max_adapters + index, mask=index < adapters.max_adapters, other=-1)
     ranks = tl.load(adapters.rank + slots, mask=slots >= 0, other=0)
     ends = tl.cumsum((ranks + 15) // 16, axis=0)
     return slots, ends - (ranks + 15) // 16, ends
@@ -145,7 +144,7 @@ def shrink_columns(
         tl.store(adapters.h + ((rows * J + j) * adapters.width)[:, None] + h_cols[None, :], value, mask=own)
 
 
-@triton.jit(do_not_specialize=["num_rows", "bound"])
+@triton.jit(do_not_specialize=["num_rows", "bound", "tiles_at", "tile_slots_at"])
 def expert_shrink_tiles_kernel(
     x,  # [T, K]: pointer, row stride; columns adjacent
     x_desc,  # the same, or None
@@ -154,6 +153,8 @@ def expert_shrink_tiles_kernel(
     num_rows,
     num_experts,
     bound,  # TB of the table
+    tiles_at,
+    tile_slots_at,
     num_features,
     J: tl.constexpr,
     L: tl.constexpr,
@@ -169,16 +170,17 @@ def expert_shrink_tiles_kernel(
     SHARES: tl.constexpr,
 ) -> None:
     """Groups of all row tiles of the batch, and h of their rows, BM of them and a share of the groups at a time."""
-    table = (table_ptr, num_rows, num_experts, bound)
-    PARTS: tl.constexpr = HEIGHT // BM
+    table = (table_ptr, num_rows, num_experts, bound, tiles_at)
+    PARTS: tl.constexpr = (HEIGHT + BM - 1) // BM
     parts = tiles_in_use(table) * PARTS
     for item in tl.range(tl.program_id(0), parts * SHARES, tl.num_programs(0), num_stages=1):
         tile, share = item % parts // PARTS, item // parts
         part = (item + tile * PARTS // tl.num_programs(0)) % PARTS  # the last ones, often empty, go to all programs
         expert, first, _, end = tile_record(tile, table)
+        end = tl.minimum(first + HEIGHT, end)
         first += part * BM
         if (expert < num_experts) & (first < end):
-            slots, begins, ends = slots_of_tile(tile, table, adapters, L)
+            slots, begins, ends = slots_of_tile(tile, table_ptr + tile_slots_at, adapters, L)
             count = tl.max(ends, axis=0)
             if (part == 0) & (share == SHARES - 1):  # which has least else to do
                 write_groups(tile, expert, count, slots, begins, ends, adapters)
@@ -213,8 +215,8 @@ def _plan(call: ExpertCall, tile: ExpertShrinkTile, x_tma: bool) -> Plan:
     shares = min(tile.shares, cdiv(most_slots * cdiv(call.site.h_width, 16), tile.BR // 16))
     return call.planned(
         _launcher,
-        (min(call.tiles * (call.height // tile.BM) * shares, tile.programs),),
-        (call.rows, call.num_experts, call.bound, call.features),
+        (min(call.tiles * cdiv(call.height, tile.BM) * shares, tile.programs),),
+        (call.rows, call.num_experts, call.bound, call.tiles_at, call.tile_slots_at, call.features),
         tile.num_warps,
         registers=_REGISTERS,
         J=call.width,

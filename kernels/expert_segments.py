@@ -12,9 +12,12 @@ Layout of the table, int32, its size even, or odd where the rows came in place:
     tile_count     [1]      tiles in use; a tile is a run of up to `tile_height(T, E)` sorted rows of one expert
     tile_experts   [TB]     expert of each tile, ascending; E for rows without an expert; -1 past tile_count
     tile_firsts    [TB]     tile t holds row_order[tile_firsts[t] : min(tile_firsts[t] + height, end of its expert)]
+    high_count     [1], high_experts [HB], high_firsts [HB]
+                            the same of tiles of HIGH rows; written only where has_high_tiles(T, E)
     tile_slots     [LB, S]  distinct slots of the tile's rows, ascending, then -1; written only where tiles are at
                             least SLOTS_FROM high
-with TB = tile_bound(T, E, 16) and LB = tile_bound(T, E, SLOTS_FROM).
+    high_slots     [HB, S]  the same of tiles of HIGH rows
+with TB = tile_bound(T, E, 16), LB = tile_bound(T, E, SLOTS_FROM) and HB = tile_bound(T, E, HIGH).
 """
 
 from __future__ import annotations
@@ -30,6 +33,12 @@ SLOTS_FROM = 64
 ONE_TILE = 112
 """Rows per expert on average, up to which most experts have a single tile."""
 
+HIGH = 160
+"""Rows of the tiles of the second list."""
+
+_MOST_HIGH = 144
+"""Rows per expert on average, up to which most experts have a single tile of HIGH rows."""
+
 _HEIGHTS = ((4, 16), (16, 32), (ONE_TILE, 128), (192, 64))  # rows per expert on average, up to which tiles are so high
 
 
@@ -40,6 +49,11 @@ def tile_height(rows: int, num_experts: int) -> int:
     fit 128 rows get one tile; those of some more waste less of tiles of 64.
     """
     return next((height for bound, height in _HEIGHTS if rows <= bound * num_experts), 128)
+
+
+def has_high_tiles(rows: int, num_experts: int) -> bool:
+    """Whether tiles of HIGH rows are listed, too: where experts mostly fit one of them, but not 128 rows."""
+    return ONE_TILE * num_experts < rows <= _MOST_HIGH * num_experts
 
 
 def tile_bound(rows: int, num_experts: int, height: int) -> int:
@@ -72,14 +86,25 @@ def tile_firsts_at(rows: int, num_experts: int) -> int:
     return tile_experts_at(rows, num_experts) + tile_bound(rows, num_experts, 16)
 
 
+def high_count_at(rows: int, num_experts: int) -> int:
+    """Where high_count lies; high_experts and high_firsts follow."""
+    return tile_firsts_at(rows, num_experts) + tile_bound(rows, num_experts, 16)
+
+
 def tile_slots_at(rows: int, num_experts: int) -> int:
     """Where tile_slots begins."""
-    return tile_firsts_at(rows, num_experts) + tile_bound(rows, num_experts, 16)
+    return high_count_at(rows, num_experts) + 1 + 2 * tile_bound(rows, num_experts, HIGH)
+
+
+def high_slots_at(rows: int, num_experts: int, max_adapters: int) -> int:
+    """Where high_slots begins."""
+    return tile_slots_at(rows, num_experts) + tile_bound(rows, num_experts, SLOTS_FROM) * max_adapters
 
 
 def expert_segments_size(rows: int, num_experts: int, max_adapters: int, in_place: bool) -> int:
     """Elements of the table for T rows (may be symbolic), E experts and S slots."""
-    needed = tile_slots_at(rows, num_experts) + tile_bound(rows, num_experts, SLOTS_FROM) * max_adapters
+    high_slots = tile_bound(rows, num_experts, HIGH) * max_adapters
+    needed = high_slots_at(rows, num_experts, max_adapters) + high_slots
     return -(-needed // 2) * 2 + int(in_place)
 
 
@@ -129,26 +154,40 @@ def segment_experts_torch(
         experts_T = torch.where((ids_T >= 0) & (ids_T < num_experts), ids_T, num_experts)
         order_T = experts_T.argsort(stable=True)
     starts = torch.searchsorted(experts_T[order_T], torch.arange(num_experts + 2))
-    height = tile_height(rows, num_experts)
-    counts = (starts.diff() + height - 1) // height
-    tile_experts = torch.repeat_interleave(counts)
-    firsts = starts[tile_experts] + height * (
-        torch.arange(tile_experts.numel()) - (counts.cumsum(0) - counts)[tile_experts]
-    )
     size = expert_segments_size(rows, num_experts, max_adapters, expert_ids is None)
     table = torch.full((size,), -1, dtype=torch.int32)
     table[:rows] = order_T
     table[row_experts_at(rows) : expert_starts_at(rows)] = experts_T
     table[expert_starts_at(rows) : tile_count_at(rows, num_experts)] = starts
-    table[tile_count_at(rows, num_experts)] = tile_experts.numel()
-    table[tile_experts_at(rows, num_experts) :][: tile_experts.numel()] = tile_experts
-    table[tile_firsts_at(rows, num_experts) :][: tile_experts.numel()] = firsts
-    if height >= SLOTS_FROM:
-        ends = torch.minimum(firsts + height, starts[tile_experts + 1])
-        for tile, (expert, first, end) in enumerate(
-            zip(*(t.tolist() for t in (tile_experts, firsts, ends)), strict=True)
-        ):
-            used = row_slots[order_T[first:end]].unique() if expert < num_experts else row_slots[:0]
-            used = used[used >= 0]
-            table[tile_slots_at(rows, num_experts) + tile * max_adapters :][: used.numel()] = used
+    slots = row_slots[order_T]
+    tiles, tile_slots = table[tile_count_at(rows, num_experts) :], table[tile_slots_at(rows, num_experts) :]
+    height, bound = tile_height(rows, num_experts), tile_bound(rows, num_experts, 16)
+    _write_tiles(tiles, tile_slots, bound, height, starts, slots, max_adapters)
+    if has_high_tiles(rows, num_experts):
+        tiles = table[high_count_at(rows, num_experts) :]
+        tile_slots = table[high_slots_at(rows, num_experts, max_adapters) :]
+        bound = tile_bound(rows, num_experts, HIGH)
+        _write_tiles(tiles, tile_slots, bound, HIGH, starts, slots, max_adapters)
     return table
+
+
+def _write_tiles(
+    tiles: torch.Tensor, tile_slots: torch.Tensor, bound: int, height: int, starts: torch.Tensor, slots: torch.Tensor,
+    max_adapters: int,
+) -> None:  # fmt: skip
+    """One list of tiles, from its count on, and their slots. starts: [E + 2]. slots: [T, J], rows sorted by expert."""
+    num_experts = starts.numel() - 2
+    counts = (starts.diff() + height - 1) // height
+    tile_experts = torch.repeat_interleave(counts)
+    index = torch.arange(tile_experts.numel()) - (counts.cumsum(0) - counts)[tile_experts]
+    firsts = starts[tile_experts] + height * index
+    tiles[0] = tile_experts.numel()
+    tiles[1:][: tile_experts.numel()] = tile_experts
+    tiles[1 + bound :][: tile_experts.numel()] = firsts
+    if height < SLOTS_FROM:
+        return
+    ends = torch.minimum(firsts + height, starts[tile_experts + 1])
+    for tile, (expert, first, end) in enumerate(zip(*(t.tolist() for t in (tile_experts, firsts, ends)), strict=True)):
+        used = slots[first:end].unique() if expert < num_experts else slots[:0]
+        used = used[used >= 0]
+        tile_slots[tile * max_adapters :][: used.numel()] = used

@@ -10,6 +10,7 @@ from functools import cache
 
 import torch
 
+from fxlora.kernels.expert_segments import HIGH
 from fxlora.kernels.tiles import VectorTile, narrowed
 from fxlora.kernels.triton_helpers import next_power_of_2
 
@@ -66,8 +67,11 @@ class ExpertShrinkTile:
 
 @dataclass(frozen=True)
 class ExpertPrefillTile:
-    """Of expert_prefill.py; BR ranks are expanded at once, in a loop of so many stages."""
+    """Of expert_prefill.py; BR ranks are expanded at once, in a loop of so many stages. With a TAIL, tiles are the
+    table's of HIGH rows, BM and TAIL together, and W is laid along wgmma's A operand."""
 
+    BM: int
+    TAIL: int
     BN: int
     BK: int
     BR: int
@@ -89,10 +93,10 @@ class ExpertPrefillTile:
 @cache
 def expert_decode_tiles(entries: int, features: int, columns: int, dtype: torch.dtype) -> ExpertDecodeTiles:
     """Tiles of experts over few rows each. entries: T * J."""
-    alone = entries <= 8 and 1024 < features <= 4096
+    alone = entries <= 8 and (features <= 512 or 1024 < features <= 4096)
     shrink = None if alone else narrowed(VectorTile(4, 1024, 16, 4224, 4), features)
     block_k = min(512, max(32, next_power_of_2(features)))
-    block_n = min(1024 if entries > 8 else 512 if alone else 256, max(32, next_power_of_2(columns)))
+    block_n = min(1024 if entries > 8 or features <= 512 else 512 if alone else 256, max(32, next_power_of_2(columns)))
     delta = DeltaTile(16, block_k, block_n, 2112, 4 if alone else max(1, block_n // 256))
     if dtype == torch.float32:
         return ExpertDecodeTiles(shrink, delta, ExpertGemmTile(64, 32, False, 1056, 264, 4, 3))
@@ -103,24 +107,28 @@ def expert_decode_tiles(entries: int, features: int, columns: int, dtype: torch.
 
 @cache
 def expert_prefill_tile(
-    height: int, one_tile: bool, simple: bool, columns: int, dtype: torch.dtype, width: int
+    height: int, high: bool, one_tile: bool, simple: bool, features: int, columns: int, dtype: torch.dtype, width: int
 ) -> ExpertPrefillTile:
-    """Tile of experts over many rows each. height: rows of a tile, 64 or 128. one_tile: most experts have a single one.
-    simple: rows come in place and have one slot each; else so many ranks at once would spill. width: most ranks of
-    a slot.
+    """Tile of experts over many rows each. height: rows of a tile, 64 or 128. high: there are tiles of HIGH rows, too.
+    one_tile: most experts have a single one of 128. simple: rows come in place and have one slot each; else so many
+    ranks at once would spill. width: most ranks of a slot.
+
+    Tiles of 128 x 128, two programs to a multiprocessor: one multiplies while the other expands and stores.
     """
     if dtype == torch.float32:
         shrink = ExpertShrinkTile(32, 16, 32, 528, 4, 2, False, 1)
-        return ExpertPrefillTile(64, 32, 16, 264, 8, 2, 2, False, False, shrink)
+        return ExpertPrefillTile(height, 0, 64, 32, 16, 264, 8, 2, 2, False, False, shrink)
     few_ranks, ranks = width <= 16, 64 if simple else 32
     alone, shared = ExpertShrinkTile(64, 128, 64, 396, 4, 3, True, 1), ExpertShrinkTile(64, 64, 64, 396, 4, 4, False, 8)
-    if one_tile:
+    if high and simple and features > 2560:
+        return ExpertPrefillTile(128, HIGH - 128, 128, 64, 32, 264, 4, 3, 3, True, True, alone if few_ranks else shared)
+    if one_tile or (height >= 128 and features <= 3072):
         shrink = alone if few_ranks and simple else shared
-        return ExpertPrefillTile(128, 64, ranks, 264, 4, 3, 3, True, True, shrink)
+        return ExpertPrefillTile(height, 0, 128, 64, ranks, 264, 4, 3, 3, True, True, shrink)
     if height < 128:
         if few_ranks or columns < 4096:
             shrink = alone if few_ranks and simple and columns < 4096 else shared
-            return ExpertPrefillTile(128, 64, 64, 396, 4, 3, 3, True, True, shrink)
-        return ExpertPrefillTile(256, 64, 64, 132, 8, 4, 5, True, True, shared)
+            return ExpertPrefillTile(height, 0, 128, 64, 64, 396, 4, 3, 3, True, True, shrink)
+        return ExpertPrefillTile(height, 0, 256, 64, 64, 132, 8, 4, 5, True, True, shared)
     shrink = ExpertShrinkTile(64, 64, 64, 264, 4, 5, few_ranks, 1 if few_ranks else 8)
-    return ExpertPrefillTile(256, 64, 32 if few_ranks else ranks, 132, 8, 4, 3, True, True, shrink)
+    return ExpertPrefillTile(height, 0, 256, 64, 32 if few_ranks else ranks, 132, 8, 4, 3, True, True, shrink)

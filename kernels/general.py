@@ -1,6 +1,6 @@
-"""`lora_linear` for everything: any dtype, stride and width, any number of rows. Two launches, nothing tuned.
+"""`lora_linear` for everything in half precision: any stride and width, any number of rows. Two launches, not tuned.
 
-Stage: run time, where no special body applies: more than a few rows in fp32, or in fp16 where TMA cannot read them.
+Stage: run time, where no special body applies: many rows in fp16 that TMA cannot read.
 Shrink first, then the base GEMM with the expand in its epilogue.
 
 Letters: T rows, J slots per row, E = T * J entries, K in-features, N out-features, W columns of h, S slots.

@@ -198,3 +198,21 @@ def add_groups(
             b = load_b(cols, columns, adapters, num_cols, BR)
             acc = dot(b.T, h.T, acc, "ieee") if SWAP else dot(h, b, acc, "ieee")
     return acc
+
+
+@triton.jit
+def add_groups_to_both(
+    acc, tail, row_tile, count, rows, tail_rows, cols, adapters, num_rows, num_cols, J: tl.constexpr, BM: tl.constexpr,
+    TAIL: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """As add_groups with SWAP, onto BM rows and TAIL more of one row tile, which share B."""
+    row_slots = slots_of(rows, 0, adapters, num_rows, J)
+    tail_slots = slots_of(tail_rows, 0, adapters, num_rows, J)
+    for chunk in tl.range(0, count, CHUNK, num_stages=1):
+        listed = load_chunk(row_tile, chunk, count, adapters)
+        for group in tl.range(0, tl.minimum(count - chunk, CHUNK), BR // 16, num_stages=STAGES):
+            columns = columns_of(listed, group, BR)
+            b = load_b(cols, columns, adapters, num_cols, BR)
+            acc = dot(b.T, h_of(rows, row_slots, columns, adapters, num_rows, J, BM, BR).T, acc, "ieee")
+            tail = dot(b.T, h_of(tail_rows, tail_slots, columns, adapters, num_rows, J, TAIL, BR).T, tail, "ieee")
+    return acc, tail

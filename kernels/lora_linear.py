@@ -3,6 +3,7 @@
 Stage: run time. The choice follows from shapes, strides and dtypes alone, so a batch's bits never depend on what it
 holds:
     one row, or a few over few columns     gemv.py      shrink, matrix-vector products
+    other fp32                             single.py    shrink, the library's product, expand
     up to DECODE_ROWS rows                 decode.py    base product with the shrink beside it, expand
         many of them, or many columns      fused.py     shrink, base product that takes the expand along
     more rows, where TMA can read it all   prefill.py   shrink, one persistent launch of base product and expand
@@ -29,23 +30,17 @@ from fxlora.kernels.fused import fused
 from fxlora.kernels.gemv import gemv
 from fxlora.kernels.general import general
 from fxlora.kernels.prefill import prefill
+from fxlora.kernels.prefill_tiles import many_fused_tiles, prefers_many_tiles, prefers_prefill, prefill_tile
 from fxlora.kernels.registry import Group, derived_of, pools_of
-from fxlora.kernels.tiles import (
-    decode_tiles,
-    fused_tiles,
-    gemv_tile,
-    general_tiles,
-    many_fused_tiles,
-    prefers_prefill,
-    prefill_tile,
-)
+from fxlora.kernels.single import single
+from fxlora.kernels.tiles import decode_tiles, fused_tiles, gemv_tile, general_tiles, single_tiles
 from fxlora.kernels.triton_helpers import device_of
 
 DECODE_ROWS = 256
 """Most rows of decode.py and fused.py."""
 
 FEW_ROWS = 64
-"""Most rows of a batch that prefill.py never serves."""
+"""Most rows of a batch that no body for many rows serves."""
 
 GEMV_ROWS, GEMV_COLUMNS = 16, 512
 """Most rows and columns of a batch that matrix-vector products serve; one row is served whatever its columns."""
@@ -97,17 +92,20 @@ def body_of(call: LinearCall) -> tuple[Body, object]:
     few = rows == 1 or (rows <= GEMV_ROWS and columns <= GEMV_COLUMNS)
     if few and all([weight.stride(1) == 1 for weight in call.weights]):
         return gemv, gemv_tile(features)
+    if dtype == torch.float32:
+        return single, single_tiles(rows, features)
     ranks, many = call.members.h_width, rows > DECODE_ROWS
     if (many or (rows > FEW_ROWS and prefers_prefill(rows, features, call.widths, dtype))) and _all_by_tma(call):
         return prefill, prefill_tile(rows, features, call.widths, ranks)
+    units = _units_of(call) if rows > FEW_ROWS else (16, 16)
+    if dtype == torch.bfloat16 and (many or prefers_many_tiles(rows, call.widths, units)):
+        return fused, many_fused_tiles(rows, call.widths, ranks, units)
     if many:
-        if dtype == torch.bfloat16:
-            return fused, many_fused_tiles(rows, call.widths, ranks, _units_of(call))
-        return general, general_tiles(rows, call.entries, dtype)
+        return general, general_tiles(rows, call.entries)
     # fused keeps h in the dtype of x, whose range fp16 does not have
     aligned = not any([n % 8 for n in call.widths])
     tiles = fused_tiles(rows, features, call.widths, ranks, aligned) if dtype == torch.bfloat16 else None
-    return (fused, tiles) if tiles else (decode, decode_tiles(rows, features, columns, dtype, ranks))
+    return (fused, tiles) if tiles else (decode, decode_tiles(rows, features, columns, ranks, units[0] == 1))
 
 
 def _all_by_tma(call: LinearCall) -> bool:

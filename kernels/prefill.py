@@ -27,7 +27,7 @@ from fxlora.kernels.group_shrink import Scratch, scratch_of, shrink_groups
 from fxlora.kernels.groups import adapters_of, add_groups, count_groups, load_b, load_groups, load_h
 from fxlora.kernels.launch import Described, Launcher
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
-from fxlora.kernels.tiles import PrefillTile
+from fxlora.kernels.prefill_tiles import PrefillTile
 from fxlora.kernels.triton_helpers import cdiv, dot
 
 _BAND = 8  # row tiles whose tiles of y follow each other, so that W and x are read from L2

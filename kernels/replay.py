@@ -103,6 +103,8 @@ class _Writer:
 
     def function(self) -> Replay | None:
         """None where the call launched what cannot be repeated."""
+        if not self._call.is_recorded:
+            return None
         try:
             launches = [self._launch(plan, args) for plan, args in self._call.launches]
         except _NotRecordedError:

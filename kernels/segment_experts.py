@@ -61,11 +61,11 @@ def sort_rows(ids, order_ptr, experts_ptr, expert, position, num_rows, num_exper
 
 @triton.jit
 def list_slots(
-    list_ptr, row_ptr, first, end, slots, max_adapters, J: tl.constexpr, JP: tl.constexpr, HEIGHT: tl.constexpr,
+    list_ptr, row_ptr, first, end, slots, max_adapters, J: tl.constexpr, JP: tl.constexpr, SPAN: tl.constexpr,
     BLOCK: tl.constexpr, IN_PLACE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The distinct slots of the rows at positions first .. end of a tile, ascending, then -1."""
-    entries = tl.arange(0, HEIGHT * JP)
+    """The distinct slots of the up to SPAN rows at positions first .. end, ascending, then -1."""
+    entries = tl.arange(0, SPAN * JP)
     positions = first + entries // JP
     inside = (positions < end) & (entries % JP < J)
     rows = positions if IN_PLACE else tl.load(row_ptr + positions, mask=inside, other=0, cache_modifier=".cg")
@@ -82,7 +82,41 @@ def list_slots(
         tl.store(list_ptr + index, tl.full([BLOCK], -1, tl.int32), mask=index < max_adapters)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_experts", "max_adapters", "bound"])
+@triton.jit
+def write_tiles(
+    tiles_ptr, slots_ptr, table_ptr, bound, expert, part, parts, bins, counts, start, own_count, num_experts, slots,
+    max_adapters, J: tl.constexpr, JP: tl.constexpr, HEIGHT: tl.constexpr, SPAN: tl.constexpr, TILES: tl.constexpr,
+    IN_PLACE: tl.constexpr, LIST_SLOTS: tl.constexpr,
+) -> None:  # fmt: skip
+    """One expert's tiles in one list, whose count lies at tiles_ptr, and their slots."""
+    first_tile = tl.sum(tl.where(bins < expert, (counts + (HEIGHT - 1)) // HEIGHT, 0), axis=0)
+    own_tiles = (own_count + (HEIGHT - 1)) // HEIGHT
+    firsts_ptr = tiles_ptr + 1 + bound
+    if part == 0:
+        fill_tiles(tiles_ptr + 1, firsts_ptr, first_tile, first_tile + own_tiles, expert, start, HEIGHT, TILES)
+        if expert == num_experts:
+            tl.store(tiles_ptr, first_tile + own_tiles)
+            fill_tiles(tiles_ptr + 1, firsts_ptr, first_tile + own_tiles, bound, -1, -1, 0, TILES)
+    if LIST_SLOTS:
+        for tile in range(part, own_tiles, parts):
+            first = start + tile * HEIGHT
+            end = tl.where(expert < num_experts, tl.minimum(first + HEIGHT, start + own_count), first)
+            list_ptr = slots_ptr + (first_tile + tile) * max_adapters
+            list_slots(list_ptr, table_ptr, first, end, slots, max_adapters, J, JP, SPAN, TILES, IN_PLACE)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_rows",
+        "num_experts",
+        "max_adapters",
+        "bound",
+        "slots_at",
+        "high_at",
+        "high_bound",
+        "high_slots_at",
+    ]
+)
 def segment_experts_kernel(
     routing,  # offsets [E] (IN_PLACE) or expert_ids [T]: pointer, stride
     slots,  # int32 [T, J]: pointer, strides
@@ -91,9 +125,15 @@ def segment_experts_kernel(
     num_experts,
     max_adapters,
     bound,  # TB
+    slots_at,
+    high_at,
+    high_bound,  # HB
+    high_slots_at,
     J: tl.constexpr,
     JP: tl.constexpr,  # power of two >= J
     HEIGHT: tl.constexpr,
+    HIGH: tl.constexpr,  # of the tiles of the second list, 0 without one
+    SPAN: tl.constexpr,  # power of two >= HIGH
     BLOCK: tl.constexpr,
     BINS: tl.constexpr,  # power of two >= E + 2
     TILES: tl.constexpr,
@@ -113,31 +153,27 @@ def segment_experts_kernel(
     lower = bins < expert
     start = tl.sum(tl.where(lower, counts, 0), axis=0)
     own_count = tl.sum(tl.where(bins == expert, counts, 0), axis=0)
-    first_tile = tl.sum(tl.where(lower, (counts + (HEIGHT - 1)) // HEIGHT, 0), axis=0)
-    own_tiles = (own_count + (HEIGHT - 1)) // HEIGHT
 
-    experts_ptr = table_ptr + num_rows
-    count_ptr = table_ptr + 2 * num_rows + num_experts + 2
-    tile_experts_ptr = count_ptr + 1
-    tile_firsts_ptr = tile_experts_ptr + bound
     if part == 0:
         tl.store(table_ptr + 2 * num_rows + expert, start)
-        fill_tiles(tile_experts_ptr, tile_firsts_ptr, first_tile, first_tile + own_tiles, expert, start, HEIGHT, TILES)
         if expert == num_experts:
             tl.store(table_ptr + 2 * num_rows + expert + 1, num_rows)
-            tl.store(count_ptr, first_tile + own_tiles)
-            fill_tiles(tile_experts_ptr, tile_firsts_ptr, first_tile + own_tiles, bound, -1, -1, 0, TILES)
-
     if IN_PLACE:
-        write_rows(table_ptr, experts_ptr, expert, start + part * BLOCK, start + own_count, parts * BLOCK, BLOCK)
+        write_rows(
+            table_ptr, table_ptr + num_rows, expert, start + part * BLOCK, start + own_count, parts * BLOCK, BLOCK
+        )
     elif own_count > 0:
-        sort_rows(routing, table_ptr, experts_ptr, expert, start, num_rows, num_experts, BLOCK)
-    if LIST_SLOTS:
-        for tile in range(part, own_tiles, parts):
-            first = start + tile * HEIGHT
-            end = tl.where(expert < num_experts, tl.minimum(first + HEIGHT, start + own_count), first)
-            list_ptr = tile_firsts_ptr + bound + (first_tile + tile) * max_adapters
-            list_slots(list_ptr, table_ptr, first, end, slots, max_adapters, J, JP, HEIGHT, TILES, IN_PLACE)
+        sort_rows(routing, table_ptr, table_ptr + num_rows, expert, start, num_rows, num_experts, BLOCK)
+    tiles_ptr = table_ptr + 2 * num_rows + num_experts + 2
+    write_tiles(
+        tiles_ptr, table_ptr + slots_at, table_ptr, bound, expert, part, parts, bins, counts, start, own_count,
+        num_experts, slots, max_adapters, J, JP, HEIGHT, HEIGHT, TILES, IN_PLACE, LIST_SLOTS,
+    )  # fmt: skip
+    if HIGH > 0:
+        write_tiles(
+            table_ptr + high_at, table_ptr + high_slots_at, table_ptr, high_bound, expert, part, parts, bins, counts,
+            start, own_count, num_experts, slots, max_adapters, J, JP, HIGH, SPAN, TILES, IN_PLACE, True,
+        )  # fmt: skip
 
 
 _launcher = Launcher(segment_experts_kernel)
@@ -166,6 +202,8 @@ def segment_experts(
         "J": width,
         "JP": next_power_of_2(width),
         "HEIGHT": height,
+        "HIGH": layout.HIGH if layout.has_high_tiles(rows, num_experts) else 0,
+        "SPAN": next_power_of_2(layout.HIGH),
         "BLOCK": block,
         "BINS": max(32, next_power_of_2(num_experts + 2)),
         "TILES": min(block, 128),
@@ -181,6 +219,10 @@ def segment_experts(
         num_experts,
         max_adapters,
         layout.tile_bound(rows, num_experts, 16),
+        layout.tile_slots_at(rows, num_experts),
+        layout.high_count_at(rows, num_experts),
+        layout.tile_bound(rows, num_experts, layout.HIGH),
+        layout.high_slots_at(rows, num_experts, max_adapters),
     )
     with device_of(row_slots):
         device = row_slots.get_device()

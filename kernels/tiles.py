@@ -1,4 +1,5 @@
-"""Tile choices of the Triton bodies of linears; those of experts are in expert_tiles.py.
+"""Tile choices of the Triton bodies of linears; those over many rows are in prefill_tiles.py, of experts in
+expert_tiles.py.
 
 Stage: run time, read at each launch. A choice may depend on the batch shape, on widths and on the dtype; never on
 what the batch holds, or the bits of one request would depend on the others. BM rows, BN out-features, BK in-features,
@@ -11,8 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TypeVar
-
-import torch
 
 from fxlora.kernels.triton_helpers import cdiv, next_power_of_2
 
@@ -97,12 +96,32 @@ class GemmTile:
 
 
 @dataclass(frozen=True)
-class DecodeTiles:
-    """The launches of a linear over few rows: a VectorTile shares the product's launch, a ShrinkTile has its own."""
+class SingleTiles:
+    """The launches of single.py, beside the library's product."""
 
     shrink: VectorTile | ShrinkTile
     expand: ExpandTile
+
+    @property
+    def split(self) -> int:
+        """Parts of the base product, to be added up."""
+        return 1
+
+    @property
+    def h_parts(self) -> int:
+        """Parts of h, to be added up."""
+        return self.shrink.parts if isinstance(self.shrink, ShrinkTile) else 1
+
+
+@dataclass(frozen=True)
+class DecodeTiles(SingleTiles):
+    """The launches of a linear over few rows: a VectorTile shares the product's launch, a ShrinkTile has its own."""
+
     gemm: GemmTile
+
+    @property
+    def split(self) -> int:
+        return self.gemm.SPLIT
 
 
 @dataclass(frozen=True)
@@ -118,22 +137,6 @@ class FusedTiles:
 
 
 @dataclass(frozen=True)
-class PrefillTile:
-    """Of prefill.py: so many programs for each multiprocessor. BR ranks are expanded with the base product, the others
-    later[0] at once in later[1] stages."""
-
-    BM: int
-    BN: int
-    BK: int
-    BR: int
-    num_warps: int
-    num_stages: int
-    programs: int
-    later: tuple[int, int]
-    shrink: ShrinkTile
-
-
-@dataclass(frozen=True)
 class GemvTile:
     """Of gemv.py; a program asks for so many blocks [BN, BK] of W at once."""
 
@@ -146,7 +149,7 @@ class GemvTile:
 
 # Chosen for bf16 by CUDA-graph replay over weights that do not fit L2, adapters of rank 16 (most rank 16), in
 # microseconds behind a kernel that overlaps nothing, beside torch.mm in the same run; NVIDIA H200, torch 2.11.0,
-# triton 3.6.0, 2026-11-29. fp32 tiles were not measured.
+# triton 3.6.0, 2026-11-29.
 #     K x N            M 1           M 16, 16 adapters   M 64, 8       M 64, 64      M 256, 64     M 2048, 8
 #     4096 x 4096      10.8 (12.4)   14.5 (13.8)         17.1 (12.1)   22.9 (12.2)   27.3 (16.8)   108 (92)
 #     2048 x 4096       7.8 (7.2)     9.5 (7.3)          11.2 (7.3)    18.5 (7.3)    18.1 (9.9)    57 (47)
@@ -162,17 +165,14 @@ MULTIPROCESSORS = 132
 _VECTOR = VectorTile(4, 2048, 16, 528, 4)
 _SHRINK_ROWS = VectorTile(4, 2048, 16, 128, 4)
 _SHRINK_SHORT = VectorTile(8, 1024, 16, 128, 4)
+_SHRINK_SINGLE = VectorTile(4, 1024, 16, 1056, 4)
+_SHRINK_SINGLE_TILES = ShrinkTile(16, 16, 64, 8, 1056, 4, 3, 1)
 _SHRINK_HALVES = ShrinkTile(16, 64, 256, 2, 264, 4, 3, 4)
 _SHRINK_HALVES_RANKS = ShrinkTile(16, 64, 256, 2, 264, 4, 3, 1)
 _SHRINK_QUARTERS_RANKS = ShrinkTile(16, 64, 128, 4, 264, 4, 3, 1)
-_SHRINK_ALONE = ShrinkTile(16, 64, 256, 1, 264, 4, 4, 4)
+SHRINK_ALONE = ShrinkTile(16, 64, 256, 1, 264, 4, 4, 4)
 _SHRINK_ALONE_RANKS = ShrinkTile(16, 32, 256, 1, 264, 4, 3, 4, 16)
 _SHRINK_SHARED_RANKS = ShrinkTile(16, 16, 256, 1, 528, 4, 4, 4, 16)
-_SHRINK_TALL = ShrinkTile(64, 16, 64, 1, 264, 4, 5, 1)
-_SHRINK_TALL_SHARED = ShrinkTile(64, 16, 128, 1, 264, 4, 4, 1, 16)
-_SHRINK_TALL_RANKS = ShrinkTile(64, 64, 64, 1, 264, 4, 5, 1)
-_SHRINK_ASIDE = ShrinkTile(64, 16, 128, 1, MULTIPROCESSORS, 4, 5, 1)
-_SHRINK_ASIDE_TALL = ShrinkTile(128, 16, 128, 1, MULTIPROCESSORS, 8, 5, 1)
 _GEMV_SHORT, _GEMV_ODD = GemvTile(4, 512, 1, 8, _VECTOR), GemvTile(8, 512, 2, 8, _VECTOR)
 _GEMV = {
     2048: GemvTile(4, 2048, 4, 8, _VECTOR),
@@ -182,15 +182,12 @@ _GEMV = {
     None: GemvTile(4, 1024, 2, 8, _VECTOR),
 }
 _EXPAND, _EXPAND_MANY = ExpandTile(64, 256, 1056, 4), ExpandTile(64, 256, 528, 4)
-_FP32 = {16: GemmTile(16, 64, 32, 1, False, 4, 3), None: GemmTile(64, 64, 32, 1, False, 4, 3)}
-WIDE, TALL, LONG = 20000, 8192, 35e10
-"""Out-features from which every multiprocessor has tiles enough; in-features above which parts of them are long;
-multiplications of a call from which power limits what it may read."""
+WIDE, TALL = 20000, 8192
+"""Out-features from which every multiprocessor has tiles enough; in-features above which parts of them are long."""
 
 # What the general body uses; not tuned.
 _SHRINK = {16: Tile(16, 16, 128, 16, 4, 3), 64: Tile(32, 16, 128, 16, 4, 3), None: Tile(64, 16, 64, 16, 4, 3)}
-_GEMM_HALF = {16: Tile(16, 64, 128, 16, 4, 4), 64: Tile(64, 64, 64, 16, 4, 4), None: Tile(128, 128, 64, 16, 8, 3)}
-_GEMM_FP32 = {16: Tile(16, 64, 32, 16, 4, 2), 64: Tile(32, 64, 32, 16, 4, 2), None: Tile(64, 64, 32, 16, 4, 2)}
+_GEMM = {16: Tile(16, 64, 128, 16, 4, 4), 64: Tile(64, 64, 64, 16, 4, 4), None: Tile(128, 128, 64, 16, 8, 3)}
 _EMBEDDING = {16: Tile(16, 128, 16, 16, 4, 2), None: Tile(32, 128, 16, 16, 4, 2)}
 
 Choice = TypeVar("Choice")
@@ -200,7 +197,7 @@ def _pick(table: dict[int | None, Choice], rows: int) -> Choice:
     return next(choice for bound, choice in table.items() if bound is None or rows <= bound)
 
 
-def _counter(rows: int, widths: tuple[int, ...]) -> Callable[[int, int], int]:
+def counter(rows: int, widths: tuple[int, ...]) -> Callable[[int, int], int]:
     """(BM, BN) -> tiles of all members."""
     return lambda block_m, block_n: cdiv(rows, block_m) * sum([cdiv(n, block_n) for n in widths])
 
@@ -228,11 +225,10 @@ def gemv_tile(features: int) -> GemvTile:
 
 
 @cache
-def decode_tiles(rows: int, features: int, columns: int, dtype: torch.dtype, width: int) -> DecodeTiles:
-    """Tiles of a linear of few rows over N columns in all. width: most ranks of a slot."""
+def decode_tiles(rows: int, features: int, columns: int, width: int, odd: bool) -> DecodeTiles:
+    """Tiles of a linear of few rows over N columns in all, in half precision. width: most ranks of a slot. odd: nor
+    two in-features lie together, which takes registers from the tile."""
     shrink = narrowed(_SHRINK_ROWS if features > 2048 else _SHRINK_SHORT, features)
-    if dtype == torch.float32:
-        return DecodeTiles(shrink, _EXPAND, _pick(_FP32, rows))
     tall, wide = features > TALL, columns > WIDE
     if rows <= 16:
         gemm = GemmTile(16, 128, 128, 1, True, 4, 3) if wide else GemmTile(16, 64, 128, 1, True, 4, 6)
@@ -248,6 +244,8 @@ def decode_tiles(rows: int, features: int, columns: int, dtype: torch.dtype, wid
     tiles = cdiv(rows, 128) * cdiv(columns, 128)
     parts = next((parts for parts in (4, 2) if parts * tiles <= MULTIPROCESSORS), 1)
     gemm = GemmTile(128, 64, 64, 4, False, 4, 4) if columns <= 2048 else GemmTile(128, 128, 64, parts, False, 8, 4)
+    if odd:
+        gemm = GemmTile(64, 64, 64, parts, True, 4, 4)
     return DecodeTiles(_SHRINK_HALVES if width <= 16 else _SHRINK_HALVES_RANKS, _EXPAND_MANY, gemm)
 
 
@@ -265,7 +263,7 @@ def fused_tiles(rows: int, features: int, widths: tuple[int, ...], width: int, a
     widths: N of each member. width: most ranks of a slot. aligned: rows of B lie 16 bytes apart; else B comes through
     registers, a few ranks at once.
     """
-    shrink = _SHRINK_ALONE if width <= 16 else _SHRINK_ALONE_RANKS
+    shrink = SHRINK_ALONE if width <= 16 else _SHRINK_ALONE_RANKS
     ranks, columns = 64 if aligned else 16, sum(widths)
     if rows <= 16:
         wide = GemmTile(16, 128, 128, 1, True, 4, 3)
@@ -296,7 +294,7 @@ def _fused_gemm(rows: int, features: int, widths: tuple[int, ...], width: int) -
     """
     if sum(widths) <= 512 or features > TALL:
         return None
-    count = _counter(rows, widths)
+    count = counter(rows, widths)
     small, medium, large = count(64, 64), count(64, 128), count(64, 256)
     if small <= MULTIPROCESSORS:
         fills = small > (90 if len(widths) == 1 else 60) and features < TALL and width <= 16
@@ -313,86 +311,15 @@ def _fused_gemm(rows: int, features: int, widths: tuple[int, ...], width: int) -
 
 
 @cache
-def prefers_prefill(rows: int, features: int, widths: tuple[int, ...], dtype: torch.dtype) -> bool:
-    """Whether prefill serves 65 to 256 rows better, where TMA can read them: many tiles of many in-features."""
-    many = cdiv(rows, 128) * cdiv(sum(widths), 128) > MULTIPROCESSORS // 2
-    return dtype == torch.bfloat16 and features > TALL and many
+def single_tiles(rows: int, features: int) -> SingleTiles:
+    """Tiles of a linear in fp32."""
+    return SingleTiles(narrowed(_SHRINK_SINGLE, features) if rows <= 256 else _SHRINK_SINGLE_TILES, _EXPAND)
 
 
 @cache
-def prefill_tile(rows: int, features: int, widths: tuple[int, ...], width: int) -> PrefillTile:
-    """Tile of a linear of many rows. widths: N of each member. width: most ranks of a slot.
-
-    128 x 256, which reads least, where a tile or the whole call takes long, unless much of the last wave would be idle;
-    else two programs share a multiprocessor, and one multiplies while the other stores.
-    """
-    later, count = (32, 3), _counter(rows, widths)
-    large, medium = count(128, 256), count(128, 128)
-    idle = -large % MULTIPROCESSORS
-    aside = _shrink_aside(rows, features, large, idle) if len(widths) == 1 and width <= 16 else None
-    shrink = _prefill_shrink(rows, len(widths), large, width)
-    fills = large >= 120 and idle <= large * (0.4 if width > 16 and features >= TALL else 0.08)
-    is_long = features > 3072 or rows * features * sum(widths) > LONG
-    for columns in (32, 64):
-        if count(64, columns) <= MULTIPROCESSORS:
-            return PrefillTile(64, columns, 128, 16, 4, 4, 2, later, shrink)
-    if is_long and (fills or (aside and features >= TALL)):
-        return PrefillTile(128, 256, 64, 32, 8, 3, 1, later, aside or shrink)
-    if medium > MULTIPROCESSORS:
-        return PrefillTile(128, 128, 64, 16, 4, 3, 2, later, aside or shrink)
-    if medium >= 100:
-        return PrefillTile(128, 128, 64, 16, 4, 4, 1, later, shrink)
-    if count(64, 128) <= MULTIPROCESSORS:
-        return PrefillTile(64, 128, 64, 16, 4, 5, 1, later, shrink)
-    return PrefillTile(64, 128, 64, 16, 4, 4, 2, later, shrink)
-
-
-def _prefill_shrink(rows: int, members: int, tiles: int, width: int) -> ShrinkTile:
-    """All multiprocessors for a short time where the product needs them all, few of them where others are left.
-
-    tiles: of 128 x 256 of the product.
-    """
-    if width > 16:
-        is_small = members == 1 and rows <= 4096 and tiles <= 4 * MULTIPROCESSORS
-        return _SHRINK_TALL_SHARED if is_small else _SHRINK_TALL_RANKS
-    return _SHRINK_ALONE if members == 1 and rows <= 4096 else _SHRINK_TALL
-
-
-def _shrink_aside(rows: int, features: int, tiles: int, idle: int) -> ShrinkTile | None:
-    """For the programs that the last wave of the product has no tile for, where they are done before its first ends.
-
-    tiles: of 128 x 256 of the product, which leave `idle` multiprocessors out in the end.
-    """
-    is_tall, is_single = features >= TALL, MULTIPROCESSORS // 2 < tiles <= MULTIPROCESSORS
-    in_time = features > 3072 and rows <= (256 if is_tall else 64) * idle
-    if rows <= 256 or not in_time or not (is_single or 5 * idle <= tiles):
-        return None
-    return replace(_SHRINK_ASIDE_TALL if is_tall else _SHRINK_ASIDE, few=min(idle, 64))
-
-
-@cache
-def many_fused_tiles(rows: int, widths: tuple[int, ...], width: int, units: tuple[int, int]) -> FusedTiles:
-    """Tiles of a bf16 linear of many rows that TMA cannot read.
-
-    widths: N of each member. width: most ranks of a slot. units: elements that lie together in rows of x and of the
-    weights, and in rows of y and of B, of the latter 2 at most where weights are transposed: both cost registers.
-    """
-    count = _counter(rows, widths)
-    if units[0] == 1:
-        gemm = GemmTile(128, 64, 64, 1, False, 4, 4)
-    elif count(64, 64) <= MULTIPROCESSORS or units[1] == 1:
-        gemm = GemmTile(64, 64, 64, 1, False, 4, 4)
-    elif count(64, 128) <= 2.25 * MULTIPROCESSORS and min(units) >= 4:
-        gemm = GemmTile(64, 128, 64, 1, False, 4, 3)
-    else:
-        gemm = GemmTile(128, 128, 64, 1, False, 4 if min(units) >= 4 else 8, 3)
-    return FusedTiles(_SHRINK_TALL if width <= 16 else _SHRINK_TALL_RANKS, gemm, 16, 3)
-
-
-@cache
-def general_tiles(rows: int, entries: int, dtype: torch.dtype) -> GeneralTiles:
+def general_tiles(rows: int, entries: int) -> GeneralTiles:
     """Tiles of the general body. entries: T * J."""
-    return GeneralTiles(_pick(_SHRINK, entries), _pick(_GEMM_FP32 if dtype == torch.float32 else _GEMM_HALF, rows))
+    return GeneralTiles(_pick(_SHRINK, entries), _pick(_GEMM, rows))
 
 
 def embedding_tile(rows: int) -> Tile:

@@ -25,9 +25,13 @@ INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr) -> tl.tensor:
-    """acc + a @ b in fp32. The interpreter's bf16 dot is wrong without a word, so it gets fp32 operands."""
+    """acc + a @ b in fp32.
+
+    The interpreter's bf16 dot is wrong without a word. In fp64 its bits do not depend on a row's place in the tile, as
+    they do in fp32 with the numpy of some CPUs.
+    """
     if INTERPRET:
-        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+        return acc + tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
 

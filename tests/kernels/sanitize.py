@@ -13,7 +13,7 @@ import torch
 
 from tests.kernels.cases import HAS_CUDA, assert_right, make_case
 from tests.kernels.expert_cases import assert_experts_right, make_expert_case
-from tests.kernels.test_bodies import BODIES, DECODE, DEVICE, FUSED, GEMV, check, small_case
+from tests.kernels.test_bodies import BODIES, DECODE, DEVICE, FUSED, GEMV, SINGLE, check, serves, small_case
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -21,13 +21,14 @@ DTYPES = (torch.bfloat16, torch.float32)
 def body_calls() -> Iterator[Callable[[], object]]:
     for dtype in DTYPES:
         for body in BODIES:
-            if body == "prefill" and dtype == torch.float32:
+            if not serves(body, dtype):
                 continue
-            for tile in {"gemv": GEMV, "decode": DECODE, "fused": FUSED}.get(body, {"its own": None}).values():
+            tiles = {"gemv": GEMV, "single": SINGLE, "decode": DECODE, "fused": FUSED}
+            for tile in tiles.get(body, {"its own": None}).values():
                 for width in (1, 2):
                     options = {"dtype": dtype, "outs": (24, 40), "width": width, "bias": True, "ranks": (8, 0, 40, 3)}
                     yield lambda body=body, options=options, tile=tile: check(body, small_case(**options), tile)
-        for body in ("gemv", "decode", "fused", "general"):
+        for body in filter(lambda body: serves(body, dtype), ("gemv", "single", "decode", "fused", "general")):
             odd = {"dtype": dtype, "features": 37, "outs": (19, 5), "ranks": (5, 17)}
             yield lambda body=body, options=odd: check(body, small_case(**options))
 

@@ -33,21 +33,40 @@ def check_table(
     assert found[layout.row_experts_at(rows) :][:rows] == of_row
     starts = [sum(other < expert for other in of_row) for expert in range(experts + 2)]
     assert found[layout.expert_starts_at(rows) :][: experts + 2] == starts
-    height = layout.tile_height(rows, experts)
+    of_position = [sorted({slot for slot in slots[row].tolist() if slot >= 0}) for row in order]
+    height, bound = layout.tile_height(rows, experts), layout.tile_bound(rows, experts, 16)
+    tiles = check_tiles(found[layout.tile_count_at(rows, experts) :], bound, height, starts)
+    if height >= layout.SLOTS_FROM:
+        listed = found[layout.tile_slots_at(rows, experts) :]
+        check_slots(listed, tiles, height, starts, of_position, max_adapters)
+    if layout.has_high_tiles(rows, experts):
+        bound = layout.tile_bound(rows, experts, layout.HIGH)
+        tiles = check_tiles(found[layout.high_count_at(rows, experts) :], bound, layout.HIGH, starts)
+        listed = found[layout.high_slots_at(rows, experts, max_adapters) :]
+        check_slots(listed, tiles, layout.HIGH, starts, of_position, max_adapters)
+
+
+def check_tiles(found: list[int], bound: int, height: int, starts: list[int]) -> list[tuple[int, int]]:
+    """A list from its count on. -> (expert, first position) of each tile."""
+    experts, rows = len(starts) - 2, starts[-1]
     tiles = [(e, first) for e in range(experts + 1) for first in range(starts[e], starts[e + 1], height)]
-    bound = layout.tile_bound(rows, experts, 16)
     assert len(tiles) <= min(rows, layout.tile_bound(rows, experts, height))
-    assert found[layout.tile_count_at(rows, experts)] == len(tiles)
+    assert found[0] == len(tiles)
     unused = [-1] * (bound - len(tiles))
-    assert found[layout.tile_experts_at(rows, experts) :][:bound] == [expert for expert, _ in tiles] + unused
-    assert found[layout.tile_firsts_at(rows, experts) :][:bound] == [first for _, first in tiles] + unused
-    if height < layout.SLOTS_FROM:
-        return
+    assert found[1:][:bound] == [expert for expert, _ in tiles] + unused
+    assert found[1 + bound :][:bound] == [first for _, first in tiles] + unused
+    return tiles
+
+
+def check_slots(
+    found: list[int], tiles: list[tuple[int, int]], height: int, starts: list[int], of_position: list[list[int]],
+    max_adapters: int,
+) -> None:  # fmt: skip
+    """The slots of each tile."""
     for tile, (expert, first) in enumerate(tiles):
-        mine = order[first : min(first + height, starts[expert + 1])] if expert < experts else []
-        used = sorted({slot for row in mine for slot in slots[row].tolist() if slot >= 0})
-        listed = found[layout.tile_slots_at(rows, experts) + tile * max_adapters :][:max_adapters]
-        assert listed == used + [-1] * (max_adapters - len(used))
+        mine = of_position[first : min(first + height, starts[expert + 1])] if expert < len(starts) - 2 else []
+        used = sorted({slot for slots in mine for slot in slots})
+        assert found[tile * max_adapters :][:max_adapters] == used + [-1] * (max_adapters - len(used))
 
 
 @settings(max_examples=20 if INTERPRET else 80, deadline=None, suppress_health_check=list(HealthCheck))
@@ -68,7 +87,9 @@ def test_layout(rows: int, experts: int, width: int, max_adapters: int, in_place
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-@pytest.mark.parametrize(("rows", "experts"), [(2100, 2), (3000, 40), (300, 1), (5000, 300)])
+@pytest.mark.parametrize(
+    ("rows", "experts"), [(2100, 2), (3000, 40), (300, 1), (260, 2), (113, 1), (5000, 300), (5000, 40)]
+)
 def test_more_rows_than_one_block(rows: int, experts: int, in_place: bool, device: str) -> None:
     if INTERPRET and experts > 2:
         pytest.skip("slow")
@@ -82,6 +103,7 @@ def test_heights_follow_from_the_rows_of_an_expert() -> None:
     assert [layout.tile_height(rows, 8) for rows in (1, 32, 33, 128, 129, 896, 897, 1536, 1537, 10**6)] == [
         16, 16, 32, 32, 128, 128, 64, 64, 128, 128,
     ]  # fmt: skip
+    assert [rows for rows in range(2000) if layout.has_high_tiles(rows, 8)] == list(range(897, 1153))
 
 
 def test_offsets_that_no_row_follows_and_that_pass_the_last_row(device: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from fxlora.kernels import ops
 from fxlora.kernels.errors import OpInputError
 from fxlora.kernels.registry import pools_of
+from tests.kernels import expert_cases as expert_case_module
 from tests.kernels.cases import DTYPES, make_pool, registered
 from tests.kernels.expert_cases import assert_experts_right, make_expert_case
 
@@ -62,11 +63,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         delta = tiles.DeltaTile(8, 32, 16, 5, 4)
         return tiles.ExpertDecodeTiles(shrink, delta, tiles.ExpertGemmTile(16, 16, entries % 2 == 1, 3, 2, 4, 2))
 
-    def prefill(
-        height: int, one_tile: bool, simple: bool, columns: int, dtype: torch.dtype, width: int
-    ) -> tiles.ExpertPrefillTile:
+    def prefill(height: int, *_: object) -> tiles.ExpertPrefillTile:
         shrink = tiles.ExpertShrinkTile(32, 16, 32, 3, 4, 2, height > 64, 2)
-        return tiles.ExpertPrefillTile(16, 16, 16, 3, 4, 3, 2, True, True, shrink)
+        return tiles.ExpertPrefillTile(height, 0, 16, 16, 16, 3, 4, 3, 2, True, True, shrink)
 
     monkeypatch.setattr(lora_experts, "expert_decode_tiles", decode)
     monkeypatch.setattr(lora_experts, "expert_prefill_tile", prefill)
@@ -86,6 +85,39 @@ def combinations() -> list[Any]:
 def test_calls(name: str, density: str, in_place: bool, device: str) -> None:
     rows, experts = DENSITY[density]
     assert_experts_right(make_expert_case(rows=rows, experts=experts, in_place=in_place, device=device, **CALLS[name]))
+
+
+TAILS: dict[str, dict[str, Any]] = {
+    "plain": {"slot_runs": 8},
+    "bias": {"bias": True, "transposed": True},
+    "37 groups of ranks": {"ranks": (256, 0, 240, 64, 17)},
+    "x as it comes": {"in_place": False, "width": 2, "bias": True},
+    "odd widths": {"features": 37, "out": 19, "ranks": (5, 3)},
+    "no pool": {"has_pool": False},
+}
+
+
+@pytest.mark.parametrize("name", TAILS)
+def test_tiles_with_a_tail(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts of up to 64, 128, 160 rows, and of more."""
+    if device == "cpu" and not ops.INTERPRET:
+        pytest.skip("a body for GPUs")
+    from fxlora.kernels import expert_segments, lora_experts
+    from fxlora.kernels.expert_tiles import expert_prefill_tile
+
+    monkeypatch.setattr(expert_segments, "_HEIGHTS", ((4, 16), (112, 128), (192, 64)))
+    tile = expert_prefill_tile(64, True, False, True, 4096, 4096, torch.bfloat16, 16 if name == "plain" else 256)
+    assert tile.TAIL
+    if ops.INTERPRET:
+        tile = replace(tile, BN=32, BK=32, programs=3, shrink=replace(tile.shrink, BM=64, BR=16, BK=32, programs=3))
+    monkeypatch.setattr(lora_experts, "expert_prefill_tile", lambda *_: tile)
+    monkeypatch.setattr(expert_case_module, "draw_experts", lambda *_: draws())
+    assert_experts_right(make_expert_case(rows=500, experts=4, dtype=torch.bfloat16, device=device, **TAILS[name]))
+
+
+def draws() -> torch.Tensor:
+    """Experts of 500 rows, shuffled: 130, 160, 20 and 190."""
+    return torch.repeat_interleave(torch.tensor([130, 160, 20, 190]))[torch.randperm(500)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fxlora.kernels.ops import INTERPRET
-from fxlora.kernels.tiles import PrefillTile, ShrinkTile
+from fxlora.kernels.prefill_tiles import PrefillTile
+from fxlora.kernels.tiles import ShrinkTile
 from tests.kernels.cases import HAS_CUDA, Case, assert_near, equal_bits, linear_call, make_case
 
 pytestmark = [

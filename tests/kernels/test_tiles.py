@@ -7,7 +7,9 @@ import itertools
 import pytest
 import torch
 
+from fxlora.kernels.expert_segments import HIGH
 from fxlora.kernels.expert_tiles import expert_decode_tiles, expert_prefill_tile
+from fxlora.kernels.prefill_tiles import many_fused_tiles, prefers_many_tiles, prefers_prefill, prefill_tile
 from fxlora.kernels.tiles import (
     VectorTile,
     decode_tiles,
@@ -15,9 +17,7 @@ from fxlora.kernels.tiles import (
     fused_tiles,
     gemv_tile,
     general_tiles,
-    many_fused_tiles,
-    prefers_prefill,
-    prefill_tile,
+    single_tiles,
 )
 from fxlora.kernels.triton_helpers import unit_of
 
@@ -31,8 +31,8 @@ def power_of_two(value: int) -> bool:
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 256])
 def test_sides_of_the_decode_tiles_are_what_a_dot_accepts(rows: int) -> None:
-    for features, columns, dtype, ranks in itertools.product(WIDTHS, WIDTHS, DTYPES, (16, 64)):
-        tiles = decode_tiles(rows, features, columns, dtype, ranks)
+    for features, columns, ranks in itertools.product(WIDTHS, WIDTHS, (16, 64)):
+        tiles = decode_tiles(rows, features, columns, ranks, features % 2 == 1)
         sides = (tiles.gemm.BM, tiles.gemm.BN, tiles.gemm.BK, tiles.expand.BR, tiles.expand.BN)
         assert all(power_of_two(side) and side >= 16 for side in sides)
         assert power_of_two(tiles.shrink.BR)
@@ -63,12 +63,23 @@ def test_sides_of_the_tiles_of_experts_are_what_a_dot_accepts(dtype: torch.dtype
         assert max(64, 2 * columns) > delta.BN
         assert shrink is None or (power_of_two(shrink.BR) and max(64, 2 * features) > shrink.BK)
     flags = (False, True)
-    for height, one_tile, simple, columns, ranks in itertools.product((64, 128), flags, flags, (1536, 4096), (16, 64)):
-        tile = expert_prefill_tile(height, one_tile, simple, columns, dtype, ranks)
-        sides = (tile.BN, tile.BK, tile.BR, tile.shrink.BM, tile.shrink.BR, tile.shrink.BK)
+    shapes = itertools.product((64, 128), flags, flags, flags, (2048, 4096), (1536, 4096))
+    for shape, ranks in itertools.product(shapes, (16, 64)):
+        tile = expert_prefill_tile(*shape, dtype, ranks)
+        sides = (tile.BM, tile.BN, tile.BK, tile.BR, tile.shrink.BM, tile.shrink.BR, tile.shrink.BK)
         assert all(power_of_two(side) and side >= 16 for side in sides)
-        assert height % tile.shrink.BM == 0
+        assert tile.BM + tile.TAIL in (shape[0], HIGH)
+        assert tile.BM % tile.shrink.BM == 0
         assert tile.BR <= 128  # groups.MOST of them
+
+
+def test_tiles_of_experts_with_a_tail() -> None:
+    def rows(high: bool, simple: bool, features: int) -> tuple[int, int]:
+        tile = expert_prefill_tile(64, high, False, simple, features, 4096, torch.bfloat16, 16)
+        return tile.BM, tile.TAIL
+
+    assert rows(True, True, 4096) == (128, 32)
+    assert rows(False, True, 4096) == rows(True, False, 4096) == rows(True, True, 2048) == (64, 0)
 
 
 @pytest.mark.parametrize("features", WIDTHS)
@@ -81,10 +92,13 @@ def test_blocks_of_a_vector_product_are_powers_of_two_no_wider_than_they_need(fe
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 8192])
 def test_sides_of_all_other_tiles_are_what_a_dot_accepts(rows: int) -> None:
-    general = [general_tiles(rows, rows, dtype) for dtype in DTYPES]
-    both = [tile for tiles in general for tile in (tiles.shrink, tiles.gemm)]
-    for tile in (embedding_tile(rows), prefill_tile(rows, 4096, WIDTHS, 64), *both):
+    general = general_tiles(rows, rows)
+    for tile in (embedding_tile(rows), prefill_tile(rows, 4096, WIDTHS, 64), general.shrink, general.gemm):
         assert all(power_of_two(side) and side >= 16 for side in (tile.BM, tile.BN, tile.BK, tile.BR))
+    for features in WIDTHS:
+        shrink = single_tiles(rows, features).shrink
+        assert power_of_two(shrink.BK)
+        assert rows > 256 or max(64, 2 * features) > shrink.BK
 
 
 def test_a_prefill_tile_shrinks_before_multiprocessors_idle() -> None:
@@ -123,6 +137,13 @@ def test_many_rows_that_tma_cannot_read() -> None:
     assert sides(8192, (2, 2), 1030) == sides(8192, (16, 2), 4096) == (128, 128, 8)
     assert sides(8192, (16, 1), 50257) == (64, 64, 4)
     assert sides(257, (1, 16), 2048) == sides(8192, (1, 16), 2048) == (128, 64, 4)
+
+
+def test_some_rows_of_single_elements_take_the_tiles_of_many() -> None:
+    assert prefers_many_tiles(128, (50257,), (16, 1))
+    assert not prefers_many_tiles(128, (775,), (16, 1))
+    assert not prefers_many_tiles(256, (50258,), (16, 2))
+    assert not prefers_many_tiles(256, (50257,), (1, 1))
 
 
 def test_a_fused_tile_is_the_one_whose_waves_take_least() -> None:

@@ -1,0 +1,123 @@
+"""Tile choices of linears over many rows.
+
+Stage: run time, read at each launch. What holds for all choices, and what they were measured on, is in tiles.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+
+from fxlora.kernels.tiles import MULTIPROCESSORS, SHRINK_ALONE, TALL, FusedTiles, GemmTile, ShrinkTile, counter
+from fxlora.kernels.triton_helpers import cdiv
+
+
+@dataclass(frozen=True)
+class PrefillTile:
+    """Of prefill.py: so many programs for each multiprocessor. BR ranks are expanded with the base product, the others
+    later[0] at once in later[1] stages."""
+
+    BM: int
+    BN: int
+    BK: int
+    BR: int
+    num_warps: int
+    num_stages: int
+    programs: int
+    later: tuple[int, int]
+    shrink: ShrinkTile
+
+
+_SHRINK_TALL = ShrinkTile(64, 16, 64, 1, 264, 4, 5, 1)
+_SHRINK_TALL_SHARED = ShrinkTile(64, 16, 128, 1, 264, 4, 4, 1, 16)
+_SHRINK_TALL_RANKS = ShrinkTile(64, 64, 64, 1, 264, 4, 5, 1)
+_SHRINK_ASIDE = ShrinkTile(64, 16, 128, 1, MULTIPROCESSORS, 4, 5, 1)
+_SHRINK_ASIDE_TALL = ShrinkTile(128, 16, 128, 1, MULTIPROCESSORS, 8, 5, 1)
+LONG = 35e10
+"""Multiplications of a call from which power limits what it may read."""
+
+
+@cache
+def prefers_prefill(rows: int, features: int, widths: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether prefill serves 65 to 256 rows better, where TMA can read them: many tiles of many in-features."""
+    many = cdiv(rows, 128) * cdiv(sum(widths), 128) > MULTIPROCESSORS // 2
+    return dtype == torch.bfloat16 and features > TALL and many
+
+
+@cache
+def prefill_tile(rows: int, features: int, widths: tuple[int, ...], width: int) -> PrefillTile:
+    """Tile of a linear of many rows. widths: N of each member. width: most ranks of a slot.
+
+    128 x 256, which reads least, where a tile or the whole call takes long, unless much of the last wave would be idle;
+    else two programs share a multiprocessor, and one multiplies while the other stores.
+    """
+    later, count = (32, 3), counter(rows, widths)
+    large, medium = count(128, 256), count(128, 128)
+    idle = -large % MULTIPROCESSORS
+    aside = _shrink_aside(rows, features, large, idle) if len(widths) == 1 and width <= 16 else None
+    shrink = _prefill_shrink(rows, len(widths), large, width)
+    fills = large >= 120 and idle <= large * (0.4 if width > 16 and features >= TALL else 0.08)
+    is_long = features > 3072 or rows * features * sum(widths) > LONG
+    for columns in (32, 64):
+        if count(64, columns) <= MULTIPROCESSORS:
+            return PrefillTile(64, columns, 128, 16, 4, 4, 2, later, shrink)
+    if is_long and (fills or (aside and features >= TALL)):
+        return PrefillTile(128, 256, 64, 32, 8, 3, 1, later, aside or shrink)
+    if medium > MULTIPROCESSORS:
+        return PrefillTile(128, 128, 64, 16, 4, 3, 2, later, aside or shrink)
+    if medium >= 100:
+        return PrefillTile(128, 128, 64, 16, 4, 4, 1, later, shrink)
+    if count(64, 128) <= MULTIPROCESSORS:
+        return PrefillTile(64, 128, 64, 16, 4, 5, 1, later, shrink)
+    return PrefillTile(64, 128, 64, 16, 4, 4, 2, later, shrink)
+
+
+def _prefill_shrink(rows: int, members: int, tiles: int, width: int) -> ShrinkTile:
+    """All multiprocessors for a short time where the product needs them all, few of them where others are left.
+
+    tiles: of 128 x 256 of the product.
+    """
+    if width > 16:
+        is_small = members == 1 and rows <= 4096 and tiles <= 4 * MULTIPROCESSORS
+        return _SHRINK_TALL_SHARED if is_small else _SHRINK_TALL_RANKS
+    return SHRINK_ALONE if members == 1 and rows <= 4096 else _SHRINK_TALL
+
+
+def _shrink_aside(rows: int, features: int, tiles: int, idle: int) -> ShrinkTile | None:
+    """For the programs that the last wave of the product has no tile for, where they are done before its first ends.
+
+    tiles: of 128 x 256 of the product, which leave `idle` multiprocessors out in the end.
+    """
+    is_tall, is_single = features >= TALL, MULTIPROCESSORS // 2 < tiles <= MULTIPROCESSORS
+    in_time = features > 3072 and rows <= (256 if is_tall else 64) * idle
+    if rows <= 256 or not in_time or not (is_single or 5 * idle <= tiles):
+        return None
+    return replace(_SHRINK_ASIDE_TALL if is_tall else _SHRINK_ASIDE, few=min(idle, 64))
+
+
+@cache
+def prefers_many_tiles(rows: int, widths: tuple[int, ...], units: tuple[int, int]) -> bool:
+    """Whether the tiles of many rows serve 65 to 256 bf16 rows better: where there are enough of them, and out-features
+    lie alone, of which those of decode hold more than there are registers. units: as of `many_fused_tiles`."""
+    return units[0] > 1 and units[1] == 1 and counter(rows, widths)(64, 64) >= MULTIPROCESSORS
+
+
+@cache
+def many_fused_tiles(rows: int, widths: tuple[int, ...], width: int, units: tuple[int, int]) -> FusedTiles:
+    """Tiles of a bf16 linear of many rows that TMA cannot read.
+
+    widths: N of each member. width: most ranks of a slot. units: elements that lie together in rows of x and of the
+    weights, and in rows of y and of B, of the latter 2 at most where weights are transposed: both cost registers.
+    """
+    count = counter(rows, widths)
+    if units[0] == 1:
+        gemm = GemmTile(128, 64, 64, 1, False, 4, 4)
+    elif count(64, 64) <= MULTIPROCESSORS or units[1] == 1:
+        gemm = GemmTile(64, 64, 64, 1, False, 4, 4)
+    elif count(64, 128) <= 2.25 * MULTIPROCESSORS and min(units) >= 4:
+        gemm = GemmTile(64, 128, 64, 1, False, 4, 3)
+    else:
+        gemm = GemmTile(128, 128, 64, 1, False, 4 if min(units) >= 4 else 8, 3)
+    return FusedTiles(_SHRINK_TALL if width <= 16 else _SHRINK_TALL_RANKS, gemm, 16, 3)
