@@ -183,9 +183,15 @@ class LinearCall(PlannedCall):
         """Whether TMA reads each of them, of whole octets of in-features."""
         return all([self.tma_reads(m) and m.shape[1] % 8 == 0 and m.numel() > 0 for m in matrices])
 
-    def described_weights(self, block: tuple[int, int], by_tma: bool = True) -> list[Described | None]:
-        """Each weight in blocks [BN, BK] for TMA, None past the last and where TMA does not read them."""
-        found: list[Described | None] = [Described(weight, block) for weight in self.weights] if by_tma else []
+    def described_weights(
+        self, block: tuple[int, int], by_tma: bool = True, transposed: bool = False
+    ) -> list[Described | None]:
+        """Each weight in blocks [BN, BK] for TMA ([BK, BN] of its transpose), None past the last and without TMA."""
+        found: list[Described | None] = []
+        if by_tma and transposed:
+            found = [Described(weight.t(), block[::-1]) for weight in self.weights]
+        elif by_tma:
+            found = [Described(weight, block) for weight in self.weights]
         return found + [None] * (MOST_MEMBERS - len(found))
 
     def new_outputs(self) -> list[torch.Tensor]:

@@ -29,7 +29,7 @@ from fxlora.kernels.decode import decode
 from fxlora.kernels.fused import fused
 from fxlora.kernels.gemv import gemv
 from fxlora.kernels.general import general
-from fxlora.kernels.prefill import prefill
+from fxlora.kernels.prefill import lie_transposed, prefill
 from fxlora.kernels.prefill_tiles import many_fused_tiles, prefers_many_tiles, prefers_prefill, prefill_tile
 from fxlora.kernels.registry import Group, derived_of, pools_of
 from fxlora.kernels.single import single
@@ -110,7 +110,8 @@ def body_of(call: LinearCall) -> tuple[Body, object]:
 
 def _all_by_tma(call: LinearCall) -> bool:
     """TMA reads x and the weights, and writes the outputs."""
-    return call.rows_by_tma(call.x, *call.weights) and not any([n % 8 for n in call.widths])
+    weights = [weight.t() for weight in call.weights] if lie_transposed(call) else call.weights
+    return call.rows_by_tma(call.x, *weights) and not any([n % 8 for n in call.widths])
 
 
 def _units_of(call: LinearCall) -> tuple[int, int]:

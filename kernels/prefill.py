@@ -12,7 +12,7 @@ bits depend on its own adapters alone; B has to be finite between `start` and `s
 Letters: T rows, J slots per row, K in-features, N out-features.
 """
 
-# ruff: noqa: ANN001 (pointers and blocks have no static type; a list costs less host time than a generator)
+# ruff: noqa: ANN001, C419, RET505 (pointers and blocks have no static type; a list costs less host time than a generator)
 
 from __future__ import annotations
 
@@ -41,10 +41,19 @@ def tile_rows(row_tile, BM: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def load_w(w_desc, col, k, TRANSPOSED: tl.constexpr) -> tl.tensor:
+    """[BK, BN] of a member's W, transposed. TRANSPOSED: it lies as [K, N]."""
+    if TRANSPOSED:
+        return w_desc.load([k, col])
+    else:
+        return w_desc.load([col, k]).T
+
+
+@triton.jit
 def adapted_tile(
     x_desc, w_desc, row_tile, col_tile, adapters, num_rows, num_cols, steps, J: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
-    DEPTH: tl.constexpr, LATER: tl.constexpr, PDL: tl.constexpr,
+    DEPTH: tl.constexpr, LATER: tl.constexpr, TRANSPOSED: tl.constexpr, PDL: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """x W^T + h B of one tile of y.
 
@@ -62,8 +71,7 @@ def adapted_tile(
     ask_at = tl.maximum(steps - AHEAD, 0)
     for step in tl.range(0, steps, num_stages=STAGES):
         x_tile = x_desc.load([row_tile * BM, step * BK])  # [BM, BK]
-        w_tile = w_desc.load([col_tile * BN, step * BK])  # [BN, BK]
-        acc = dot(x_tile, w_tile.T, acc, "ieee")
+        acc = dot(x_tile, load_w(w_desc, col_tile * BN, step * BK, TRANSPOSED), acc, "ieee")
         if step == ask_at:
             wait_for_earlier(PDL)
             count = count_groups(row_tile, adapters)
@@ -103,8 +111,8 @@ def store_tile(y_desc, row, col, acc, BM: tl.constexpr, BN: tl.constexpr, PARTS:
 def member_tiles(
     first_tile, x_desc, w_desc, y_desc, bias, adapters, num_rows, num_features, num_cols, J: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BAND: tl.constexpr, PARTS: tl.constexpr,
-    STAGES: tl.constexpr, AHEAD: tl.constexpr, DEPTH: tl.constexpr, LATER: tl.constexpr, HAS_BIAS: tl.constexpr,
-    PDL: tl.constexpr,
+    STAGES: tl.constexpr, AHEAD: tl.constexpr, DEPTH: tl.constexpr, LATER: tl.constexpr, TRANSPOSED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program's tiles of one member's y, from this one on: base GEMM, adapters, bias, one store."""
     tiles_m, tiles_n, steps = tl.cdiv(num_rows, BM), tl.cdiv(num_cols, BN), tl.cdiv(num_features, BK)
@@ -115,13 +123,13 @@ def member_tiles(
         if adapters is not None:
             acc = adapted_tile(
                 x_desc, w_desc, row_tile, col_tile, adapters, num_rows, num_cols, steps, J, BM, BN, BK, BR, STAGES,
-                AHEAD, DEPTH, LATER, PDL,
+                AHEAD, DEPTH, LATER, TRANSPOSED, PDL,
             )  # fmt: skip
         else:
             acc = tl.zeros([BM, BN], tl.float32)
             for step in tl.range(0, steps, num_stages=STAGES):
-                x_tile, w_tile = x_desc.load([row_tile * BM, step * BK]), w_desc.load([col_tile * BN, step * BK])
-                acc = dot(x_tile, w_tile.T, acc, "ieee")
+                x_tile = x_desc.load([row_tile * BM, step * BK])
+                acc = dot(x_tile, load_w(w_desc, col_tile * BN, step * BK, TRANSPOSED), acc, "ieee")
         if HAS_BIAS:
             cols = col_tile * BN + tl.arange(0, BN)
             acc += tl.load(bias[0] + cols * bias[1], mask=cols < num_cols, other=0.0).to(tl.float32)[None, :]
@@ -131,7 +139,7 @@ def member_tiles(
 @triton.jit(do_not_specialize=["num_rows", "max_adapters"])
 def prefill_kernel(
     x_desc,  # [T, K]
-    w0_desc,  # of each member [N, K], None past the last
+    w0_desc,  # of each member [N, K] (TRANSPOSED: [K, N]), None past the last
     w1_desc,
     w2_desc,
     w3_desc,
@@ -162,6 +170,7 @@ def prefill_kernel(
     AHEAD: tl.constexpr,
     DEPTH: tl.constexpr,
     LATER: tl.constexpr,
+    TRANSPOSED: tl.constexpr,  # every W lies as [K, N]
     HAS_BIAS: tl.constexpr,  # one flag for each member
     HAS_POOL: tl.constexpr,  # one flag for each member
     PDL: tl.constexpr,
@@ -184,7 +193,7 @@ def prefill_kernel(
         member_tiles(
             first_tile, x_desc, w_descs[member], y_descs[member], biases[member], adapters, num_rows,
             feature_octets * 8, num_cols, J, BM, BN, BK, BR, BAND, PARTS, STAGES, AHEAD, DEPTH, LATER,
-            HAS_BIAS[member], PDL,
+            TRANSPOSED, HAS_BIAS[member], PDL,
         )  # fmt: skip
         tiles = tiles_m * tl.cdiv(num_cols, BN)  # the next member's are dealt out from where this one's end
         first_tile += tl.cdiv(tl.maximum(tiles - first_tile, 0), tl.num_programs(0)) * tl.num_programs(0) - tiles
@@ -197,19 +206,21 @@ _launcher = Launcher(prefill_kernel)
 def prefill(call: LinearCall, tile: PrefillTile) -> list[torch.Tensor]:
     """-> [..., N] of each member; bf16 or fp16.
 
-    x and every weight have unit stride along K and rows 16 bytes apart, K and N are multiples of 8, none is 0.
+    x and every weight have unit stride along K and rows 16 bytes apart, or every weight has unit stride along N and
+    columns 16 bytes apart; K and N are multiples of 8, none is 0.
     """
+    transposed = lie_transposed(call)
     scratch = scratch_of(call, tile.BM, sorts=False)
     if call.members.has_pools:
         shrink_groups(call, scratch, tile.shrink)
     outputs = call.new_outputs()
-    plan = call.plan(_launcher, tile, lambda: _plan(call, scratch, tile))
+    plan = call.plan(_launcher, tile, lambda: _plan(call, scratch, tile, transposed), step=transposed)
     nothing = (None,) * (MOST_MEMBERS - len(outputs))
     y_block = (tile.BM, tile.BN // _parts(tile))
     call.launch(
         plan,
         Described(call.x, (tile.BM, tile.BK)),
-        *call.described_weights((tile.BN, tile.BK)),
+        *call.described_weights((tile.BN, tile.BK), transposed=transposed),
         *[Described(y.view(call.rows, -1), y_block) for y in outputs],
         *nothing,
         call.strided_biases,
@@ -229,7 +240,7 @@ def _parts(tile: PrefillTile) -> int:
     return 2 if tile.BN >= 128 else 1
 
 
-def _plan(call: LinearCall, scratch: Scratch, tile: PrefillTile) -> Plan:
+def _plan(call: LinearCall, scratch: Scratch, tile: PrefillTile, transposed: bool) -> Plan:
     members = call.members
     tiles = cdiv(call.rows, tile.BM) * sum([cdiv(n, tile.BN) for n in call.widths])
     octets = tuple([n // 8 for n in call.widths])
@@ -249,11 +260,17 @@ def _plan(call: LinearCall, scratch: Scratch, tile: PrefillTile) -> Plan:
         AHEAD=_AHEAD,
         DEPTH=1 if min(2 * scratch.width, 64) <= tile.BR else 2,
         LATER=tile.later,
+        TRANSPOSED=transposed,
         HAS_BIAS=call.has_bias,
         HAS_POOL=members.has_pool,
         PDL=call.overlap,
         FIRST=not members.has_pools,
     )
+
+
+def lie_transposed(call: LinearCall) -> bool:
+    """Whether every weight's out-features lie side by side, as those of transformers' Conv1D do."""
+    return all([weight.stride(0) == 1 and weight.stride(1) != 1 for weight in call.weights])
 
 
 @cache

@@ -54,7 +54,7 @@ class Absent:
         return True
 
 
-def linear(rows: int, features: int, *outs: int, rank: int = 16) -> None:
+def linear(rows: int, features: int, *outs: int, rank: int = 16, transposed: bool = False) -> None:
     """Compile what a bf16 call of `lora_linear` launches."""
     pools = [
         SitePool.allocate(
@@ -64,6 +64,7 @@ def linear(rows: int, features: int, *outs: int, rank: int = 16) -> None:
         for out in outs
     ]  # fmt: skip
     x, weights = torch.zeros(rows, features, dtype=BF16), [torch.zeros(out, features, dtype=BF16) for out in outs]
+    weights = [weight.t().contiguous().t() for weight in weights] if transposed else weights
     slots = torch.zeros(rows, 1, dtype=torch.int32)
     segments = torch.zeros(segments_size(rows, SLOTS), dtype=torch.int32)
     call = LinearCall(x, weights, [None] * len(outs), slots, None, segments, Members(tuple(pools)))
@@ -105,6 +106,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "many rows, three members": lambda: linear(2048, 4096, 4096, 1024, 1024),
     "many rows, two programs at a time": lambda: linear(2048, 2048, 2048, 512, 512),
     "many rows over few columns": lambda: [linear(2048, 2048, n) for n in (64, 128, 256)],
+    "many rows, transposed": lambda: [linear(m, 4096, 4096, transposed=True) for m in (300, 2048)],
     "many rows, a shrink aside": lambda: [linear(2048, 14336, 4096), linear(2048, 4096, 3584)],
     "many rows, in-features of 4 and 2 apart": lambda: [linear(m, k, n) for m in (300, 2048) for k, n in ODD],
     "experts, few rows": lambda: experts(16, 8, 128, 2048, 1536),

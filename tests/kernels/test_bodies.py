@@ -211,8 +211,9 @@ def test_strides_do_not_change_a_bit(body: str) -> None:
         variants["x in odd rows"] = replace(case, x=wider(x, 3, 1))
         variants["weight in odd rows"] = replace(case, weights=[wider(weight, 5, 3)])
         variants["bias strided"] = replace(case, biases=[case.biases[0].repeat_interleave(2)[::2]])
-    if body in ANY_STRIDE:
+    if body in (*ANY_STRIDE, "prefill"):
         variants["weight transposed"] = replace(case, weights=[weight.t().contiguous().t()])
+    if body in ANY_STRIDE:
         variants["weight every second column"] = replace(case, weights=[weight.repeat_interleave(2, 1)[:, ::2]])
     expected = check(body, case)
     for name, variant in variants.items():
@@ -387,7 +388,9 @@ def test_which_body_serves_what() -> None:
     case, few = small_case(rows=257), small_case(rows=1)
     transposed = [case.weights[0].t().contiguous().t()]
     assert choice(replace(few, weights=transposed)) is decode
-    assert choice(replace(case, weights=transposed)) is fused
+    assert choice(replace(case, weights=transposed)) is many
+    both = small_case(rows=257, outs=(24, 16))
+    assert choice(replace(both, weights=[both.weights[0], both.weights[1].t().contiguous().t()])) is fused
     assert choice(replace(case, weights=[wider(case.weights[0], 8)])) is many
     assert choice(replace(case, weights=[wider(case.weights[0], 4)])) is fused
     assert choice(replace(case, weights=[wider(case.weights[0], 8, 1)])) is fused
