@@ -5,13 +5,13 @@ Stage: run time, read at each launch. BM rows, BN out-features, BK in-features, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 
-from fxlora.kernels.expert_segments import HIGH
-from fxlora.kernels.tiles import VectorTile, narrowed
+from fxlora.kernels.expert_segments import HIGH, ONE_TILE, has_high_tiles, tile_height
+from fxlora.kernels.tiles import MULTIPROCESSORS, VectorTile, narrowed
 from fxlora.kernels.triton_helpers import next_power_of_2
 
 
@@ -89,6 +89,11 @@ class ExpertPrefillTile:
 # 202 (209). 8 experts with 2 to a token, 16 adapters: 4096 x 28672 at 16 tokens 443 (704). 256 experts with 8 to a
 # token: 7168 x 4096 at 16 tokens, 16 adapters 1343 (1950), at 2048 tokens, 8 adapters 4199 (4803).
 
+_SHRINK_ALONE = ExpertShrinkTile(64, 128, 64, 396, 4, 3, True, 1)
+_SHRINK_DEEP = ExpertShrinkTile(64, 64, 128, 396, 4, 4, True, 2)  # of few rows, each a long way
+_SHRINK_SHARED = ExpertShrinkTile(64, 64, 64, 396, 4, 4, False, 8)
+_SHRINK_WIDE = ExpertShrinkTile(64, 64, 64, 264, 4, 5, True, 1)
+
 
 @cache
 def expert_decode_tiles(entries: int, features: int, columns: int, dtype: torch.dtype) -> ExpertDecodeTiles:
@@ -107,28 +112,28 @@ def expert_decode_tiles(entries: int, features: int, columns: int, dtype: torch.
 
 @cache
 def expert_prefill_tile(
-    height: int, high: bool, one_tile: bool, simple: bool, features: int, columns: int, dtype: torch.dtype, width: int
+    rows: int, num_experts: int, simple: bool, features: int, columns: int, dtype: torch.dtype, width: int
 ) -> ExpertPrefillTile:
-    """Tile of experts over many rows each. height: rows of a tile, 64 or 128. high: there are tiles of HIGH rows, too.
-    one_tile: most experts have a single one of 128. simple: rows come in place and have one slot each; else so many
-    ranks at once would spill. width: most ranks of a slot.
+    """Tile of experts over many rows each, for the tiles that the table lists of T rows and E experts.
 
-    Tiles of 128 x 128, two programs to a multiprocessor: one multiplies while the other expands and stores.
+    simple: rows come in place and have one slot each; else so many ranks at once would spill. width: most ranks of a
+    slot. Of 128 x 128 two programs share a multiprocessor: one multiplies while the other expands and stores.
     """
+    height = tile_height(rows, num_experts)
     if dtype == torch.float32:
         shrink = ExpertShrinkTile(32, 16, 32, 528, 4, 2, False, 1)
         return ExpertPrefillTile(height, 0, 64, 32, 16, 264, 8, 2, 2, False, False, shrink)
     few_ranks, ranks = width <= 16, 64 if simple else 32
-    alone, shared = ExpertShrinkTile(64, 128, 64, 396, 4, 3, True, 1), ExpertShrinkTile(64, 64, 64, 396, 4, 4, False, 8)
-    if high and simple and features > 2560:
-        return ExpertPrefillTile(128, HIGH - 128, 128, 64, 32, 264, 4, 3, 3, True, True, alone if few_ranks else shared)
-    if one_tile or (height >= 128 and features <= 3072):
-        shrink = alone if few_ranks and simple else shared
-        return ExpertPrefillTile(height, 0, 128, 64, ranks, 264, 4, 3, 3, True, True, shrink)
+    deep = features >= 4096 and rows <= 32 * MULTIPROCESSORS
+    alone = (_SHRINK_DEEP if deep else _SHRINK_ALONE) if few_ranks and simple else _SHRINK_SHARED
+    if has_high_tiles(rows, num_experts) and simple and features > 2560:
+        return ExpertPrefillTile(128, HIGH - 128, 128, 64, 32, 264, 4, 3, 3, True, True, alone)
+    if rows <= ONE_TILE * num_experts or (height >= 128 and features <= 3072):
+        return ExpertPrefillTile(height, 0, 128, 64, ranks, 264, 4, 3, 3, True, True, alone)
     if height < 128:
         if few_ranks or columns < 4096:
-            shrink = alone if few_ranks and simple and columns < 4096 else shared
+            shrink = alone if columns < 4096 or deep else _SHRINK_SHARED
             return ExpertPrefillTile(height, 0, 128, 64, 64, 396, 4, 3, 3, True, True, shrink)
-        return ExpertPrefillTile(height, 0, 256, 64, 64, 132, 8, 4, 5, True, True, shared)
-    shrink = ExpertShrinkTile(64, 64, 64, 264, 4, 5, few_ranks, 1 if few_ranks else 8)
+        return ExpertPrefillTile(height, 0, 256, 64, 64, 132, 8, 4, 5, True, True, _SHRINK_SHARED)
+    shrink = alone if few_ranks and deep else replace(_SHRINK_WIDE, x_tma=few_ranks, shares=1 if few_ranks else 8)
     return ExpertPrefillTile(height, 0, 256, 64, 32 if few_ranks else ranks, 132, 8, 4, 3, True, True, shrink)

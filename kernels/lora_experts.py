@@ -14,7 +14,7 @@ import torch
 from fxlora.kernels.expert_call import ExpertCall, ExpertSite
 from fxlora.kernels.expert_decode import decode
 from fxlora.kernels.expert_prefill import prefill
-from fxlora.kernels.expert_segments import ONE_TILE, SLOTS_FROM, has_high_tiles
+from fxlora.kernels.expert_segments import SLOTS_FROM
 from fxlora.kernels.expert_tiles import expert_decode_tiles, expert_prefill_tile
 from fxlora.kernels.registry import derived_of, expert_pool_of
 from fxlora.kernels.triton_helpers import device_of
@@ -47,8 +47,6 @@ def lora_experts(
 def _run(call: ExpertCall) -> torch.Tensor:
     if call.height < SLOTS_FROM:
         return decode(call, expert_decode_tiles(call.entries, call.features, call.columns, call.x.dtype))
-    one_tile = call.rows <= ONE_TILE * call.num_experts
-    high = has_high_tiles(call.rows, call.num_experts)
     simple = call.in_place and call.width == 1
     sizes = (call.features, call.columns, call.x.dtype, call.site.h_width)
-    return prefill(call, expert_prefill_tile(call.height, high, one_tile, simple, *sizes))
+    return prefill(call, expert_prefill_tile(call.rows, call.num_experts, simple, *sizes))

@@ -113,6 +113,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "experts, few rows, tall": lambda: experts(16, 2, 8, 14336, 4096),
     "experts, many rows": lambda: experts(2048, 8, 128, 2048, 1536),
     "experts, many rows, a tail": lambda: experts(2048, 8, 128, 4096, 1536),
+    "experts, a long way": lambda: [experts(m, 2, 8, 14336, 4096) for m in (256, 512, 2048)],
     "experts, rather many rows": lambda: experts(2048, 8, 64, 2048, 2048),
     "experts, many rows, wide": lambda: experts(512, 8, 64, 2048, 4096),
 }

@@ -63,7 +63,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         delta = tiles.DeltaTile(8, 32, 16, 5, 4)
         return tiles.ExpertDecodeTiles(shrink, delta, tiles.ExpertGemmTile(16, 16, entries % 2 == 1, 3, 2, 4, 2))
 
-    def prefill(height: int, *_: object) -> tiles.ExpertPrefillTile:
+    def prefill(rows: int, num_experts: int, *_: object) -> tiles.ExpertPrefillTile:
+        height = expert_segments.tile_height(rows, num_experts)
         shrink = tiles.ExpertShrinkTile(32, 16, 32, 3, 4, 2, height > 64, 2)
         return tiles.ExpertPrefillTile(height, 0, 16, 16, 16, 3, 4, 3, 2, True, True, shrink)
 
@@ -106,7 +107,7 @@ def test_tiles_with_a_tail(name: str, device: str, monkeypatch: pytest.MonkeyPat
     from fxlora.kernels.expert_tiles import expert_prefill_tile
 
     monkeypatch.setattr(expert_segments, "_HEIGHTS", ((4, 16), (112, 128), (192, 64)))
-    tile = expert_prefill_tile(64, True, False, True, 4096, 4096, torch.bfloat16, 16 if name == "plain" else 256)
+    tile = expert_prefill_tile(500, 4, True, 4096, 4096, torch.bfloat16, 16 if name == "plain" else 256)
     assert tile.TAIL
     if ops.INTERPRET:
         tile = replace(tile, BN=32, BK=32, programs=3, shrink=replace(tile.shrink, BM=64, BR=16, BK=32, programs=3))

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from fxlora.kernels.expert_segments import HIGH
+from fxlora.kernels.expert_segments import HIGH, tile_height
 from fxlora.kernels.expert_tiles import expert_decode_tiles, expert_prefill_tile
 from fxlora.kernels.prefill_tiles import many_fused_tiles, prefers_many_tiles, prefers_prefill, prefill_tile
 from fxlora.kernels.tiles import (
@@ -62,24 +62,30 @@ def test_sides_of_the_tiles_of_experts_are_what_a_dot_accepts(dtype: torch.dtype
         assert max(64, 2 * features) > delta.BK
         assert max(64, 2 * columns) > delta.BN
         assert shrink is None or (power_of_two(shrink.BR) and max(64, 2 * features) > shrink.BK)
-    flags = (False, True)
-    shapes = itertools.product((64, 128), flags, flags, flags, (2048, 4096), (1536, 4096))
+    shapes = itertools.product((2000, 4096, 10000), (20, 32, 64), (False, True), (2048, 4096), (1536, 4096))
     for shape, ranks in itertools.product(shapes, (16, 64)):
         tile = expert_prefill_tile(*shape, dtype, ranks)
         sides = (tile.BM, tile.BN, tile.BK, tile.BR, tile.shrink.BM, tile.shrink.BR, tile.shrink.BK)
         assert all(power_of_two(side) and side >= 16 for side in sides)
-        assert tile.BM + tile.TAIL in (shape[0], HIGH)
-        assert tile.BM % tile.shrink.BM == 0
+        assert tile.BM + tile.TAIL in (tile_height(*shape[:2]), HIGH)
         assert tile.BR <= 128  # groups.MOST of them
 
 
 def test_tiles_of_experts_with_a_tail() -> None:
-    def rows(high: bool, simple: bool, features: int) -> tuple[int, int]:
-        tile = expert_prefill_tile(64, high, False, simple, features, 4096, torch.bfloat16, 16)
+    def rows(rows: int, simple: bool, features: int) -> tuple[int, int]:
+        tile = expert_prefill_tile(rows, 32, simple, features, 4096, torch.bfloat16, 16)
         return tile.BM, tile.TAIL
 
-    assert rows(True, True, 4096) == (128, 32)
-    assert rows(False, True, 4096) == rows(True, False, 4096) == rows(True, True, 2048) == (64, 0)
+    assert rows(4096, True, 4096) == (128, 32)
+    assert rows(5000, True, 4096) == rows(4096, False, 4096) == rows(4096, True, 2048) == (64, 0)
+
+
+def test_few_rows_of_experts_shrink_deep_where_the_way_is_long() -> None:
+    def deep(rows: int, experts: int, features: int, ranks: int = 16) -> int:
+        return expert_prefill_tile(rows, experts, True, features, 4096, torch.bfloat16, ranks).shrink.BK
+
+    assert deep(4096, 8, 14336) == deep(4096, 32, 4096) == deep(1024, 16, 8192) == 128
+    assert deep(16384, 8, 14336) == deep(4096, 32, 2880) == deep(4096, 8, 14336, 64) == 64
 
 
 @pytest.mark.parametrize("features", WIDTHS)
