@@ -85,12 +85,14 @@ class ExpertPrefillTile:
 
 
 # Chosen as those of linears. Microseconds beside torch._grouped_mm, 128 experts with 8 to a token, 8 adapters:
-# 2048 x 1536 at 16 tokens 126 (175), at 2048 tokens 340 (383); 768 x 2048 at 16 tokens 70 (108), at 2048 tokens
-# 202 (209). 8 experts with 2 to a token, 16 adapters: 4096 x 28672 at 16 tokens 443 (704). 256 experts with 8 to a
-# token: 7168 x 4096 at 16 tokens, 16 adapters 1343 (1950), at 2048 tokens, 8 adapters 4199 (4803).
+# 2048 x 1536 at 16 tokens 126 (175), at 2048 tokens 341 (380); 768 x 2048 at 16 tokens 70 (108), at 2048 tokens
+# 202 (212). 8 experts with 2 to a token, 16 adapters: 4096 x 28672 at 16 tokens 443 (704). 256 experts with 8 to a
+# token: 7168 x 4096 at 16 tokens, 16 adapters 1343 (1950), at 2048 tokens, 8 adapters 4199 (4803). 32 experts with 4
+# to a token, 8 adapters, weights transposed: 2880 x 5760 at 1024 tokens 369 (492), 64 rows high 421 (515).
 
 _SHRINK_ALONE = ExpertShrinkTile(64, 128, 64, 396, 4, 3, True, 1)
 _SHRINK_DEEP = ExpertShrinkTile(64, 64, 128, 396, 4, 4, True, 2)  # of few rows, each a long way
+_SHRINK_DEEPEST = ExpertShrinkTile(64, 32, 128, 396, 4, 4, True, 4)
 _SHRINK_SHARED = ExpertShrinkTile(64, 64, 64, 396, 4, 4, False, 8)
 _SHRINK_WIDE = ExpertShrinkTile(64, 64, 64, 264, 4, 5, True, 1)
 
@@ -125,10 +127,11 @@ def expert_prefill_tile(
         return ExpertPrefillTile(height, 0, 64, 32, 16, 264, 8, 2, 2, False, False, shrink)
     few_ranks, ranks = width <= 16, 64 if simple else 32
     deep = features >= 4096 and rows <= 32 * MULTIPROCESSORS
-    alone = (_SHRINK_DEEP if deep else _SHRINK_ALONE) if few_ranks and simple else _SHRINK_SHARED
-    if has_high_tiles(rows, num_experts) and simple and features > 2560:
+    long_way = _SHRINK_DEEPEST if rows <= 8 * MULTIPROCESSORS else _SHRINK_DEEP
+    alone = (long_way if deep else _SHRINK_ALONE) if few_ranks and simple else _SHRINK_SHARED
+    if has_high_tiles(rows, num_experts) and few_ranks and simple and features > 2560:
         return ExpertPrefillTile(128, HIGH - 128, 128, 64, 32, 264, 4, 3, 3, True, True, alone)
-    if rows <= ONE_TILE * num_experts or (height >= 128 and features <= 3072):
+    if rows <= ONE_TILE * num_experts or (height >= 128 and few_ranks and features <= 3072):
         return ExpertPrefillTile(height, 0, 128, 64, ranks, 264, 4, 3, 3, True, True, alone)
     if height < 128:
         if few_ranks or columns < 4096:

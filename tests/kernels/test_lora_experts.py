@@ -107,7 +107,7 @@ def test_tiles_with_a_tail(name: str, device: str, monkeypatch: pytest.MonkeyPat
     from fxlora.kernels.expert_tiles import expert_prefill_tile
 
     monkeypatch.setattr(expert_segments, "_HEIGHTS", ((4, 16), (112, 128), (192, 64)))
-    tile = expert_prefill_tile(500, 4, True, 4096, 4096, torch.bfloat16, 16 if name == "plain" else 256)
+    tile = expert_prefill_tile(500, 4, True, 4096, 4096, torch.bfloat16, 16)
     assert tile.TAIL
     if ops.INTERPRET:
         tile = replace(tile, BN=32, BK=32, programs=3, shrink=replace(tile.shrink, BM=64, BR=16, BK=32, programs=3))

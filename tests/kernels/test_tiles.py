@@ -72,12 +72,13 @@ def test_sides_of_the_tiles_of_experts_are_what_a_dot_accepts(dtype: torch.dtype
 
 
 def test_tiles_of_experts_with_a_tail() -> None:
-    def rows(rows: int, simple: bool, features: int) -> tuple[int, int]:
-        tile = expert_prefill_tile(rows, 32, simple, features, 4096, torch.bfloat16, 16)
+    def rows(rows: int, simple: bool, features: int, ranks: int = 16) -> tuple[int, int]:
+        tile = expert_prefill_tile(rows, 32, simple, features, 4096, torch.bfloat16, ranks)
         return tile.BM, tile.TAIL
 
     assert rows(4096, True, 4096) == (128, 32)
     assert rows(5000, True, 4096) == rows(4096, False, 4096) == rows(4096, True, 2048) == (64, 0)
+    assert rows(4096, True, 4096, 64) == (64, 0)
 
 
 def test_few_rows_of_experts_shrink_deep_where_the_way_is_long() -> None:
