@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from pathlib import Path
 from typing import Any
@@ -55,12 +56,30 @@ def _open(made: Any, report: Path, query: str) -> tuple[float, float]:
     return opened - start, time.perf_counter() - opened
 
 
+def build_seconds() -> float:
+    """What 200 000 small dicts of strings cost this process, the best of three: how fast it makes what a dump is of."""
+    gc.disable()  # as dumps do
+    try:
+        return min(_build_once() for _ in range(3))
+    finally:
+        gc.enable()
+
+
+def _build_once() -> float:
+    start = time.process_time()
+    made = [{"name": f"n{i}", "facts": {"at": i, "text": str(i) * 3}} for i in range(200_000)]
+    assert len(made) == 200_000
+    return time.process_time() - start
+
+
 def test_48_layers(tmp_path: Path) -> None:
-    """Every format within 5 s of this process, a report below 3 MB that opens at once, and layers that fold."""
+    """Every format within 5 s of this process (on a slow machine, in proportion), a report below 3 MB that opens at
+    once, and layers that fold."""
     lora = deep(48)
+    most_s = max(5.0, 45 * build_seconds())
     start = time.process_time()
     folder = fxlora.dump(lora, tmp_path / "all")
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < most_s
     assert (folder / "graph.html").stat().st_size < 3_000_000
     assert "layers.1-47 as layers.0" in (folder / "graph.txt").read_text(encoding="utf-8")
     assert len((folder / "graph.txt").read_text(encoding="utf-8").splitlines()) < 400
