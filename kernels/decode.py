@@ -16,10 +16,10 @@ import torch
 from fxlora.kernels.call import LinearCall, Plan
 from fxlora.kernels.decode_gemm import gemm_kernel
 from fxlora.kernels.decode_shrink import shrink_tiles
-from fxlora.kernels.expand import expand, has_sums
+from fxlora.kernels.expand import expand, has_sums, scratch_sizes
 from fxlora.kernels.launch import Launcher
 from fxlora.kernels.tiles import DecodeTiles, ShrinkTile
-from fxlora.kernels.triton_helpers import cdiv, next_power_of_2
+from fxlora.kernels.triton_helpers import cdiv
 
 _launcher = Launcher(gemm_kernel)
 
@@ -56,21 +56,16 @@ def _plan(call: LinearCall, tiles: DecodeTiles) -> Plan:
     """Of the product's launch; its numbers end with the stride of h and the sizes of the scratch."""
     members, tile, shrink = call.members, tiles.gemm, tiles.shrink
     count = sum([cdiv(n, tile.BN) for n in call.widths]) * cdiv(call.rows, tile.BM) * tile.SPLIT
-    stride = max(16, next_power_of_2(members.h_width))
+    stride, h_size, sums_sizes = scratch_sizes(call, tiles)
     programs, parts, constants = 0, 1, ()
     if members.has_pools and not isinstance(shrink, ShrinkTile):
         parts = min(cdiv(members.h_width, shrink.BR), shrink.parts)
         programs = min(call.entries * parts, shrink.programs)
         constants = (cdiv(call.features, shrink.BK) * shrink.BK, shrink.BR, shrink.BK)
-    summed = has_sums(call, tiles.split)
-    sizes = (
-        len(call.widths) * tiles.h_parts * call.entries * stride if members.has_pools else 0,
-        sum([tile.SPLIT * call.rows * n for n, kept in zip(call.widths, summed, strict=True) if kept]),
-    )
     return call.planned(
         _launcher,
         (programs * len(call.widths) + count,),
-        (call.rows, call.features, members.max_adapters, programs, parts, stride, *sizes),
+        (call.rows, call.features, members.max_adapters, programs, parts, stride, h_size, sum(sums_sizes)),
         tile.num_warps,
         J=call.width,
         BM=tile.BM,
@@ -81,7 +76,7 @@ def _plan(call: LinearCall, tiles: DecodeTiles) -> Plan:
         EVEN=call.features % tile.BK == 0 and not any([n % tile.BN for n in call.widths]),
         HAS_BIAS=call.has_bias,
         HAS_POOL=members.has_pool if constants else (False,) * len(call.widths),
-        HAS_SUMS=summed,
+        HAS_SUMS=has_sums(call, tiles.split),
         HAS_COEFFS=call.has_coeffs,
         SHRINK=constants,
         STAGES=tile.num_stages,

@@ -21,7 +21,7 @@ from fxlora.kernels.launch import Launcher
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
 from fxlora.kernels.segments import TILE, tile_bound
 from fxlora.kernels.tiles import SingleTiles
-from fxlora.kernels.triton_helpers import cdiv, dot, whole
+from fxlora.kernels.triton_helpers import cdiv, dot, next_power_of_2, whole
 
 
 @triton.jit
@@ -197,6 +197,14 @@ def expand(
 def has_sums(call: LinearCall, split: int) -> tuple[bool, ...]:
     """Of each member: whether its base product is left in scratch, to be finished here."""
     return tuple([has_pool or split > 1 for has_pool in call.members.has_pool])
+
+
+def scratch_sizes(call: LinearCall, tiles: SingleTiles) -> tuple[int, int, list[int]]:
+    """Stride of h, words of all of h, and of each member's sums, 0 where it has none; fp32."""
+    stride = max(16, next_power_of_2(call.members.h_width))
+    h_size = len(call.widths) * tiles.h_parts * call.entries * stride if call.members.has_pools else 0
+    summed = zip(call.widths, has_sums(call, tiles.split), strict=True)
+    return stride, h_size, [tiles.split * call.rows * n if kept else 0 for n, kept in summed]
 
 
 def _plan(call: LinearCall, stride: int, j: int, tiles: SingleTiles) -> Plan:

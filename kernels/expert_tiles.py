@@ -126,9 +126,11 @@ def expert_prefill_tile(
         shrink = ExpertShrinkTile(32, 16, 32, 528, 4, 2, False, 1)
         return ExpertPrefillTile(height, 0, 64, 32, 16, 264, 8, 2, 2, False, False, shrink)
     few_ranks, ranks = width <= 16, 64 if simple else 32
-    deep = features >= 4096 and rows <= 32 * MULTIPROCESSORS
-    long_way = _SHRINK_DEEPEST if rows <= 8 * MULTIPROCESSORS else _SHRINK_DEEP
-    alone = (long_way if deep else _SHRINK_ALONE) if few_ranks and simple else _SHRINK_SHARED
+    alone, deep = _SHRINK_SHARED, False
+    if few_ranks and simple:
+        alone, deep = _SHRINK_ALONE, features >= 4096 and rows <= 32 * MULTIPROCESSORS
+    if deep:
+        alone = _SHRINK_DEEPEST if rows <= 8 * MULTIPROCESSORS else _SHRINK_DEEP
     if has_high_tiles(rows, num_experts) and few_ranks and simple and features > 2560:
         return ExpertPrefillTile(128, HIGH - 128, 128, 64, 32, 264, 4, 3, 3, True, True, alone)
     if rows <= ONE_TILE * num_experts or (height >= 128 and few_ranks and features <= 3072):
@@ -138,5 +140,5 @@ def expert_prefill_tile(
             shrink = alone if columns < 4096 or deep else _SHRINK_SHARED
             return ExpertPrefillTile(height, 0, 128, 64, 64, 396, 4, 3, 3, True, True, shrink)
         return ExpertPrefillTile(height, 0, 256, 64, 64, 132, 8, 4, 5, True, True, _SHRINK_SHARED)
-    shrink = alone if few_ranks and deep else replace(_SHRINK_WIDE, x_tma=few_ranks, shares=1 if few_ranks else 8)
+    shrink = alone if deep else replace(_SHRINK_WIDE, x_tma=few_ranks, shares=1 if few_ranks else 8)
     return ExpertPrefillTile(height, 0, 256, 64, 32 if few_ranks else ranks, 132, 8, 4, 3, True, True, shrink)

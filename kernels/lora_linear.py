@@ -97,8 +97,8 @@ def body_of(call: LinearCall) -> tuple[Body, object]:
     ranks, many = call.members.h_width, rows > DECODE_ROWS
     if (many or (rows > FEW_ROWS and prefers_prefill(rows, features, call.widths, dtype))) and _all_by_tma(call):
         return prefill, prefill_tile(rows, features, call.widths, ranks)
-    units = _units_of(call) if rows > FEW_ROWS else (16, 16)
-    if dtype == torch.bfloat16 and (many or prefers_many_tiles(rows, call.widths, units)):
+    units = _units_of(call)
+    if dtype == torch.bfloat16 and (many or (rows > FEW_ROWS and prefers_many_tiles(rows, call.widths, units))):
         return fused, many_fused_tiles(rows, call.widths, ranks, units)
     if many:
         return general, general_tiles(rows, call.entries)

@@ -10,21 +10,15 @@ from functools import cache
 
 import torch
 
-from fxlora.kernels.tiles import MULTIPROCESSORS, SHRINK_ALONE, TALL, FusedTiles, GemmTile, ShrinkTile, counter
+from fxlora.kernels.tiles import MULTIPROCESSORS, SHRINK_ALONE, TALL, FusedTiles, GemmTile, ShrinkTile, Tile, counter
 from fxlora.kernels.triton_helpers import cdiv
 
 
 @dataclass(frozen=True)
-class PrefillTile:
+class PrefillTile(Tile):
     """Of prefill.py: so many programs for each multiprocessor. BR ranks are expanded with the base product, the others
     later[0] at once in later[1] stages."""
 
-    BM: int
-    BN: int
-    BK: int
-    BR: int
-    num_warps: int
-    num_stages: int
     programs: int
     later: tuple[int, int]
     shrink: ShrinkTile

@@ -13,19 +13,14 @@ import torch
 
 from fxlora.kernels.call import LinearCall
 from fxlora.kernels.decode_shrink import shrink_tiles
-from fxlora.kernels.expand import expand, has_sums
+from fxlora.kernels.expand import expand, scratch_sizes
 from fxlora.kernels.shrink import shrink
 from fxlora.kernels.tiles import ShrinkTile, SingleTiles
-from fxlora.kernels.triton_helpers import next_power_of_2
 
 
 def single(call: LinearCall, tiles: SingleTiles) -> list[torch.Tensor]:
     """The members' outputs for `call`."""
-    members = call.members
-    stride = max(16, next_power_of_2(members.h_width))
-    summed = has_sums(call, tiles.split)
-    sizes = [call.rows * n if kept else 0 for n, kept in zip(call.widths, summed, strict=True)]
-    h_size = len(call.widths) * tiles.h_parts * call.entries * stride if members.has_pools else 0
+    stride, h_size, sizes = scratch_sizes(call, tiles)
     h, sums = call.new_scratch(h_size + sum(sizes), dtype=torch.float32).split_with_sizes([h_size, sum(sizes)])
     outputs = tuple(call.new_outputs())
     if h_size:
@@ -41,6 +36,6 @@ def single(call: LinearCall, tiles: SingleTiles) -> list[torch.Tensor]:
                 torch.mm(call.x, weight.t(), out=target)
             else:
                 torch.addmm(bias, call.x, weight.t(), out=target)
-    if any(summed):
+    if sums.numel():
         expand(call, outputs, sums, h, stride, tiles)
     return list(outputs)

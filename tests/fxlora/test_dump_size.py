@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import transformers
 from torch import fx, nn
 
 import fxlora
+from fxlora.dumps.write import _no_collections
 from tests.fxlora.dump_cases import no_browser, page
 from tests.toys.base import make_adapter
 
@@ -58,11 +58,8 @@ def _open(made: Any, report: Path, query: str) -> tuple[float, float]:
 
 def build_seconds() -> float:
     """What 200 000 small dicts of strings cost this process, the best of three: how fast it makes what a dump is of."""
-    gc.disable()  # as dumps do
-    try:
+    with _no_collections():
         return min(_build_once() for _ in range(3))
-    finally:
-        gc.enable()
 
 
 def _build_once() -> float:

@@ -86,6 +86,7 @@ def test_few_rows_of_experts_shrink_deep_where_the_way_is_long() -> None:
         return expert_prefill_tile(rows, experts, True, features, 4096, torch.bfloat16, ranks).shrink.BK
 
     assert deep(4096, 8, 14336) == deep(4096, 32, 4096) == deep(1024, 16, 8192) == 128
+    assert expert_prefill_tile(4096, 8, False, 14336, 4096, torch.bfloat16, 16).shrink.BK == 64
     assert deep(16384, 8, 14336) == deep(4096, 32, 2880) == deep(4096, 8, 14336, 64) == 64
 
 
