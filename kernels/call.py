@@ -184,14 +184,18 @@ class LinearCall(PlannedCall):
         return all([self.tma_reads(m) and m.shape[1] % 8 == 0 and m.numel() > 0 for m in matrices])
 
     def described_weights(
-        self, block: tuple[int, int], by_tma: bool = True, transposed: bool = False
+        self,
+        block: tuple[int, int],
+        by_tma: bool = True,
+        transposed: bool = False,
+        describe: Callable[[torch.Tensor, tuple[int, ...]], Described] = Described,
     ) -> list[Described | None]:
         """Each weight in blocks [BN, BK] for TMA ([BK, BN] of its transpose), None past the last and without TMA."""
         found: list[Described | None] = []
         if by_tma and transposed:
-            found = [Described(weight.t(), block[::-1]) for weight in self.weights]
+            found = [describe(weight.t(), block[::-1]) for weight in self.weights]
         elif by_tma:
-            found = [Described(weight, block) for weight in self.weights]
+            found = [describe(weight, block) for weight in self.weights]
         return found + [None] * (MOST_MEMBERS - len(found))
 
     def new_outputs(self) -> list[torch.Tensor]:

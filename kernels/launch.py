@@ -69,16 +69,18 @@ _tokens: dict[object, object] = {}
 class Described:
     """An argument that TMA reads or writes: a tensor and the block of each copy. Triton gets a `TensorDescriptor`.
 
-    Strides are multiples of 16 bytes but for the last, which is 1; the address is one too.
+    Strides are multiples of 16 bytes but for the last, which is 1; the address is one too. layout: of the block in
+    shared memory, for kernels in Gluon; it follows from dtype and block.
     """
 
-    __slots__ = ("base", "block", "key", "shape", "strides")
+    __slots__ = ("base", "block", "key", "layout", "shape", "strides")
     padding = "zero"  # what Triton's launcher asks a descriptor for
     round_f32_to_tf32 = False
 
-    def __init__(self, base: torch.Tensor, block: tuple[int, ...]) -> None:
+    def __init__(self, base: torch.Tensor, block: tuple[int, ...], layout: Any = None) -> None:
         self.base = base
         self.block = block
+        self.layout = layout
         self.shape: tuple[int, ...] = tuple(base.shape)
         self.strides: tuple[int, ...] = base.stride()
         self.key = (base.dtype, base.get_device(), block)
@@ -86,8 +88,8 @@ class Described:
     def at(self, base: Any) -> Described:
         """The same memory layout at another address, that of `base` (only its `data_ptr` is asked)."""
         moved = Described.__new__(Described)
-        moved.base, moved.block, moved.shape, moved.strides, moved.key = (
-            base, self.block, self.shape, self.strides, self.key,
+        moved.base, moved.block, moved.layout, moved.shape, moved.strides, moved.key = (
+            base, self.block, self.layout, self.shape, self.strides, self.key,
         )  # fmt: skip
         return moved
 
@@ -230,10 +232,10 @@ def entry(compiled: Any, num_constants: int) -> Enter | None:
     needs_scratch = bool(getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1))
     if not needs_scratch and not getattr(run, "gsan_enabled", False):
         c_launch, flags = run.launch, (run.launch_cooperative_grid, run.launch_pdl)
-        if _release() == (3, 6):
+        if release() == (3, 6):
             head = (function, *flags, None, None, packed, None, None, None)
             return lambda x, y, z, stream, call: c_launch(x, y, z, stream, *head, *call, *tail)
-        if _release() == (3, 9):
+        if release() == (3, 9):
             head = (function, *flags, packed, None, None, None, None, None, run.arg_annotations, run.kernel_signature)
             return lambda x, y, z, stream, call: c_launch(x, y, z, stream, *head, (*call, *tail))
     return lambda x, y, z, stream, call: run(x, y, z, stream, function, packed, None, None, None, *call, *tail)
@@ -265,7 +267,8 @@ def _driver_library() -> ctypes.CDLL | None:
         return None
 
 
-def _release() -> tuple[int, ...]:
+def release() -> tuple[int, ...]:
+    """Of Triton: (3, 6)."""
     return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
@@ -282,6 +285,10 @@ def _plain(arg: object) -> object:
     """What Triton itself gets."""
     if isinstance(arg, Fixed):
         return arg.args
+    if isinstance(arg, Described) and arg.layout is not None:
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Laid
+
+        return Laid(arg.base, list(arg.shape), list(arg.strides), list(arg.block), arg.layout)
     if isinstance(arg, Described):
         return TensorDescriptor(arg.base, arg.shape, arg.strides, list(arg.block))
     if isinstance(arg, tuple):

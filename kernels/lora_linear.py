@@ -29,8 +29,14 @@ from fxlora.kernels.decode import decode
 from fxlora.kernels.fused import fused
 from fxlora.kernels.gemv import gemv
 from fxlora.kernels.general import general
-from fxlora.kernels.prefill import lie_transposed, prefill
-from fxlora.kernels.prefill_tiles import many_fused_tiles, prefers_many_tiles, prefers_prefill, prefill_tile
+from fxlora.kernels.prefill import has_gluon, lie_transposed, prefill
+from fxlora.kernels.prefill_tiles import (
+    hopper_tile,
+    many_fused_tiles,
+    prefers_many_tiles,
+    prefers_prefill,
+    prefill_tile,
+)
 from fxlora.kernels.registry import Group, derived_of, pools_of
 from fxlora.kernels.single import single
 from fxlora.kernels.tiles import decode_tiles, fused_tiles, gemv_tile, general_tiles, single_tiles
@@ -96,7 +102,8 @@ def body_of(call: LinearCall) -> tuple[Body, object]:
         return single, single_tiles(rows, features)
     ranks, many = call.members.h_width, rows > DECODE_ROWS
     if (many or (rows > FEW_ROWS and prefers_prefill(rows, features, call.widths, dtype))) and _all_by_tma(call):
-        return prefill, prefill_tile(rows, features, call.widths, ranks)
+        tile_of = hopper_tile if has_gluon(call.x.device) else prefill_tile
+        return prefill, tile_of(rows, features, call.widths, ranks)
     units = _units_of(call)
     if dtype == torch.bfloat16 and (many or (rows > FEW_ROWS and prefers_many_tiles(rows, call.widths, units))):
         return fused, many_fused_tiles(rows, call.widths, ranks, units)

@@ -16,7 +16,10 @@ Letters: T rows, J slots per row, K in-features, N out-features.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Mapping
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,10 +28,12 @@ import triton.language as tl
 from fxlora.kernels.call import MOST_MEMBERS, LinearCall, Plan
 from fxlora.kernels.group_shrink import Scratch, scratch_of, shrink_groups
 from fxlora.kernels.groups import adapters_of, add_groups, count_groups, load_b, load_groups, load_h
-from fxlora.kernels.launch import Described, Launcher
+from fxlora.kernels.launch import Described, Launcher, release
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
-from fxlora.kernels.prefill_tiles import PrefillTile
+from fxlora.kernels.prefill_tiles import HopperTile, PrefillTile
 from fxlora.kernels.triton_helpers import cdiv, dot
+
+logger = logging.getLogger(__name__)
 
 _BAND = 8  # row tiles whose tiles of y follow each other, so that W and x are read from L2
 _AHEAD = 6  # loads of the expand are issued this many steps before the last one of the base GEMM
@@ -203,7 +208,7 @@ def prefill_kernel(
 _launcher = Launcher(prefill_kernel)
 
 
-def prefill(call: LinearCall, tile: PrefillTile) -> list[torch.Tensor]:
+def prefill(call: LinearCall, tile: PrefillTile | HopperTile) -> list[torch.Tensor]:
     """-> [..., N] of each member; bf16 or fp16.
 
     x and every weight have unit stride along K and rows 16 bytes apart, or every weight has unit stride along N and
@@ -214,14 +219,14 @@ def prefill(call: LinearCall, tile: PrefillTile) -> list[torch.Tensor]:
     if call.members.has_pools:
         shrink_groups(call, scratch, tile.shrink)
     outputs = call.new_outputs()
-    plan = call.plan(_launcher, tile, lambda: _plan(call, scratch, tile, transposed), step=transposed)
+    product = _product(tile, scratch)
+    plan = call.plan(product.launcher, tile, lambda: _plan(call, tile, product, transposed), step=transposed)
     nothing = (None,) * (MOST_MEMBERS - len(outputs))
-    y_block = (tile.BM, tile.BN // _parts(tile))
     call.launch(
         plan,
-        Described(call.x, (tile.BM, tile.BK)),
-        *call.described_weights((tile.BN, tile.BK), transposed=transposed),
-        *[Described(y.view(call.rows, -1), y_block) for y in outputs],
+        product.describe(call.x, (tile.BM, tile.BK)),
+        *call.described_weights((tile.BN, tile.BK), transposed=transposed, describe=product.describe),
+        *[product.describe(y.view(call.rows, -1), product.y_block) for y in outputs],
         *nothing,
         call.strided_biases,
         scratch.h,
@@ -236,30 +241,45 @@ def prefill(call: LinearCall, tile: PrefillTile) -> list[torch.Tensor]:
     return outputs
 
 
-def _parts(tile: PrefillTile) -> int:
-    return 2 if tile.BN >= 128 else 1
+class Product(NamedTuple):
+    """What differs between the kernels that make the product."""
+
+    launcher: Launcher
+    programs: int  # for each multiprocessor
+    num_warps: int
+    y_block: tuple[int, int]  # of a store
+    constants: Mapping[str, Any]
+    describe: Callable[[torch.Tensor, tuple[int, ...]], Described] = Described
 
 
-def _plan(call: LinearCall, scratch: Scratch, tile: PrefillTile, transposed: bool) -> Plan:
+def _product(tile: PrefillTile | HopperTile, scratch: Scratch) -> Product:
+    if isinstance(tile, HopperTile):
+        from fxlora.kernels import prefill_hopper as hopper  # another Triton may not have what it imports
+
+        y_block = (tile.BM // 2 if tile.shared else tile.BM, hopper.PART.value)
+        constants = {"BAND": tile.band, "AHEAD": tile.ahead, "SHARED": tile.shared}
+        return Product(hopper.launcher, 1, 4, y_block, constants, hopper.describe)
+    parts = 2 if tile.BN >= 128 else 1
+    depth = 1 if min(2 * scratch.width, 64) <= tile.BR else 2
+    constants = {"BR": tile.BR, "BAND": _BAND, "PARTS": parts, "AHEAD": _AHEAD, "DEPTH": depth, "LATER": tile.later}
+    return Product(_launcher, tile.programs, tile.num_warps, (tile.BM, tile.BN // parts), constants)
+
+
+def _plan(call: LinearCall, tile: PrefillTile | HopperTile, product: Product, transposed: bool) -> Plan:
     members = call.members
     tiles = cdiv(call.rows, tile.BM) * sum([cdiv(n, tile.BN) for n in call.widths])
     octets = tuple([n // 8 for n in call.widths])
     return call.planned(
-        _launcher,
-        (min(tiles, tile.programs * multiprocessors(call.x.device)),),
+        product.launcher,
+        (min(tiles, product.programs * multiprocessors(call.x.device)),),
         (call.rows, call.features // 8, octets, members.max_adapters),
-        tile.num_warps,
+        product.num_warps,
         J=call.width,
         BM=tile.BM,
         BN=tile.BN,
         BK=tile.BK,
-        BR=tile.BR,
-        BAND=_BAND,
-        PARTS=_parts(tile),
         STAGES=tile.num_stages,
-        AHEAD=_AHEAD,
-        DEPTH=1 if min(2 * scratch.width, 64) <= tile.BR else 2,
-        LATER=tile.later,
+        **product.constants,
         TRANSPOSED=transposed,
         HAS_BIAS=call.has_bias,
         HAS_POOL=members.has_pool,
@@ -271,6 +291,20 @@ def _plan(call: LinearCall, scratch: Scratch, tile: PrefillTile, transposed: boo
 def lie_transposed(call: LinearCall) -> bool:
     """Whether every weight's out-features lie side by side, as those of transformers' Conv1D do."""
     return all([weight.stride(0) == 1 and weight.stride(1) != 1 for weight in call.weights])
+
+
+@cache
+def has_gluon(device: torch.device) -> bool:
+    """Whether prefill_hopper.py serves this GPU: one of compute capability 9, and a Triton whose Gluon is known.
+
+    Gluon is experimental, and Triton 3.9 renames parts of it. What it makes faster is as right without it.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    known = release() in ((3, 6), (3, 7), (3, 8))
+    if not known:
+        logger.warning("triton %s has no Gluon that fxlora knows: prefill costs up to 15%% more", triton.__version__)
+    return known
 
 
 @cache

@@ -24,13 +24,29 @@ class PrefillTile(Tile):
     shrink: ShrinkTile
 
 
+@dataclass(frozen=True)
+class HopperTile:
+    """Of prefill_hopper.py: two groups of warps take tiles in turn, or, `shared`, halves of each; so many row tiles
+    follow each other; what the expand needs is asked for so many steps before the last."""
+
+    BM: int
+    BN: int
+    BK: int
+    num_stages: int
+    shared: bool
+    band: int
+    ahead: int
+    shrink: ShrinkTile
+
+
 _SHRINK_TALL = ShrinkTile(64, 16, 64, 1, 264, 4, 5, 1)
 _SHRINK_TALL_SHARED = ShrinkTile(64, 16, 128, 1, 264, 4, 4, 1, 16)
 _SHRINK_TALL_RANKS = ShrinkTile(64, 64, 64, 1, 264, 4, 5, 1)
 _SHRINK_ASIDE = ShrinkTile(64, 16, 128, 1, MULTIPROCESSORS, 4, 5, 1)
 _SHRINK_ASIDE_TALL = ShrinkTile(128, 16, 128, 1, MULTIPROCESSORS, 8, 5, 1)
-LONG = 35e10
-"""Multiplications of a call from which power limits what it may read."""
+LONG, RATHER_LONG, SHORT = 35e10, 12e10, 3e10
+"""Multiplications of a call: from LONG on (of a Hopper's own kernel, RATHER_LONG) power limits what it may read; below
+SHORT, a program's last store and the wait for the shrink weigh most."""
 
 
 @cache
@@ -66,6 +82,31 @@ def prefill_tile(rows: int, features: int, widths: tuple[int, ...], width: int) 
     if count(64, 128) <= MULTIPROCESSORS:
         return PrefillTile(64, 128, 64, 16, 4, 5, 1, later, shrink)
     return PrefillTile(64, 128, 64, 16, 4, 4, 2, later, shrink)
+
+
+@cache
+def hopper_tile(rows: int, features: int, widths: tuple[int, ...], width: int) -> PrefillTile | HopperTile:
+    """As prefill_tile, for a GPU that prefill_hopper.py serves too.
+
+    Turns take 128 x 128, which the last wave leaves less of the GPU idle for; a shared tile is 128 x 256, which reads
+    less. Times are counted in 128 x 128 of a multiprocessor. More than 16 ranks expand better in the other kernel,
+    whose loads of them run further ahead.
+    """
+    plain = prefill_tile(rows, features, widths, width)
+    count = counter(rows, widths)
+    work = rows * features * sum(widths)
+    by_turns, shared = cdiv(count(128, 128), MULTIPROCESSORS), 2 * cdiv(count(128, 256), MULTIPROCESSORS)
+    as_planned = shared if plain.BN == 256 else 2 * cdiv(count(128, 128), 2 * MULTIPROCESSORS)
+    if by_turns <= 2:
+        return plain
+    if features < TALL and work < RATHER_LONG:
+        many_ranks = width > 16
+        even = by_turns == as_planned and features <= 2048 and rows <= 4096 and work >= SHORT
+        if by_turns <= 0.8 * as_planned or (not many_ranks and (by_turns < as_planned or even)):
+            return HopperTile(128, 128, 64, 5, False, 8, 0, plain.shrink)
+    if width <= 16 and shared <= as_planned and work >= SHORT:
+        return HopperTile(128, 256, 64, 4, True, 16, 6, plain.shrink)
+    return plain
 
 
 def _prefill_shrink(rows: int, members: int, tiles: int, width: int) -> ShrinkTile:

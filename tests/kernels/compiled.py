@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from fxlora.kernels import call as calls
-from fxlora.kernels import expert_call, prefill
+from fxlora.kernels import expert_call, lora_linear, prefill
 from fxlora.kernels.call import LinearCall, Members
 from fxlora.kernels.expert_pool import ExpertPool
 from fxlora.kernels.expert_segments import expert_segments_size
@@ -104,6 +104,8 @@ CALLS: dict[str, Callable[[], object]] = {
     "many rows": lambda: linear(2048, 4096, 4096),
     "many rows, rank 64": lambda: linear(2048, 4096, 4096, rank=64),
     "many rows, three members": lambda: linear(2048, 4096, 4096, 1024, 1024),
+    "many rows, warps in turn": lambda: [linear(1024, 5120, 5120), linear(1024, 2048, 8192, 8192)],
+    "many rows, warps in turn, transposed": lambda: linear(1024, 5120, 5120, transposed=True),
     "many rows, two programs at a time": lambda: linear(2048, 2048, 2048, 512, 512),
     "many rows over few columns": lambda: [linear(2048, 2048, n) for n in (64, 128, 256)],
     "many rows, transposed": lambda: [linear(m, 4096, 4096, transposed=True) for m in (300, 2048)],
@@ -147,6 +149,7 @@ def launches(names: list[str]) -> Iterator[dict[str, Any]]:
     driver.set_active(Absent())
     triton.runtime.jit.JITFunction.run = compile_only
     calls.can_overlap = expert_call.can_overlap = lambda device: True
+    lora_linear.has_gluon = lambda device: True
     prefill.multiprocessors = lambda device: 132
     for name in names:
         CALLS[name]()

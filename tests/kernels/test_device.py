@@ -77,7 +77,8 @@ def test_a_captured_graph_serves_whatever_is_loaded_at_replay(kind: str, rows: i
 @pytest.mark.parametrize(
     ("rows", "features", "outs"),
     [(1, 136, (200, 72)), (16, 136, (200, 72)), (200, 136, (200, 72)), (200, 136, (4096,)), (16, 136, (20008,)),
-     (64, 136, (20008,)), (70, 136, (20008,)), (300, 136, (200, 72)), (200, 8200, (4096,))],
+     (64, 136, (20008,)), (70, 136, (20008,)), (300, 136, (200, 72)), (200, 8200, (4096,)),
+     (2048, 136, (2304,)), (2048, 4104, (4096,))],
 )  # fmt: skip
 def test_a_captured_graph_of_every_half_precision_body(rows: int, features: int, outs: tuple[int, ...]) -> None:
     """Replayed with other adapters, slots and rows: near the reference, and the bits of a call outside of a graph."""
@@ -224,8 +225,10 @@ def all_registered(cases: Sequence[Case]) -> Iterator[list[int]]:
 
 
 @pytest.mark.usefixtures("plain_memory")
-@pytest.mark.parametrize("features", [1024, 4096])
-@pytest.mark.parametrize("rows", [1, 16, 64, 300])
+@pytest.mark.parametrize(
+    ("rows", "features"),
+    [*((rows, features) for rows in (1, 16, 64, 300) for features in (1024, 4096)), (1024, 5120), (2048, 4096)],
+)
 def test_chained_ops_of_a_graph_serve_whatever_is_loaded_at_replay(rows: int, features: int) -> None:
     chain = chain_of(rows, features)
     with all_registered(chain) as handles:

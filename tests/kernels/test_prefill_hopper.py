@@ -1,0 +1,135 @@
+"""The kernel that a Hopper GPU has for prefill gives the bits of the other one, which test_prefill.py holds to the
+reference; its tiles keep to what serves them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fxlora.kernels.prefill_tiles import HopperTile, PrefillTile, hopper_tile, prefill_tile
+from fxlora.kernels.tiles import ShrinkTile
+from tests.kernels.cases import Case, equal_bits, linear_call, make_case
+
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+on_hopper = pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of compute capability 9")
+RANKS = (1, 8, 0, 16, 40, 100)
+SHRINK = ShrinkTile(16, 64, 256, 1, 264, 4, 4, 4)
+PLAIN = PrefillTile(128, 256, 64, 16, 8, 3, 1, (32, 3), SHRINK)
+TURNS, SHARED = HopperTile(128, 128, 64, 5, False, 8, 0, SHRINK), HopperTile(128, 256, 64, 4, True, 16, 6, SHRINK)
+TILES = pytest.mark.parametrize("tile", [TURNS, SHARED, replace(TURNS, ahead=6)], ids=["turns", "shared", "ahead"])
+
+
+def large_case(**options: Any) -> Case:
+    sizes = {"rows": 1100, "features": 1032, "outs": (776,), "ranks": RANKS, "dtype": torch.bfloat16, "device": "cuda"}
+    return make_case(**{**sizes, **options})
+
+
+def run(case: Case, tile: PrefillTile | HopperTile) -> list[torch.Tensor]:
+    from fxlora.kernels.prefill import prefill
+
+    return prefill(linear_call(case), tile)
+
+
+def assert_same(case: Case, tile: HopperTile) -> None:
+    assert equal_bits(run(case, PLAIN), run(case, tile), slice(None))
+
+
+@pytest.mark.gpu
+@on_hopper
+@TILES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("order", ["runs", "shuffled", "one"])
+def test_orders_mixed_ranks_and_bias(order: str, dtype: torch.dtype, tile: HopperTile) -> None:
+    assert_same(large_case(order=order, bias=order != "runs", dtype=dtype), tile)
+
+
+@pytest.mark.gpu
+@on_hopper
+@TILES
+@pytest.mark.parametrize("width", [2, 3])
+def test_several_adapters_per_row_with_coefficients(width: int, tile: HopperTile) -> None:
+    assert_same(large_case(width=width, order="shuffled"), tile)
+
+
+@pytest.mark.gpu
+@on_hopper
+@TILES
+@pytest.mark.parametrize("features", [8, 64, 200, 4104])
+@pytest.mark.parametrize("rows", [1, 128, 129, 513])
+def test_sizes_that_fit_no_tile(rows: int, features: int, tile: HopperTile) -> None:
+    assert_same(large_case(rows=rows, features=features, outs=(8, 264), bias=True), tile)
+
+
+@pytest.mark.gpu
+@on_hopper
+@TILES
+@pytest.mark.parametrize("features", [64, 712])
+def test_many_tiles_for_each_program(features: int, tile: HopperTile) -> None:
+    """Rings and turns come round often, with members of odd and even numbers of tiles."""
+    assert_same(large_case(rows=9000, features=features, outs=(776, 1032, 136), order="shuffled"), tile)
+
+
+@pytest.mark.gpu
+@on_hopper
+@TILES
+@pytest.mark.parametrize("none_members", [(), (1,), (0, 3), (0, 1, 2, 3)])
+def test_members_share_a_launch(none_members: tuple[int, ...], tile: HopperTile) -> None:
+    outs = (40, 8, 1160, 24)
+    assert_same(large_case(outs=outs, none_members=none_members, bias=True, order="shuffled"), tile)
+
+
+@pytest.mark.gpu
+@on_hopper
+@TILES
+def test_transposed_weights(tile: HopperTile) -> None:
+    case = large_case(outs=(776, 264))
+    assert_same(replace(case, weights=[weight.t().contiguous().t() for weight in case.weights]), tile)
+
+
+@pytest.mark.gpu
+@on_hopper
+@TILES
+def test_no_slot_no_adapter(tile: HopperTile) -> None:
+    case = large_case()
+    assert_same(case.with_slots(torch.full_like(case.row_slots, -1)), tile)
+    assert_same(case.with_slots(torch.full_like(case.row_slots, 2)), tile)  # rank 0
+
+
+@pytest.mark.gpu
+@on_hopper
+@TILES
+def test_what_is_wrong_with_one_adapter_stays_in_its_rows(tile: HopperTile) -> None:
+    """Its pool rows lie beside those of others, ranks of 8 within one block of 16."""
+    case = large_case(ranks=(8, 8, 8, 8), order="shuffled")
+    clean, (pool,) = run(case, tile), case.pools
+    assert pool is not None
+    for matrix in (pool.a, pool.b):
+        matrix[int(pool.start[1])] = float("nan")
+        matrix[int(pool.start[1]) + 7] = float("inf")
+    assert equal_bits(clean, run(case, tile), (case.row_slots != 1).all(dim=1))
+
+
+def test_turns_where_they_leave_less_idle_a_shared_tile_where_reading_counts() -> None:
+    def kind(rows: int, features: int, *widths: int, width: int = 16) -> str:
+        tile = hopper_tile(rows, features, widths, width)
+        return ("shared" if tile.shared else "turns") if isinstance(tile, HopperTile) else "plain"
+
+    assert kind(1024, 5120, 5120) == kind(512, 4096, 14336, 14336) == kind(2048, 2048, 8192, 8192) == "turns"
+    assert kind(2048, 4096, 4096) == kind(8192, 4096, 28672) == kind(2048, 14336, 4096) == "shared"
+    assert kind(8192, 2048, 8192, 8192) == "shared"  # as many of either, but long
+    assert kind(300, 4096, 4096) == kind(2048, 2048, 2048) == kind(8192, 1024, 1024) == "plain"
+    assert kind(2048, 4096, 4096, width=64) == "plain"
+    assert kind(1024, 5120, 5120, width=64) == "turns"
+
+
+@pytest.mark.parametrize("rows", [257, 300, 1000, 2048, 8192, 100000])
+@pytest.mark.parametrize("width", [1, 16, 64])
+def test_both_kernels_shrink_alike(rows: int, width: int) -> None:
+    for features in (64, 2048, 4096, 14336):
+        for widths in ((64,), (4096,), (4096, 1024, 1024), (14336, 14336)):
+            ours, plain = hopper_tile(rows, features, widths, width), prefill_tile(rows, features, widths, width)
+            assert ours.shrink == plain.shrink
+            assert (ours.BM == 128) or ours is plain
