@@ -102,14 +102,28 @@ def test_no_slot_no_adapter(tile: HopperTile) -> None:
 @on_hopper
 @TILES
 def test_what_is_wrong_with_one_adapter_stays_in_its_rows(tile: HopperTile) -> None:
-    """Its pool rows lie beside those of others, ranks of 8 within one block of 16."""
-    case = large_case(ranks=(8, 8, 8, 8), order="shuffled")
+    case = large_case(order="shuffled")
     clean, (pool,) = run(case, tile), case.pools
     assert pool is not None
-    for matrix in (pool.a, pool.b):
-        matrix[int(pool.start[1])] = float("nan")
-        matrix[int(pool.start[1]) + 7] = float("inf")
-    assert equal_bits(clean, run(case, tile), (case.row_slots != 1).all(dim=1))
+    pool.a[int(pool.start[4])] = float("nan")
+    pool.a[int(pool.start[4]) + 1] = float("inf")
+    assert equal_bits(clean, run(case, tile), (case.row_slots != 4).all(dim=1))
+
+
+@pytest.mark.gpu
+@on_hopper
+@TILES
+def test_pool_rows_beyond_the_rank_are_not_read(tile: HopperTile) -> None:
+    """B is copied 16 pool rows at a time, of which the last eight are another adapter's."""
+    case = large_case(ranks=(8, 8))
+    case = case.with_slots(torch.zeros_like(case.row_slots))
+    clean, (pool,) = run(case, tile), case.pools
+    assert pool is not None
+    used = range(int(pool.start[0]), int(pool.start[0]) + 8)
+    others = [row for row in range(len(pool.b)) if row not in used]
+    assert others
+    pool.b[others] = float("nan")
+    assert equal_bits(clean, run(case, tile), slice(None))
 
 
 def test_turns_where_they_leave_less_idle_a_shared_tile_where_reading_counts() -> None:
