@@ -43,6 +43,8 @@ test: $(STAMP)
 
 # Every tensor gets memory of its own, or memcheck would take a neighbour's for a tensor's.
 # In parts beside each other; the first pass, without a tool, leaves the compiled kernels in Triton's cache.
+# racecheck takes the word by which Triton tells a program's warps what to run for a race (two barriers lie between), so
+# it leaves out the kernel that has one.
 sanitize: $(STAMP)
 	@if ! command -v compute-sanitizer >/dev/null; then \
 		echo "skipped: compute-sanitizer (CUDA toolkit) is not on PATH"; \
@@ -51,7 +53,7 @@ sanitize: $(STAMP)
 	else \
 		parts="seq 0 $$(($(JOBS) - 1))"; run="$(BIN)/python -m tests.kernels.sanitize --part"; \
 		$$parts | xargs -P $(JOBS) -I{} $$run {}/$(JOBS) >/dev/null || exit 1; \
-		for tool in memcheck racecheck; do \
+		for tool in memcheck "racecheck --kernel-name-exclude kns=prefill_hopper"; do \
 			$$parts | PYTORCH_NO_CUDA_MEMORY_CACHING=1 xargs -P $(JOBS) -I{} compute-sanitizer --tool $$tool \
 				--error-exitcode 1 $$run {}/$(JOBS) || exit 1; \
 		done; \

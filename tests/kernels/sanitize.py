@@ -1,6 +1,7 @@
 """Every op and every Triton body on small calls, for compute-sanitizer: `make sanitize` runs it and says what it needs.
 
-Each result is compared with the reference: a tool that finds nothing in kernels that computed nothing says nothing.
+Each result is compared with the reference, or with what was: a tool that finds nothing in kernels that computed nothing
+says nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from tests.kernels.cases import HAS_CUDA, assert_right, make_case
 from tests.kernels.expert_cases import assert_experts_right, make_expert_case
 from tests.kernels.test_bodies import BODIES, DECODE, DEVICE, FUSED, GEMV, SINGLE, check, serves, small_case
+from tests.kernels.test_prefill_hopper import IS_HOPPER, SHARED, TURNS, assert_same_of_few_programs
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -46,6 +48,19 @@ def op_calls() -> Iterator[Callable[[], object]]:
                 yield lambda sizes=sizes: assert_right(make_case(**sizes))
 
 
+def hopper_calls() -> Iterator[Callable[[], object]]:
+    """prefill_hopper.py, which serves calls as small as these for a test alone."""
+    for tile in (TURNS, SHARED) if IS_HOPPER else ():
+        for dtype, outs, width in (
+            (torch.bfloat16, (264,), 1),
+            (torch.float16, (200, 72), 1),
+            (torch.bfloat16, (1032,), 2),
+        ):
+            sizes = {"rows": 513, "features": 264, "outs": outs, "width": width, "dtype": dtype, "device": DEVICE}
+            options = {**sizes, "bias": True, "ranks": (8, 0, 40, 3), "order": "shuffled"}
+            yield lambda options=options, tile=tile: assert_same_of_few_programs(make_case(**options), tile)
+
+
 def expert_calls() -> Iterator[Callable[[], object]]:
     """Row tiles of every height, rows in place and in any order."""
     for dtype in DTYPES:
@@ -67,7 +82,7 @@ def main() -> int:
     if not HAS_CUDA:
         print("skipped: no GPU")
         return 0
-    calls = [*body_calls(), *op_calls(), *expert_calls()][part::parts]
+    calls = [*body_calls(), *op_calls(), *hopper_calls(), *expert_calls()][part::parts]
     for done, call in enumerate(calls, 1):
         torch.manual_seed(0)
         call()

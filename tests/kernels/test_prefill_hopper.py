@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -35,6 +36,14 @@ def run(case: Case, tile: PrefillTile | HopperTile) -> list[torch.Tensor]:
 
 def assert_same(case: Case, tile: HopperTile) -> None:
     assert equal_bits(run(case, PLAIN), run(case, tile), slice(None))
+
+
+def assert_same_of_few_programs(case: Case, tile: HopperTile) -> None:
+    """Three programs make all tiles, so that even a small call has turns."""
+    from fxlora.kernels import prefill
+
+    with mock.patch.object(prefill, "multiprocessors", return_value=3):
+        assert_same(case, tile)
 
 
 @pytest.mark.gpu
