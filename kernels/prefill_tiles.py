@@ -90,7 +90,7 @@ def hopper_tile(rows: int, features: int, widths: tuple[int, ...], width: int) -
 
     Turns take 128 x 128, which the last wave leaves less of the GPU idle for; a shared tile is 128 x 256, which reads
     less. Times are counted in 128 x 128 of a multiprocessor. More than 16 ranks expand better in the other kernel,
-    whose loads of them run further ahead.
+    whose loads of them run further ahead. A shrink aside would end after the first turn, which waits for it.
     """
     plain = prefill_tile(rows, features, widths, width)
     count = counter(rows, widths)
@@ -103,7 +103,8 @@ def hopper_tile(rows: int, features: int, widths: tuple[int, ...], width: int) -
         many_ranks = width > 16
         even = by_turns == as_planned and features <= 2048 and rows <= 4096 and work >= SHORT
         if by_turns <= 0.8 * as_planned or (not many_ranks and (by_turns < as_planned or even)):
-            return HopperTile(128, 128, 64, 5, False, 8, 0, plain.shrink)
+            shrink = _prefill_shrink(rows, len(widths), count(128, 256), width)
+            return HopperTile(128, 128, 64, 5, False, 8, 0, shrink)
     if width <= 16 and shared <= as_planned and work >= SHORT:
         return HopperTile(128, 256, 64, 4, True, 16, 6, plain.shrink)
     return plain
