@@ -3,7 +3,8 @@
 Stage: run time. group_shrink.py lists the groups of each row tile and makes h, beside the product's launch. That one's
 programs stay resident and divide the tiles of y, one member's after the other's; they need h only behind the
 in-features of their first tile. Grids come from shapes alone, slots, ranks and scalings are read on the device: a
-captured CUDA graph serves whatever is loaded at replay. No program waits for another of its launch.
+captured CUDA graph serves whatever is loaded at replay. No program waits for another of its launch. On a Hopper GPU
+large calls get the product of prefill_hopper.py.
 
 Arithmetic: h = coeff * (scaling * (x A^T)) in fp32, rounded to the dtype of x; h B is accumulated onto the base result,
 16 ranks at a time, slots ascending. A row of another slot meets zeros in h, which leave its fp32 sum as it is, so its
