@@ -6,8 +6,8 @@ holds:
     other fp32                             single.py    shrink, the library's product, expand
     up to DECODE_ROWS rows                 decode.py    base product with the shrink beside it, expand
         many of them, or many columns      fused.py     shrink, base product that takes the expand along
-    more rows, where TMA can read it all   prefill.py   shrink, one persistent launch of base product and expand, that of
-                                                        prefill_hopper.py where it serves better
+    more rows, where TMA can read it all   prefill.py   shrink, one persistent launch of base product and expand (large
+                                                        calls on a Hopper GPU: prefill_hopper.py)
         other bf16                         fused.py
     everything else                        general.py
 
