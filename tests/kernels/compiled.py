@@ -54,8 +54,9 @@ class Absent:
         return True
 
 
-def linear(rows: int, features: int, *outs: int, rank: int = 16, transposed: bool = False) -> None:
-    """Compile what a bf16 call of `lora_linear` launches."""
+def linear(rows: int, features: int, *outs: int, rank: int = 16, transposed: bool = False, own: bool = False) -> None:
+    """Compile what a bf16 call of `lora_linear` launches. own: with the kernels that Hopper GPUs have of their own."""
+    lora_linear.has_gluon = lambda device: own
     pools = [
         SitePool.allocate(
             kind="linear", pool_rows=SLOTS * rank, in_features=features, out_features=out, max_adapters=SLOTS,
@@ -104,8 +105,9 @@ CALLS: dict[str, Callable[[], object]] = {
     "many rows": lambda: linear(2048, 4096, 4096),
     "many rows, rank 64": lambda: linear(2048, 4096, 4096, rank=64),
     "many rows, three members": lambda: linear(2048, 4096, 4096, 1024, 1024),
-    "many rows, warps in turn": lambda: [linear(1024, 5120, 5120), linear(1024, 2048, 8192, 8192)],
-    "many rows, warps in turn, transposed": lambda: linear(1024, 5120, 5120, transposed=True),
+    "many rows, warps in turn": lambda: [linear(1024, 5120, *n, own=True) for n in ((5120,), (2560, 1280, 1280))],
+    "many rows, a tile shared by warps": lambda: linear(2048, 4096, 4096, 1024, own=True),
+    "many rows, a tile shared by warps, transposed": lambda: linear(2048, 4096, 4096, transposed=True, own=True),
     "many rows, two programs at a time": lambda: linear(2048, 2048, 2048, 512, 512),
     "many rows over few columns": lambda: [linear(2048, 2048, n) for n in (64, 128, 256)],
     "many rows, transposed": lambda: [linear(m, 4096, 4096, transposed=True) for m in (300, 2048)],
@@ -149,7 +151,6 @@ def launches(names: list[str]) -> Iterator[dict[str, Any]]:
     driver.set_active(Absent())
     triton.runtime.jit.JITFunction.run = compile_only
     calls.can_overlap = expert_call.can_overlap = lambda device: True
-    lora_linear.has_gluon = lambda device: True
     prefill.multiprocessors = lambda device: 132
     for name in names:
         CALLS[name]()
