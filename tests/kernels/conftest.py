@@ -1,11 +1,13 @@
 """What the interpreter does again and again in vain, left out: half of the time of an interpreted test.
 
 It replaces Triton's language in every function that a kernel calls, where that is done since the launch began; and it
-proves of each sum of two integers that it does not overflow, which no call as small as these comes near.
+proves of each sum of two integers that it does not overflow, which no call as small as these comes near. Its many small
+objects need no collector as often as it comes.
 """
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 from collections.abc import Callable, Iterator
@@ -47,4 +49,5 @@ def less_interpreting() -> Iterator[None]:
                 monkeypatch.setattr(interpreter, "_patch_lang", once(interpreter._patch_lang))
             options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
             monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
+            gc.set_threshold(200_000, 50, 100)
         yield
