@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from fxlora.kernels.call import MOST_MEMBERS, LinearCall, Plan
-from fxlora.kernels.group_shrink import Scratch, scratch_of, shrink_groups
+from fxlora.kernels.group_shrink import scratch_of, shrink_groups
 from fxlora.kernels.groups import adapters_of, add_groups, count_groups, load_b, load_groups, load_h
 from fxlora.kernels.launch import Described, Launcher, release
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
@@ -44,6 +44,22 @@ _AHEAD = 6  # loads of the expand are issued this many steps before the last one
 def tile_rows(row_tile, BM: tl.constexpr) -> tl.tensor:
     """Rows of a row tile."""
     return (row_tile * BM + tl.arange(0, BM)).to(tl.int64)
+
+
+@triton.jit
+def place(tile, tiles_m, tiles_n, BAND: tl.constexpr) -> tl.tensor:
+    """Row tile and column tile of one tile of y; BAND row tiles follow each other."""
+    band, in_band = tile // (BAND * tiles_n), tile % (BAND * tiles_n)
+    height = tl.minimum(tiles_m - band * BAND, BAND)
+    return band * BAND + in_band % height, in_band // height
+
+
+@triton.jit
+def next_member(first_tile, tiles) -> tl.tensor:
+    """How many of a member's tiles this program has from its first on, and the first tile of the next member's, which
+    are dealt out from where this one's end."""
+    count = tl.cdiv(tl.maximum(tiles - first_tile, 0), tl.num_programs(0))
+    return count, first_tile + count * tl.num_programs(0) - tiles
 
 
 @triton.jit
@@ -123,9 +139,7 @@ def member_tiles(
     """One program's tiles of one member's y, from this one on: base GEMM, adapters, bias, one store."""
     tiles_m, tiles_n, steps = tl.cdiv(num_rows, BM), tl.cdiv(num_cols, BN), tl.cdiv(num_features, BK)
     for tile in tl.range(first_tile, tiles_m * tiles_n, tl.num_programs(0), num_stages=1):
-        band, in_band = tile // (BAND * tiles_n), tile % (BAND * tiles_n)
-        height = tl.minimum(tiles_m - band * BAND, BAND)
-        row_tile, col_tile = band * BAND + in_band % height, in_band // height
+        row_tile, col_tile = place(tile, tiles_m, tiles_n, BAND)
         if adapters is not None:
             acc = adapted_tile(
                 x_desc, w_desc, row_tile, col_tile, adapters, num_rows, num_cols, steps, J, BM, BN, BK, BR, STAGES,
@@ -201,8 +215,7 @@ def prefill_kernel(
             feature_octets * 8, num_cols, J, BM, BN, BK, BR, BAND, PARTS, STAGES, AHEAD, DEPTH, LATER,
             TRANSPOSED, HAS_BIAS[member], PDL,
         )  # fmt: skip
-        tiles = tiles_m * tl.cdiv(num_cols, BN)  # the next member's are dealt out from where this one's end
-        first_tile += tl.cdiv(tl.maximum(tiles - first_tile, 0), tl.num_programs(0)) * tl.num_programs(0) - tiles
+        _, first_tile = next_member(first_tile, tiles_m * tl.cdiv(num_cols, BN))
     wait_for_earlier(PDL)
 
 
@@ -220,7 +233,7 @@ def prefill(call: LinearCall, tile: PrefillTile | HopperTile) -> list[torch.Tens
     if call.members.has_pools:
         shrink_groups(call, scratch, tile.shrink)
     outputs = call.new_outputs()
-    product = _product(tile, scratch)
+    product = _product(tile, scratch.width)
     plan = call.plan(product.launcher, tile, lambda: _plan(call, tile, product, transposed), step=transposed)
     nothing = (None,) * (MOST_MEMBERS - len(outputs))
     call.launch(
@@ -253,7 +266,9 @@ class Product(NamedTuple):
     describe: Callable[[torch.Tensor, tuple[int, ...]], Described] = Described
 
 
-def _product(tile: PrefillTile | HopperTile, scratch: Scratch) -> Product:
+@cache
+def _product(tile: PrefillTile | HopperTile, width: int) -> Product:
+    """width: W."""
     if isinstance(tile, HopperTile):
         from fxlora.kernels import prefill_hopper as hopper  # another Triton may not have what it imports
 
@@ -261,7 +276,7 @@ def _product(tile: PrefillTile | HopperTile, scratch: Scratch) -> Product:
         constants = {"BAND": tile.band, "AHEAD": tile.ahead, "SHARED": tile.shared}
         return Product(hopper.launcher, 1, 4, y_block, constants, hopper.describe)
     parts = 2 if tile.BN >= 128 else 1
-    depth = 1 if min(2 * scratch.width, 64) <= tile.BR else 2
+    depth = 1 if min(2 * width, 64) <= tile.BR else 2
     constants = {"BR": tile.BR, "BAND": _BAND, "PARTS": parts, "AHEAD": _AHEAD, "DEPTH": depth, "LATER": tile.later}
     return Product(_launcher, tile.programs, tile.num_warps, (tile.BM, tile.BN // parts), constants)
 

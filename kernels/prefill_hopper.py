@@ -30,29 +30,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language import debug_barrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fxlora.kernels.groups import FIELDS
 from fxlora.kernels.launch import Described, Launcher
+from fxlora.kernels.prefill import next_member, place
 
 PART = gl.constexpr(64)
 """Columns of y that are stored at once, through one of two buffers of each group."""
-
-FIELDS = gl.constexpr(3)
-"""As of groups.py."""
-
-
-@gluon.jit
-def place(tile, tiles_m, tiles_n, BAND: gl.constexpr) -> gl.tensor:
-    """Row tile and column tile of one tile of y; BAND row tiles follow each other."""
-    band, in_band = tile // (BAND * tiles_n), tile % (BAND * tiles_n)
-    height = gl.minimum(tiles_m - band * BAND, BAND)
-    return band * BAND + in_band % height, in_band // height
-
-
-@gluon.jit
-def next_member(first_tile, tiles) -> gl.tensor:
-    """How many of a member's tiles this program has from its first on, and the first tile of the next member's, which
-    are dealt out from where this one's end."""
-    count = gl.cdiv(gl.maximum(tiles - first_tile, 0), gl.num_programs(0))
-    return count, first_tile + count * gl.num_programs(0) - tiles
 
 
 @gluon.jit

@@ -3,6 +3,7 @@ reference; its tiles keep to what serves them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -15,12 +16,17 @@ from fxlora.kernels.tiles import ShrinkTile
 from tests.kernels.cases import Case, equal_bits, linear_call, make_case
 
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-on_hopper = pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of compute capability 9")
 RANKS = (1, 8, 0, 16, 40, 100)
 SHRINK = ShrinkTile(16, 64, 256, 1, 264, 4, 4, 4)
 PLAIN = PrefillTile(128, 256, 64, 16, 8, 3, 1, (32, 3), SHRINK)
 TURNS, SHARED = HopperTile(128, 128, 64, 5, False, 8, 0, SHRINK), HopperTile(128, 256, 64, 4, True, 16, 6, SHRINK)
-TILES = pytest.mark.parametrize("tile", [TURNS, SHARED, replace(TURNS, ahead=6)], ids=["turns", "shared", "ahead"])
+
+
+def of_every_tile(test: Callable[..., None]) -> Callable[..., None]:
+    """A test on a GPU of compute capability 9, once for each kind of tile."""
+    tiles = pytest.mark.parametrize("tile", [TURNS, SHARED, replace(TURNS, ahead=6)], ids=["turns", "shared", "ahead"])
+    skip = pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of compute capability 9")
+    return pytest.mark.gpu(skip(tiles(test)))
 
 
 def large_case(**options: Any) -> Case:
@@ -46,70 +52,54 @@ def assert_same_of_few_programs(case: Case, tile: HopperTile) -> None:
         assert_same(case, tile)
 
 
-@pytest.mark.gpu
-@on_hopper
-@TILES
+@of_every_tile
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("order", ["runs", "shuffled", "one"])
 def test_orders_mixed_ranks_and_bias(order: str, dtype: torch.dtype, tile: HopperTile) -> None:
     assert_same(large_case(order=order, bias=order != "runs", dtype=dtype), tile)
 
 
-@pytest.mark.gpu
-@on_hopper
-@TILES
+@of_every_tile
 @pytest.mark.parametrize("width", [2, 3])
 def test_several_adapters_per_row_with_coefficients(width: int, tile: HopperTile) -> None:
     assert_same(large_case(width=width, order="shuffled"), tile)
 
 
-@pytest.mark.gpu
-@on_hopper
-@TILES
+@of_every_tile
 @pytest.mark.parametrize("features", [8, 64, 200, 4104])
 @pytest.mark.parametrize("rows", [1, 128, 129, 513])
 def test_sizes_that_fit_no_tile(rows: int, features: int, tile: HopperTile) -> None:
     assert_same(large_case(rows=rows, features=features, outs=(8, 264), bias=True), tile)
 
 
-@pytest.mark.gpu
-@on_hopper
-@TILES
+@of_every_tile
 @pytest.mark.parametrize("features", [64, 712])
 def test_many_tiles_for_each_program(features: int, tile: HopperTile) -> None:
     """Rings and turns come round often, with members of odd and even numbers of tiles."""
     assert_same(large_case(rows=9000, features=features, outs=(776, 1032, 136), order="shuffled"), tile)
 
 
-@pytest.mark.gpu
-@on_hopper
-@TILES
+@of_every_tile
 @pytest.mark.parametrize("none_members", [(), (1,), (0, 3), (0, 1, 2, 3)])
 def test_members_share_a_launch(none_members: tuple[int, ...], tile: HopperTile) -> None:
     outs = (40, 8, 1160, 24)
     assert_same(large_case(outs=outs, none_members=none_members, bias=True, order="shuffled"), tile)
 
 
-@pytest.mark.gpu
-@on_hopper
-@TILES
+@of_every_tile
 def test_transposed_weights(tile: HopperTile) -> None:
     case = large_case(outs=(776, 264))
     assert_same(replace(case, weights=[weight.t().contiguous().t() for weight in case.weights]), tile)
 
 
-@pytest.mark.gpu
-@on_hopper
-@TILES
+@of_every_tile
 def test_no_slot_no_adapter(tile: HopperTile) -> None:
     case = large_case()
     assert_same(case.with_slots(torch.full_like(case.row_slots, -1)), tile)
     assert_same(case.with_slots(torch.full_like(case.row_slots, 2)), tile)  # rank 0
 
 
-@pytest.mark.gpu
-@on_hopper
-@TILES
+@of_every_tile
 def test_what_is_wrong_with_one_adapter_stays_in_its_rows(tile: HopperTile) -> None:
     case = large_case(order="shuffled")
     clean, (pool,) = run(case, tile), case.pools
@@ -119,9 +109,7 @@ def test_what_is_wrong_with_one_adapter_stays_in_its_rows(tile: HopperTile) -> N
     assert equal_bits(clean, run(case, tile), (case.row_slots != 4).all(dim=1))
 
 
-@pytest.mark.gpu
-@on_hopper
-@TILES
+@of_every_tile
 def test_pool_rows_beyond_the_rank_are_not_read(tile: HopperTile) -> None:
     """B is copied 16 pool rows at a time, of which the last eight are another adapter's."""
     case = large_case(ranks=(8, 8))
