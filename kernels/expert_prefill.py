@@ -1,9 +1,11 @@
 """Experts over many rows each: shrink of all row tiles, then the grouped GEMM with the expand in its epilogue.
 
-Stage: run time. Two launches, the second when the first has ended: its programs start together, stay resident and share
-the tiles of y in a fixed order, so that those that read the same weights and rows do so at about the same time, which
-L2 needs. A tile of 128 rows with no more than 64 in use is half as high, which leaves the bits of a row as they are.
-Where most experts have little more than 128 rows, a program takes the 32 after them along, for one pass over W.
+Stage: run time. Two launches. Programs of the second stay resident and share the tiles of y in a fixed order, so that
+those that read the same weights and rows do so at about the same time, which L2 needs: they start together, when the
+first launch has ended. Where few of them share anything, they start beside its last ones, by the rules of overlap.py,
+and need h only behind the in-features of their first tile. A tile of 128 rows with no more than 64 in use is half as
+high, which leaves the bits of a row as they are. Where most experts have little more than 128 rows, a program takes the
+32 after them along, for one pass over W.
 Grids come from shapes alone. The weights come through TMA where their strides allow it, x too where its rows are in
 place; else through pointers, at any stride.
 
@@ -28,6 +30,7 @@ from fxlora.kernels.expert_segments import HIGH
 from fxlora.kernels.expert_tiles import ExpertPrefillTile
 from fxlora.kernels.groups import add_groups, add_groups_to_both, count_groups
 from fxlora.kernels.launch import Described, Launcher
+from fxlora.kernels.overlap import wait_for_earlier
 from fxlora.kernels.triton_helpers import cdiv, dot, strided
 
 _POINTERS, _ALONG_K, _ALONG_N = 0, 1, 2  # how W is read: at any stride, or through TMA with K or N adjacent
@@ -79,13 +82,16 @@ def store_rows(
 
 @triton.jit
 def expert_tile(
-    expert, row_tile, col_tile, first, end, x, x_desc, x_tail_desc, w, w_desc, bias, y_ptr, adapters, table,
+    expert, row_tile, col_tile, first, end, is_first, x, x_desc, x_tail_desc, w, w_desc, bias, y_ptr, adapters, table,
     num_features, num_cols, J: tl.constexpr, BM: tl.constexpr, TAIL: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     BR: tl.constexpr, FORM: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr, IN_PLACE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_POOL: tl.constexpr, STAGES: tl.constexpr, EXPAND_STAGES: tl.constexpr,
-    SWAP: tl.constexpr,
+    SWAP: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One tile of y, BM rows from position `first` on and TAIL more: base GEMM, adapters, bias, one store."""
+    """One tile of y, BM rows from position `first` on and TAIL more: base GEMM, adapters, bias, one store.
+
+    is_first: of its program, which with PDL may have started before the shrink ended.
+    """
     num_rows, num_experts = table[1], table[2]
     positions = first + tl.arange(0, BM)
     row_mask = positions < end
@@ -111,6 +117,9 @@ def expert_tile(
             x_tail = load_x(x, x_tail_desc, first + BM, tail_rows, tail_mask, step * BK, num_features, BK, EVEN_K)
             tail = multiply(x_tail, w_tile, tail, True)
     if HAS_POOL:
+        if PDL and is_first:
+            wait_for_earlier(PDL)
+            count = tl.where(steps > 0, count_groups(row_tile, adapters), 0)
         own_rows = tl.where(row_mask, rows, num_rows)  # those of other tiles have no slots
         if TAIL:
             own_tail_rows = tl.where(tail_mask, tail_rows, num_rows)
@@ -161,30 +170,33 @@ def expert_prefill_kernel(
     HALVES: tl.constexpr,  # a tile is half as high where no more rows are left
     STAGES: tl.constexpr,
     EXPAND_STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """Every tile of y; rows without an expert become zero."""
     table = (table_ptr, num_rows, num_experts, bound, tiles_at)
     tiles_n = tl.cdiv(num_cols, BN)
     for item in tl.range(tl.program_id(0), tiles_in_use(table) * tiles_n, tl.num_programs(0), num_stages=1):
         expert, row_tile, col_tile, first, end = tile_item(item, tiles_n, table, BM + TAIL)
+        is_first = item == tl.program_id(0)
         if HALVES and end - first <= BM // 2:
             expert_tile(
-                expert, row_tile, col_tile, first, end, x, x_half_desc, None, w, w_desc, bias, y_ptr, adapters, table,
-                num_features, num_cols, J, BM // 2, 0, BN, BK, BR, FORM, EVEN, EVEN_K, IN_PLACE, HAS_BIAS, HAS_POOL,
-                STAGES, EXPAND_STAGES, TAIL > 0,
+                expert, row_tile, col_tile, first, end, is_first, x, x_half_desc, None, w, w_desc, bias, y_ptr,
+                adapters, table, num_features, num_cols, J, BM // 2, 0, BN, BK, BR, FORM, EVEN, EVEN_K, IN_PLACE,
+                HAS_BIAS, HAS_POOL, STAGES, EXPAND_STAGES, TAIL > 0, PDL,
             )  # fmt: skip
         elif TAIL and end - first > BM:
             expert_tile(
-                expert, row_tile, col_tile, first, end, x, x_desc, x_tail_desc, w, w_desc, bias, y_ptr, adapters, table,
-                num_features, num_cols, J, BM, TAIL, BN, BK, BR, FORM, EVEN, EVEN_K, IN_PLACE, HAS_BIAS, HAS_POOL,
-                STAGES, EXPAND_STAGES, True,
+                expert, row_tile, col_tile, first, end, is_first, x, x_desc, x_tail_desc, w, w_desc, bias, y_ptr,
+                adapters, table, num_features, num_cols, J, BM, TAIL, BN, BK, BR, FORM, EVEN, EVEN_K, IN_PLACE,
+                HAS_BIAS, HAS_POOL, STAGES, EXPAND_STAGES, True, PDL,
             )  # fmt: skip
         else:
             expert_tile(
-                expert, row_tile, col_tile, first, end, x, x_desc, None, w, w_desc, bias, y_ptr, adapters, table,
-                num_features, num_cols, J, BM, 0, BN, BK, BR, FORM, EVEN, EVEN_K, IN_PLACE, HAS_BIAS, HAS_POOL,
-                STAGES, EXPAND_STAGES, TAIL > 0,
+                expert, row_tile, col_tile, first, end, is_first, x, x_desc, None, w, w_desc, bias, y_ptr,
+                adapters, table, num_features, num_cols, J, BM, 0, BN, BK, BR, FORM, EVEN, EVEN_K, IN_PLACE,
+                HAS_BIAS, HAS_POOL, STAGES, EXPAND_STAGES, TAIL > 0, PDL,
             )  # fmt: skip
+    wait_for_earlier(PDL)
 
 
 _launcher = Launcher(expert_prefill_kernel)
@@ -199,7 +211,7 @@ def prefill(call: ExpertCall, tile: ExpertPrefillTile) -> torch.Tensor:
     adapters = None
     if call.has_pool:
         adapters = adapters_of(call)
-        shrink_tiles(call, adapters, tile.shrink, in_reach and tile.shrink.x_tma)
+        shrink_tiles(call, adapters, tile.shrink, in_reach and tile.shrink.x_tma, tile.early)
     y = call.x.new_empty(call.rows, call.columns)
     form, w_desc = _described(call, tile)
     plan = call.plan(_launcher, tile, lambda: _plan(call, tile, form, x_tma), step=(form, x_tma))
@@ -248,6 +260,7 @@ def _plan(call: ExpertCall, tile: ExpertPrefillTile, form: int, x_tma: bool) -> 
         HALVES=_halves(tile),
         STAGES=tile.num_stages,
         EXPAND_STAGES=tile.expand_stages,
+        PDL=call.has_pool and call.overlap and tile.early,
     )
 
 

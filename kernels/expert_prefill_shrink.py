@@ -22,6 +22,7 @@ from fxlora.kernels.expert_call import ExpertCall, load_x, rows_of, tile_record,
 from fxlora.kernels.expert_tiles import ExpertShrinkTile
 from fxlora.kernels.groups import FIELDS, MOST, list_capacity, list_words, slots_of, spread
 from fxlora.kernels.launch import Described, Launcher
+from fxlora.kernels.overlap import let_later_start, wait_for_earlier
 from fxlora.kernels.triton_helpers import cdiv, dot, next_power_of_2
 
 _REGISTERS = 168  # of a thread, so that three programs share a multiprocessor
@@ -168,8 +169,11 @@ def expert_shrink_tiles_kernel(
     X_TMA: tl.constexpr,  # x_desc is there
     HAS_COEFFS: tl.constexpr,
     SHARES: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """Groups of all row tiles of the batch, and h of their rows, BM of them and a share of the groups at a time."""
+    wait_for_earlier(PDL)
+    let_later_start(PDL)
     table = (table_ptr, num_rows, num_experts, bound, tiles_at)
     PARTS: tl.constexpr = (HEIGHT + BM - 1) // BM
     parts = tiles_in_use(table) * PARTS
@@ -197,9 +201,11 @@ def expert_shrink_tiles_kernel(
 _launcher = Launcher(expert_shrink_tiles_kernel)
 
 
-def shrink_tiles(call: ExpertCall, adapters: ExpertAdapters, tile: ExpertShrinkTile, x_tma: bool) -> None:
-    """Fills h and the groups of `adapters`. x_tma: TMA can read x."""
-    plan = call.plan(_launcher, tile, lambda: _plan(call, tile, x_tma), step=x_tma)
+def shrink_tiles(
+    call: ExpertCall, adapters: ExpertAdapters, tile: ExpertShrinkTile, x_tma: bool, early: bool
+) -> None:  # fmt: skip
+    """Fills h and the groups of `adapters`. x_tma: TMA can read x. early: the next launch need not wait."""
+    plan = call.plan(_launcher, tile, lambda: _plan(call, tile, x_tma, early), step=(x_tma, early))
     call.launch(
         plan,
         (call.x, call.x.stride(0)),
@@ -210,7 +216,7 @@ def shrink_tiles(call: ExpertCall, adapters: ExpertAdapters, tile: ExpertShrinkT
     )
 
 
-def _plan(call: ExpertCall, tile: ExpertShrinkTile, x_tma: bool) -> Plan:
+def _plan(call: ExpertCall, tile: ExpertShrinkTile, x_tma: bool, early: bool) -> Plan:
     most_slots = min(call.site.max_adapters, call.height * call.width)
     shares = min(tile.shares, cdiv(most_slots * cdiv(call.site.h_width, 16), tile.BR // 16))
     return call.planned(
@@ -231,4 +237,5 @@ def _plan(call: ExpertCall, tile: ExpertShrinkTile, x_tma: bool) -> Plan:
         X_TMA=x_tma,
         HAS_COEFFS=call.has_coeffs,
         SHARES=shares,
+        PDL=call.overlap and early,
     )

@@ -68,7 +68,8 @@ class ExpertShrinkTile:
 @dataclass(frozen=True)
 class ExpertPrefillTile:
     """Of expert_prefill.py; BR ranks are expanded at once, in a loop of so many stages. With a TAIL, tiles are the
-    table's of HIGH rows, BM and TAIL together, and W is laid along wgmma's A operand."""
+    table's of HIGH rows, BM and TAIL together, and W is laid along wgmma's A operand. early: programs start beside the
+    last ones of the shrink."""
 
     BM: int
     TAIL: int
@@ -82,6 +83,7 @@ class ExpertPrefillTile:
     w_tma: bool
     x_tma: bool
     shrink: ExpertShrinkTile
+    early: bool = False
 
 
 # Chosen as those of linears. Microseconds beside torch._grouped_mm, 128 experts with 8 to a token, 8 adapters:
@@ -132,7 +134,7 @@ def expert_prefill_tile(
     if deep:
         alone = _SHRINK_DEEPEST if rows <= 8 * MULTIPROCESSORS else _SHRINK_DEEP
     if has_high_tiles(rows, num_experts) and few_ranks and simple and features > 2560:
-        return ExpertPrefillTile(128, HIGH - 128, 128, 64, 32, 264, 4, 3, 3, True, True, alone)
+        return ExpertPrefillTile(128, HIGH - 128, 128, 64, 32, 264, 4, 3, 3, True, True, alone, early=True)
     if rows <= ONE_TILE * num_experts or (height >= 128 and few_ranks and features <= 3072):
         return ExpertPrefillTile(height, 0, 128, 64, ranks, 264, 4, 3, 3, True, True, alone)
     if height < 128:
@@ -141,4 +143,5 @@ def expert_prefill_tile(
             return ExpertPrefillTile(height, 0, 128, 64, 64, 396, 4, 3, 3, True, True, shrink)
         return ExpertPrefillTile(height, 0, 256, 64, 64, 132, 8, 4, 5, True, True, _SHRINK_SHARED)
     shrink = alone if deep else replace(_SHRINK_WIDE, x_tma=few_ranks, shares=1 if few_ranks else 8)
-    return ExpertPrefillTile(height, 0, 256, 64, 32 if few_ranks else ranks, 132, 8, 4, 3, True, True, shrink)
+    ranks = 32 if few_ranks else ranks
+    return ExpertPrefillTile(height, 0, 256, 64, ranks, 132, 8, 4, 3, True, True, shrink, early=few_ranks)

@@ -10,7 +10,7 @@ Who waits counts the same tiles and steps as who is waited for.
 Arithmetic is that of prefill.py, and so are the bits. Letters as there.
 """
 
-# ruff: noqa: ANN001 (pointers and blocks have no static type)
+# ruff: noqa: ANN001, RUF005 (pointers and blocks have no static type; Gluon knows no unpacking inside a tuple)
 
 from __future__ import annotations
 
@@ -113,13 +113,34 @@ def group_of(adapters, group) -> gl.tensor:
 
 
 @gluon.jit
-def copy_b(group, lanes, cols, b_ptr, num_cols, b) -> None:
-    """Asks for B of a group, [16, BN]; zero beyond the rank and without a slot."""
-    slot, pool_row, ranks = group
-    at = b_ptr + (pool_row + lanes).to(gl.int64)[:, None] * num_cols + cols[None, :]
-    mask = ((slot >= 0) & (lanes <= ranks % 16))[:, None] & (cols < num_cols)[None, :]
-    async_copy.async_copy_global_to_shared(b, at, mask)
+def groups_from(adapters, first, TOGETHER: gl.constexpr) -> gl.tensor:
+    """So many listed groups, as a tuple."""
+    groups = (group_of(adapters, first),)
+    for i in gl.static_range(1, TOGETHER):
+        groups = groups + (group_of(adapters, first + i),)
+    return groups
+
+
+@gluon.jit
+def copy_b(groups, lanes, cols, b_ptr, num_cols, bs, half, TOGETHER: gl.constexpr) -> None:
+    """Asks for B of these groups, [16, BN] each, into a half of the blocks; zero beyond the rank and without a slot."""
+    for i in gl.static_range(TOGETHER):
+        slot, pool_row, ranks = groups[i]
+        at = b_ptr + (pool_row + lanes).to(gl.int64)[:, None] * num_cols + cols[None, :]
+        mask = ((slot >= 0) & (lanes <= ranks % 16))[:, None] & (cols < num_cols)[None, :]
+        async_copy.async_copy_global_to_shared(bs.index(half * TOGETHER + i), at, mask)
     async_copy.commit_group()
+
+
+@gluon.jit
+def load_hs(
+    groups, lanes, rows, row_slots, adapters, num_rows, J: gl.constexpr, TOGETHER: gl.constexpr
+) -> gl.tensor:  # fmt: skip
+    """load_h of each of these groups."""
+    hs = (load_h(groups[0], lanes, rows, row_slots, adapters, num_rows, J),)
+    for i in gl.static_range(1, TOGETHER):
+        hs = hs + (load_h(groups[i], lanes, rows, row_slots, adapters, num_rows, J),)
+    return hs
 
 
 @gluon.jit
@@ -160,38 +181,41 @@ def adapted(
     cols = first_col + gl.arange(0, BN, layout=gl.SliceLayout(0, of_b))
     late = gl.minimum(steps, AHEAD)
     none = gl.to_tensor(-1)
+    TOGETHER: gl.constexpr = 1 if HALF >= 0 else 2
     acc, held, stage, phase = multiply(acc, none, stage, phase, steps - late, ring, STAGES, TRANSPOSED, HALF)
     if AHEAD == 0:
         acc = finish(acc, held, ring, next_turn, HALF >= 0)
     if PDL:
         gdc_wait()
     count = gl.load(adapters[0] + FIELDS * adapters[1], cache_modifier=".cg")
-    group, next_group, coming = group_of(adapters, 0), group_of(adapters, 1), group_of(adapters, 2)
+    groups, next_groups = groups_from(adapters, 0, TOGETHER), groups_from(adapters, TOGETHER, TOGETHER)
+    coming, after = groups_from(adapters, 2 * TOGETHER, TOGETHER), groups_from(adapters, 3 * TOGETHER, TOGETHER)
     row_slots = gl.load(adapters[2] + rows * J, mask=rows < num_rows, other=-1)
     if AHEAD > 0:
         first = gl.minimum(late, 1)
         acc, held, stage, phase = multiply(acc, held, stage, phase, first, ring, STAGES, TRANSPOSED, HALF)
     tma.store_wait(0)  # y of the tile before has left the memory that B takes
     debug_barrier()
-    copy_b(group, b_lanes, cols, b_ptr, num_cols, bs.index(0))
-    copy_b(next_group, b_lanes, cols, b_ptr, num_cols, bs.index(1))
-    h = load_h(group, h_lanes, rows, row_slots, adapters, num_rows, J)
-    next_h = load_h(next_group, h_lanes, rows, row_slots, adapters, num_rows, J)
+    copy_b(groups, b_lanes, cols, b_ptr, num_cols, bs, 0, TOGETHER)
+    copy_b(next_groups, b_lanes, cols, b_ptr, num_cols, bs, 1, TOGETHER)
+    hs = load_hs(groups, h_lanes, rows, row_slots, adapters, num_rows, J, TOGETHER)
+    next_hs = load_hs(next_groups, h_lanes, rows, row_slots, adapters, num_rows, J, TOGETHER)
     if AHEAD > 0:
         acc, held, stage, phase = multiply(acc, held, stage, phase, late - 1, ring, STAGES, TRANSPOSED, HALF)
         acc = finish(acc, held, ring, next_turn, HALF >= 0)
-    turn = 0
-    for index in range(count):
+    half = 0
+    for first in range(0, count, TOGETHER):
         async_copy.wait_group(1)
         fence_async_shared()
         debug_barrier()
-        b = bs.index(turn)
-        acc = warpgroup_mma(h, b, acc)
-        debug_barrier()  # all have read b
-        copy_b(coming, b_lanes, cols, b_ptr, num_cols, b)
-        h, next_h = next_h, load_h(coming, h_lanes, rows, row_slots, adapters, num_rows, J)
-        coming = group_of(adapters, gl.minimum(index + 3, count))
-        turn ^= 1
+        for i in gl.static_range(TOGETHER):
+            acc = warpgroup_mma(hs[i], bs.index(half * TOGETHER + i), acc, is_async=True)
+        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+        debug_barrier()  # all have read them
+        copy_b(coming, b_lanes, cols, b_ptr, num_cols, bs, half, TOGETHER)
+        hs, next_hs = next_hs, load_hs(coming, h_lanes, rows, row_slots, adapters, num_rows, J, TOGETHER)
+        coming, after = after, groups_from(adapters, gl.minimum(first + 4 * TOGETHER, count), TOGETHER)
+        half ^= 1
     async_copy.wait_group(0)
     debug_barrier()
     return acc
