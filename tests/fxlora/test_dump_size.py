@@ -72,11 +72,11 @@ def _build_once() -> float:
 def test_48_layers(tmp_path: Path) -> None:
     """Every format within 5 s of this process (on a slow machine, in proportion), a report below 3 MB that opens at
     once, and layers that fold."""
-    lora = deep(48)
-    most_s = max(5.0, 45 * build_seconds())
+    lora, unit_s = deep(48), build_seconds()
     start = time.process_time()
     folder = fxlora.dump(lora, tmp_path / "all")
-    assert time.process_time() - start < most_s
+    took_s = time.process_time() - start
+    assert took_s < max(5.0, 45 * max(unit_s, build_seconds()))  # others may have come to the machine meanwhile
     assert (folder / "graph.html").stat().st_size < 3_000_000
     assert "layers.1-47 as layers.0" in (folder / "graph.txt").read_text(encoding="utf-8")
     assert len((folder / "graph.txt").read_text(encoding="utf-8").splitlines()) < 400

@@ -63,6 +63,16 @@ def change_rows(case: ExpertCase) -> None:
         case.offsets.copy_(torch.bincount(known, minlength=experts).cumsum(0))
 
 
+@pytest.fixture(params=["as chosen", "beside the shrink"])
+def products_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the programs of a product over many rows start: as the tile says, or all of them early."""
+    from fxlora.kernels import lora_experts
+
+    choose = lora_experts.expert_prefill_tile
+    if request.param != "as chosen":
+        monkeypatch.setattr(lora_experts, "expert_prefill_tile", lambda *sizes: replace(choose(*sizes), early=True))
+
+
 def forward_of(case: ExpertCase, handle: int) -> Callable[[], torch.Tensor]:
     return lambda: case.call(case.segments(), handle)
 
@@ -99,7 +109,7 @@ def test_a_captured_graph_serves_whatever_is_loaded_and_routed(density: str, in_
             assert torch.equal(y, case.run())
 
 
-@pytest.mark.usefixtures("plain_memory")
+@pytest.mark.usefixtures("plain_memory", "products_start")
 @pytest.mark.parametrize("density", DENSITY)
 def test_gate_up_and_down_of_a_graph_keep_their_order(density: str) -> None:
     """One table for both, an activation of torch in between, and no wait anywhere."""
@@ -130,7 +140,7 @@ def test_gate_up_and_down_of_a_graph_keep_their_order(density: str) -> None:
             assert torch.equal(layer(), apart)
 
 
-@pytest.mark.usefixtures("plain_memory")
+@pytest.mark.usefixtures("plain_memory", "products_start")
 @pytest.mark.parametrize("density", DENSITY)
 def test_ops_directly_behind_each_other(density: str) -> None:
     """The output of one is x of the next, so its launches overlap those of the one before."""

@@ -81,6 +81,16 @@ def test_tiles_of_experts_with_a_tail() -> None:
     assert rows(4096, True, 4096, 64) == (64, 0)
 
 
+def test_products_of_experts_start_early_where_few_programs_share_what_they_read() -> None:
+    def early(rows: int, experts: int, features: int, ranks: int = 16) -> bool:
+        return expert_prefill_tile(rows, experts, True, features, 4096, torch.bfloat16, ranks).early
+
+    assert early(4096, 32, 2880)
+    assert early(4096, 8, 14336)
+    assert not early(16384, 128, 2048)
+    assert not early(4096, 8, 14336, 64)
+
+
 def test_few_rows_of_experts_shrink_deep_where_the_way_is_long() -> None:
     def deep(rows: int, experts: int, features: int, ranks: int = 16) -> int:
         return expert_prefill_tile(rows, experts, True, features, 4096, torch.bfloat16, ranks).shrink.BK
