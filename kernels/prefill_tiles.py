@@ -78,7 +78,8 @@ def prefill_tile(rows: int, features: int, widths: tuple[int, ...], width: int) 
     if medium > MULTIPROCESSORS:
         return PrefillTile(128, 128, 64, 16, 4, 3, 2, later, aside or shrink)
     if medium >= 100:
-        return PrefillTile(128, 128, 64, 16, 4, 4, 1, later, shrink)
+        fits = features >= TALL and width <= 16 and _fits(rows, MULTIPROCESSORS - medium)
+        return PrefillTile(128, 128, 64, 16, 4, 4, 1, later, _SHRINK_TALL if fits else shrink)
     if count(64, 128) <= MULTIPROCESSORS:
         return PrefillTile(64, 128, 64, 16, 4, 5, 1, later, shrink)
     return PrefillTile(64, 128, 64, 16, 4, 4, 2, later, shrink)
@@ -89,8 +90,9 @@ def hopper_tile(rows: int, features: int, widths: tuple[int, ...], width: int) -
     """As prefill_tile, for a GPU that prefill_hopper.py serves too.
 
     Turns take 128 x 128, which the last wave leaves less of the GPU idle for; a shared tile is 128 x 256, which reads
-    less. Times are counted in 128 x 128 of a multiprocessor. More than 16 ranks expand better in the other kernel,
-    whose loads of them run further ahead. A shrink aside would end after the first turn, which waits for it.
+    less: over many in-features it is worth more than a little idleness. Times are counted in 128 x 128 of a
+    multiprocessor. More than 16 ranks expand better in the other kernel, whose loads of them run further ahead. A
+    shrink aside would end after the first turn, which waits for it.
     """
     plain = prefill_tile(rows, features, widths, width)
     count = counter(rows, widths)
@@ -99,15 +101,23 @@ def hopper_tile(rows: int, features: int, widths: tuple[int, ...], width: int) -
     as_planned = shared if plain.BN == 256 else 2 * cdiv(count(128, 128), 2 * MULTIPROCESSORS)
     if by_turns <= 2:
         return plain
+    turns = HopperTile(128, 128, 64, 5, False, 8, 0, _prefill_shrink(rows, len(widths), count(128, 256), width))
+    if features >= TALL and by_turns <= 0.85 * shared:
+        fits = width <= 16 and _fits(rows, -count(128, 128) % MULTIPROCESSORS)
+        return replace(turns, shrink=_SHRINK_TALL) if fits else turns
     if features < TALL and work < RATHER_LONG:
-        many_ranks = width > 16
         even = by_turns == as_planned and features <= 2048 and rows <= 4096 and work >= SHORT
-        if by_turns <= 0.8 * as_planned or (not many_ranks and (by_turns < as_planned or even)):
-            shrink = _prefill_shrink(rows, len(widths), count(128, 256), width)
-            return HopperTile(128, 128, 64, 5, False, 8, 0, shrink)
+        if by_turns <= 0.8 * as_planned or (width <= 16 and (by_turns < as_planned or even)):
+            return turns
     if width <= 16 and shared <= as_planned and work >= SHORT:
         return HopperTile(128, 256, 64, 4, True, 16, 6, plain.shrink)
     return plain
+
+
+def _fits(rows: int, idle: int) -> bool:
+    """Whether multiprocessors that the product's last wave leaves idle are as many as _SHRINK_TALL has tiles of few
+    adapters: it then costs little, while the others begin with the product."""
+    return rows <= 64 * idle
 
 
 def _prefill_shrink(rows: int, members: int, tiles: int, width: int) -> ShrinkTile:
