@@ -27,7 +27,7 @@ from fxlora.kernels.segments import tile_bound
 from fxlora.kernels.tiles import ShrinkTile
 from fxlora.kernels.triton_helpers import cdiv, next_power_of_2, whole, whole_rows
 
-EACH = tl.constexpr(2)
+EACH = tl.constexpr(3)
 """Most tiles of h for each program where few make all of them."""
 
 

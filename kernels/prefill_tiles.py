@@ -78,8 +78,7 @@ def prefill_tile(rows: int, features: int, widths: tuple[int, ...], width: int) 
     if medium > MULTIPROCESSORS:
         return PrefillTile(128, 128, 64, 16, 4, 3, 2, later, aside or shrink)
     if medium >= 100:
-        fits = features >= TALL and width <= 16 and _fits(rows, MULTIPROCESSORS - medium)
-        return PrefillTile(128, 128, 64, 16, 4, 4, 1, later, _SHRINK_TALL if fits else shrink)
+        return PrefillTile(128, 128, 64, 16, 4, 4, 1, later, shrink)
     if count(64, 128) <= MULTIPROCESSORS:
         return PrefillTile(64, 128, 64, 16, 4, 5, 1, later, shrink)
     return PrefillTile(64, 128, 64, 16, 4, 4, 2, later, shrink)
@@ -90,21 +89,25 @@ def hopper_tile(rows: int, features: int, widths: tuple[int, ...], width: int) -
     """As prefill_tile, for a GPU that prefill_hopper.py serves too.
 
     Turns take 128 x 128, which the last wave leaves less of the GPU idle for; a shared tile is 128 x 256, which reads
-    less: over many in-features it is worth more than a little idleness. Times are counted in 128 x 128 of a
+    less: over many in-features that is worth more than a little idleness. Times are counted in 128 x 128 of a
     multiprocessor. More than 16 ranks expand better in the other kernel, whose loads of them run further ahead. A
-    shrink aside would end after the first turn, which waits for it.
+    shrink aside would end after the first turn, which waits for it; one in short tiles costs little on multiprocessors
+    that have a tile less than others, or none.
     """
     plain = prefill_tile(rows, features, widths, width)
     count = counter(rows, widths)
     work = rows * features * sum(widths)
     by_turns, shared = cdiv(count(128, 128), MULTIPROCESSORS), 2 * cdiv(count(128, 256), MULTIPROCESSORS)
     as_planned = shared if plain.BN == 256 else 2 * cdiv(count(128, 128), 2 * MULTIPROCESSORS)
-    if by_turns <= 2:
-        return plain
     turns = HopperTile(128, 128, 64, 5, False, 8, 0, _prefill_shrink(rows, len(widths), count(128, 256), width))
+    idle = -count(128, 128) % MULTIPROCESSORS
+    if features > 3072 and width <= 16 and rows * len(widths) <= 64 * idle:
+        turns = replace(turns, shrink=_SHRINK_TALL)  # of few adapters as many tiles as fit there
+    if by_turns <= 2:
+        is_alone = features >= TALL and by_turns == 1 and idle <= MULTIPROCESSORS // 3
+        return turns if is_alone and turns.shrink is _SHRINK_TALL else plain
     if features >= TALL and by_turns <= 0.85 * shared:
-        fits = width <= 16 and _fits(rows, -count(128, 128) % MULTIPROCESSORS)
-        return replace(turns, shrink=_SHRINK_TALL) if fits else turns
+        return turns
     if features < TALL and work < RATHER_LONG:
         even = by_turns == as_planned and features <= 2048 and rows <= 4096 and work >= SHORT
         if by_turns <= 0.8 * as_planned or (width <= 16 and (by_turns < as_planned or even)):
@@ -112,12 +115,6 @@ def hopper_tile(rows: int, features: int, widths: tuple[int, ...], width: int) -
     if width <= 16 and shared <= as_planned and work >= SHORT:
         return HopperTile(128, 256, 64, 4, True, 16, 6, plain.shrink)
     return plain
-
-
-def _fits(rows: int, idle: int) -> bool:
-    """Whether multiprocessors that the product's last wave leaves idle are as many as _SHRINK_TALL has tiles of few
-    adapters: it then costs little, while the others begin with the product."""
-    return rows <= 64 * idle
 
 
 def _prefill_shrink(rows: int, members: int, tiles: int, width: int) -> ShrinkTile:
@@ -137,7 +134,7 @@ def _shrink_aside(rows: int, features: int, tiles: int, idle: int) -> ShrinkTile
     tiles: of 128 x 256 of the product, which leave `idle` multiprocessors out in the end.
     """
     is_tall, is_single = features >= TALL, MULTIPROCESSORS // 2 < tiles <= MULTIPROCESSORS
-    in_time = features > 3072 and rows <= (256 if is_tall else 64) * idle
+    in_time = features > 3072 and rows <= (64 if not is_tall else 128 if is_single else 256) * idle
     if rows <= 256 or not in_time or not (is_single or 5 * idle <= tiles):
         return None
     return replace(_SHRINK_ASIDE_TALL if is_tall else _SHRINK_ASIDE, few=min(idle, 64))

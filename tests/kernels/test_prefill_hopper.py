@@ -140,6 +140,19 @@ def test_turns_where_they_leave_less_idle_a_shared_tile_where_reading_counts() -
     assert kind(1024, 5120, 5120, width=64) == "turns"
 
 
+def test_turns_shrink_in_short_tiles_where_as_many_multiprocessors_are_left_idle() -> None:
+    def tall(rows: int, features: int, *widths: int) -> bool:
+        tile = hopper_tile(rows, features, widths, 16)
+        assert isinstance(tile, HopperTile)
+        return tile.shrink.BM == 64
+
+    assert tall(2048, 9728, 2560)  # 320 tiles leave 76 of three times 132 idle
+    assert tall(2048, 4096, 2560)
+    assert tall(512, 18944, 3584)
+    assert not tall(2048, 8192, 3072)
+    assert tall(512, 8192, 8192, 1024, 1024)
+
+
 @pytest.mark.parametrize("rows", [257, 300, 512, 1000, 2048, 8192, 100000])
 @pytest.mark.parametrize("width", [1, 16, 64])
 def test_a_shrink_aside_is_for_tiles_that_come_late(rows: int, width: int) -> None:
