@@ -114,7 +114,7 @@ def group_of(adapters, group) -> gl.tensor:
 
 @gluon.jit
 def groups_from(adapters, first, TOGETHER: gl.constexpr) -> gl.tensor:
-    """So many listed groups, as a tuple."""
+    """`group_of` of so many groups from this one on."""
     groups = (group_of(adapters, first),)
     for i in gl.static_range(1, TOGETHER):
         groups = groups + (group_of(adapters, first + i),)
@@ -133,9 +133,7 @@ def copy_b(groups, lanes, cols, b_ptr, num_cols, bs, half, TOGETHER: gl.constexp
 
 
 @gluon.jit
-def load_hs(
-    groups, lanes, rows, row_slots, adapters, num_rows, J: gl.constexpr, TOGETHER: gl.constexpr
-) -> gl.tensor:  # fmt: skip
+def load_hs(groups, lanes, rows, row_slots, adapters, num_rows, J: gl.constexpr, TOGETHER: gl.constexpr) -> gl.tensor:
     """load_h of each of these groups."""
     hs = (load_h(groups[0], lanes, rows, row_slots, adapters, num_rows, J),)
     for i in gl.static_range(1, TOGETHER):
@@ -169,10 +167,14 @@ def adapted(
     J: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, TRANSPOSED: gl.constexpr, HALF: gl.constexpr,
     PDL: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
-    """acc + x W^T + h B. What the first two groups need is asked for AHEAD steps before the last, or after it (0): then
-    the other warps multiply meanwhile."""
+    """acc + x W^T + h B, TOGETHER groups for each wait, of which two are on their way at a time.
+
+    What the first ones need is asked for AHEAD steps before the last, or after it (0): then the other warps multiply
+    meanwhile.
+    """
     BM: gl.constexpr = acc.shape[0]
     BN: gl.constexpr = acc.shape[1]
+    TOGETHER: gl.constexpr = 1 if HALF >= 0 else 2  # y lends B two blocks as wide as a shared tile
     of_h: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
     of_b: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BN, BN // 8], [4, 1], [1, 0])
     rows = (first_row + gl.arange(0, BM, layout=gl.SliceLayout(1, of_h))).to(gl.int64)
@@ -181,7 +183,6 @@ def adapted(
     cols = first_col + gl.arange(0, BN, layout=gl.SliceLayout(0, of_b))
     late = gl.minimum(steps, AHEAD)
     none = gl.to_tensor(-1)
-    TOGETHER: gl.constexpr = 1 if HALF >= 0 else 2
     acc, held, stage, phase = multiply(acc, none, stage, phase, steps - late, ring, STAGES, TRANSPOSED, HALF)
     if AHEAD == 0:
         acc = finish(acc, held, ring, next_turn, HALF >= 0)
