@@ -134,7 +134,8 @@ def _shrink_aside(rows: int, features: int, tiles: int, idle: int) -> ShrinkTile
     tiles: of 128 x 256 of the product, which leave `idle` multiprocessors out in the end.
     """
     is_tall, is_single = features >= TALL, MULTIPROCESSORS // 2 < tiles <= MULTIPROCESSORS
-    in_time = features > 3072 and rows <= (64 if not is_tall else 128 if is_single else 256) * idle
+    rows_each = 64 if not is_tall else 128 if is_single else 256  # of a program; uneven segments make more
+    in_time = features > 3072 and rows <= rows_each * idle
     if rows <= 256 or not in_time or not (is_single or 5 * idle <= tiles):
         return None
     return replace(_SHRINK_ASIDE_TALL if is_tall else _SHRINK_ASIDE, few=min(idle, 64))
