@@ -99,13 +99,13 @@ def hopper_tile(rows: int, features: int, widths: tuple[int, ...], width: int) -
     work = rows * features * sum(widths)
     by_turns, shared = cdiv(count(128, 128), MULTIPROCESSORS), 2 * cdiv(count(128, 256), MULTIPROCESSORS)
     as_planned = shared if plain.BN == 256 else 2 * cdiv(count(128, 128), 2 * MULTIPROCESSORS)
-    turns = HopperTile(128, 128, 64, 5, False, 8, 0, _prefill_shrink(rows, len(widths), count(128, 256), width))
     idle = -count(128, 128) % MULTIPROCESSORS
-    if features > 3072 and width <= 16 and rows * len(widths) <= 64 * idle:
-        turns = replace(turns, shrink=_SHRINK_TALL)  # of few adapters as many tiles as fit there
+    fits = features > 3072 and width <= 16 and rows * len(widths) <= 64 * idle  # few adapters have as many short tiles
+    shrink = _SHRINK_TALL if fits else _prefill_shrink(rows, len(widths), count(128, 256), width)
+    turns = HopperTile(128, 128, 64, 5, False, 8, 0, shrink)
     if by_turns <= 2:
         is_alone = features >= TALL and by_turns == 1 and idle <= MULTIPROCESSORS // 3
-        return turns if is_alone and turns.shrink is _SHRINK_TALL else plain
+        return turns if is_alone and fits else plain
     if features >= TALL and by_turns <= 0.85 * shared:
         return turns
     if features < TALL and work < RATHER_LONG:

@@ -130,11 +130,10 @@ def test_turns_where_they_leave_less_idle_a_shared_tile_where_reading_counts() -
 
     assert kind(1024, 5120, 5120) == kind(512, 4096, 14336, 14336) == kind(2048, 2048, 8192, 8192) == "turns"
     assert kind(2048, 4096, 4096) == kind(8192, 4096, 28672) == kind(2048, 14336, 4096) == "shared"
-    assert kind(8192, 2048, 8192, 8192) == "shared"  # as many of either, but long
-    assert (
-        kind(2048, 9728, 2560) == kind(1024, 13824, 5120, width=64) == "turns"
-    )  # three of 128 x 128 for two twice as wide
-    assert kind(8192, 9728, 2560) == "shared"
+    assert kind(8192, 2048, 8192, 8192) == kind(8192, 9728, 2560) == "shared"  # as many of either, but long
+    assert kind(2048, 9728, 2560) == kind(1024, 13824, 5120, width=64) == "turns"  # three for two twice as wide
+    assert kind(512, 18944, 3584) == "turns"  # 112 tiles, and a shrink that fits beside them
+    assert kind(8192, 8192, 256) == kind(512, 8192, 2048, 2048) == "plain"  # 128, and one that does not
     assert kind(300, 4096, 4096) == kind(2048, 2048, 2048) == kind(8192, 1024, 1024) == "plain"
     assert kind(2048, 4096, 4096, width=64) == "plain"
     assert kind(1024, 5120, 5120, width=64) == "turns"
