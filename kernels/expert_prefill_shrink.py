@@ -201,9 +201,7 @@ def expert_shrink_tiles_kernel(
 _launcher = Launcher(expert_shrink_tiles_kernel)
 
 
-def shrink_tiles(
-    call: ExpertCall, adapters: ExpertAdapters, tile: ExpertShrinkTile, x_tma: bool, early: bool
-) -> None:  # fmt: skip
+def shrink_tiles(call: ExpertCall, adapters: ExpertAdapters, tile: ExpertShrinkTile, x_tma: bool, early: bool) -> None:
     """Fills h and the groups of `adapters`. x_tma: TMA can read x. early: the next launch need not wait."""
     plan = call.plan(_launcher, tile, lambda: _plan(call, tile, x_tma, early), step=(x_tma, early))
     call.launch(

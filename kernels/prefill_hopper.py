@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language import debug_barrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fxlora.kernels.groups import FIELDS
+from fxlora.kernels.groups import FIELDS, MOST
 from fxlora.kernels.launch import Described, Launcher
 from fxlora.kernels.prefill import next_member, place
 
@@ -175,6 +175,7 @@ def adapted(
     BM: gl.constexpr = acc.shape[0]
     BN: gl.constexpr = acc.shape[1]
     TOGETHER: gl.constexpr = 1 if HALF >= 0 else 2  # y lends B two blocks as wide as a shared tile
+    gl.static_assert(4 * TOGETHER <= MOST)  # so many are read of a list before its length is known
     of_h: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
     of_b: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BN, BN // 8], [4, 1], [1, 0])
     rows = (first_row + gl.arange(0, BM, layout=gl.SliceLayout(1, of_h))).to(gl.int64)
