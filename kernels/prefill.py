@@ -27,11 +27,11 @@ import triton
 import triton.language as tl
 
 from fxlora.kernels.call import MOST_MEMBERS, LinearCall, Plan
-from fxlora.kernels.group_shrink import scratch_of, shrink_groups
+from fxlora.kernels.group_shrink import Scratch, scratch_of, shrink_groups
 from fxlora.kernels.groups import adapters_of, add_groups, count_groups, load_b, load_groups, load_h
 from fxlora.kernels.launch import Described, Launcher, release
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
-from fxlora.kernels.prefill_tiles import HopperTile, PrefillTile
+from fxlora.kernels.prefill_tiles import BesideTile, HopperTile, PrefillTile
 from fxlora.kernels.triton_helpers import cdiv, dot
 
 logger = logging.getLogger(__name__)
@@ -231,7 +231,7 @@ def prefill(call: LinearCall, tile: PrefillTile | HopperTile) -> list[torch.Tens
     transposed = lie_transposed(call)
     scratch = scratch_of(call, tile.BM, sorts=False)
     if call.members.has_pools:
-        shrink_groups(call, scratch, tile.shrink)
+        _shrink(call, scratch, tile)
     outputs = call.new_outputs()
     product = _product(tile, scratch.width)
     plan = call.plan(product.launcher, tile, lambda: _plan(call, tile, product, transposed), step=transposed)
@@ -255,6 +255,16 @@ def prefill(call: LinearCall, tile: PrefillTile | HopperTile) -> list[torch.Tens
     return outputs
 
 
+def _shrink(call: LinearCall, scratch: Scratch, tile: PrefillTile | HopperTile) -> None:
+    """The launch before the product's."""
+    if isinstance(tile.shrink, BesideTile):
+        from fxlora.kernels.prefill_hopper_shrink import shrink_beside  # another Triton may not have what it imports
+
+        shrink_beside(call, scratch, tile.shrink)
+    else:
+        shrink_groups(call, scratch, tile.shrink)
+
+
 class Product(NamedTuple):
     """What differs between the kernels that make the product."""
 
@@ -274,7 +284,7 @@ def _product(tile: PrefillTile | HopperTile, width: int) -> Product:
 
         y_block = (tile.BM // 2 if tile.shared else tile.BM, hopper.PART.value)
         constants = {"BAND": tile.band, "AHEAD": tile.ahead, "SHARED": tile.shared}
-        return Product(hopper.launcher, 1, 4, y_block, constants, hopper.describe)
+        return Product(hopper.launcher, tile.programs, 4, y_block, constants, hopper.describe)
     parts = 2 if tile.BN >= 128 else 1
     depth = 1 if min(2 * width, 64) <= tile.BR else 2
     constants = {"BR": tile.BR, "BAND": _BAND, "PARTS": parts, "AHEAD": _AHEAD, "DEPTH": depth, "LATER": tile.later}

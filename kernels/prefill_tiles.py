@@ -7,11 +7,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import ClassVar
 
 import torch
 
 from fxlora.kernels.tiles import MULTIPROCESSORS, SHRINK_ALONE, TALL, FusedTiles, GemmTile, ShrinkTile, Tile, counter
 from fxlora.kernels.triton_helpers import cdiv
+
+
+@dataclass(frozen=True)
+class BesideTile:
+    """Of prefill_hopper_shrink.py: `few` programs make h while the product's run on the other multiprocessors, all of
+    them where the batch has more than `most` tiles of 64 entries."""
+
+    few: int
+    most: int
 
 
 @dataclass(frozen=True)
@@ -21,7 +31,7 @@ class PrefillTile(Tile):
 
     programs: int
     later: tuple[int, int]
-    shrink: ShrinkTile
+    shrink: ShrinkTile | BesideTile
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,8 @@ class HopperTile:
     shared: bool
     band: int
     ahead: int
-    shrink: ShrinkTile
+    shrink: ShrinkTile | BesideTile
+    programs: ClassVar[int] = 1
 
 
 _SHRINK_TALL = ShrinkTile(64, 16, 64, 1, 264, 4, 5, 1)
@@ -44,7 +55,7 @@ _SHRINK_TALL_SHARED = ShrinkTile(64, 16, 128, 1, 264, 4, 4, 1, 16)
 _SHRINK_TALL_RANKS = ShrinkTile(64, 64, 64, 1, 264, 4, 5, 1)
 _SHRINK_ASIDE = ShrinkTile(64, 16, 128, 1, MULTIPROCESSORS, 4, 5, 1)
 _SHRINK_ASIDE_TALL = ShrinkTile(128, 16, 128, 1, MULTIPROCESSORS, 8, 5, 1)
-LONG, RATHER_LONG, SHORT = 35e10, 12e10, 3e10
+LONG, RATHER_LONG, SHORT = 35e10, 19e10, 3e10
 """Multiplications of a call: from LONG on (of a Hopper's own kernel, RATHER_LONG) power limits what it may read; below
 SHORT, a program's last store and the wait for the shrink weigh most."""
 
@@ -86,35 +97,55 @@ def prefill_tile(rows: int, features: int, widths: tuple[int, ...], width: int) 
 
 @cache
 def hopper_tile(rows: int, features: int, widths: tuple[int, ...], width: int) -> PrefillTile | HopperTile:
-    """As prefill_tile, for a GPU that prefill_hopper.py serves too.
+    """As prefill_tile, for a GPU that prefill_hopper.py and prefill_hopper_shrink.py serve too."""
+    tile = _hopper_product(rows, features, widths, width)
+    shrink = _shrink_beside(rows, features, widths, width, tile)
+    return tile if shrink is None else replace(tile, shrink=shrink)
 
-    Turns take 128 x 128, which the last wave leaves less of the GPU idle for; a shared tile is 128 x 256, which reads
-    less: over many in-features that is worth more than a little idleness. Times are counted in 128 x 128 of a
-    multiprocessor. More than 16 ranks expand better in the other kernel, whose loads of them run further ahead. A
-    shrink aside would end after the first turn, which waits for it; one in short tiles costs little on multiprocessors
-    that have a tile less than others, or none.
+
+def _hopper_product(rows: int, features: int, widths: tuple[int, ...], width: int) -> PrefillTile | HopperTile:
+    """Turns take 128 x 128, which the last wave leaves less of the GPU idle for; a shared tile is 128 x 256, which
+    reads less: over many in-features that is worth more than a little idleness. Times are counted in 128 x 128 of a
+    multiprocessor. More than 16 ranks expand better in the other kernel, whose loads of them run further ahead.
     """
     plain = prefill_tile(rows, features, widths, width)
     count = counter(rows, widths)
     work = rows * features * sum(widths)
     by_turns, shared = cdiv(count(128, 128), MULTIPROCESSORS), 2 * cdiv(count(128, 256), MULTIPROCESSORS)
     as_planned = shared if plain.BN == 256 else 2 * cdiv(count(128, 128), 2 * MULTIPROCESSORS)
-    idle = -count(128, 128) % MULTIPROCESSORS
-    fits = features > 3072 and width <= 16 and rows * len(widths) <= 64 * idle  # few adapters have as many short tiles
-    shrink = _SHRINK_TALL if fits else _prefill_shrink(rows, len(widths), count(128, 256), width)
-    turns = HopperTile(128, 128, 64, 5, False, 8, 0, shrink)
+    turns = HopperTile(128, 128, 64, 5, False, 8, 0, _prefill_shrink(rows, len(widths), count(128, 256), width))
+    pairs = HopperTile(128, 256, 64, 4, True, 16, 6, plain.shrink)
+    has_time, pairs_have = (_shrink_beside(rows, features, widths, width, tile) is not None for tile in (turns, pairs))
     if by_turns <= 2:
-        is_alone = features >= TALL and by_turns == 1 and idle <= MULTIPROCESSORS // 3
-        return turns if is_alone and fits else plain
+        is_full = plain.BM == 128 and count(128, 128) >= (by_turns - 1 / 3) * MULTIPROCESSORS
+        return turns if features >= (4096, TALL)[by_turns - 1] and is_full and has_time else plain
     if features >= TALL and by_turns <= 0.85 * shared:
         return turns
     if features < TALL and work < RATHER_LONG:
-        even = by_turns == as_planned and features <= 2048 and rows <= 4096 and work >= SHORT
+        is_short = features <= 1024 or (features < 3072 and rows <= 4096)
+        even = by_turns == as_planned and ((is_short and (work >= SHORT or has_time)) or (has_time and not pairs_have))
         if by_turns <= 0.8 * as_planned or (width <= 16 and (by_turns < as_planned or even)):
             return turns
-    if width <= 16 and shared <= as_planned and work >= SHORT:
-        return HopperTile(128, 256, 64, 4, True, 16, 6, plain.shrink)
-    return plain
+    return pairs if width <= 16 and shared <= as_planned and work >= SHORT else plain
+
+
+def _shrink_beside(
+    rows: int, features: int, widths: tuple[int, ...], width: int, tile: PrefillTile | HopperTile
+) -> BesideTile | None:
+    """On the multiprocessors that have a tile of the product less than others, or none, if it ends about when the first
+    tile of the others does.
+
+    A tile of 128 x 128 takes as long as three of 64 entries do. Where others follow there is time for a fourth, and
+    where many do for more: turns that did not begin together, as behind a shrink on all multiprocessors, take longer.
+    More than five tiles for each program, which only many adapters make, are for all programs.
+    """
+    tiles = counter(rows, widths)(tile.BM, tile.BN)
+    waves, most = cdiv(tiles, MULTIPROCESSORS), cdiv(rows, 64) + 4  # tiles of 64 of a batch of eight requests
+    few = min(-tiles % MULTIPROCESSORS, most)
+    if rows <= 256 or features < 1024 or width > 16 or few == 0 or tile.programs > 1 or min(tile.BM, tile.BN) < 128:
+        return None
+    in_time = 5.5 if tile.BN == 256 else 2 if waves == 1 else max(4, 2.5 + waves / 4)
+    return BesideTile(few, 5 * few) if cdiv(most, few) * (4 + len(widths)) <= 5 * in_time else None
 
 
 def _prefill_shrink(rows: int, members: int, tiles: int, width: int) -> ShrinkTile:

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from fxlora.kernels.prefill_tiles import BesideTile
 from tests.kernels.cases import HAS_CUDA, assert_right, make_case
 from tests.kernels.expert_cases import assert_experts_right, make_expert_case
 from tests.kernels.test_bodies import BODIES, DECODE, DEVICE, FUSED, GEMV, SINGLE, check, serves, small_case
-from tests.kernels.test_prefill_hopper import IS_HOPPER, SHARED, TURNS, assert_same_of_few_programs
+from tests.kernels.test_prefill_hopper import IS_HOPPER, RANKS, SHARED, TURNS, assert_same_of_few_programs
+from tests.kernels.test_prefill_hopper_shrink import assert_same as assert_same_beside
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -49,7 +51,7 @@ def op_calls() -> Iterator[Callable[[], object]]:
 
 
 def hopper_calls() -> Iterator[Callable[[], object]]:
-    """prefill_hopper.py, which serves calls as small as these for a test alone."""
+    """prefill_hopper.py and its shrink, which serve calls as small as these for a test alone."""
     for tile in (TURNS, SHARED) if IS_HOPPER else ():
         for dtype, outs, width in (
             (torch.bfloat16, (264,), 1),
@@ -59,6 +61,11 @@ def hopper_calls() -> Iterator[Callable[[], object]]:
             sizes = {"rows": 513, "features": 264, "outs": outs, "width": width, "dtype": dtype, "device": DEVICE}
             options = {**sizes, "bias": True, "ranks": (8, 0, 40, 3), "order": "shuffled"}
             yield lambda options=options, tile=tile: assert_same_of_few_programs(make_case(**options), tile)
+    for most in (1000, 20, 1) if IS_HOPPER else ():  # bounds of a small grid, of few programs of a large one, of all
+        for outs, width, order in (((264,), 1, "runs"), ((200, 72, 8), 1, "shuffled"), ((72, 8), 2, "shuffled")):
+            sizes = {"rows": 300, "features": 264, "outs": outs, "width": width, "dtype": torch.bfloat16}
+            options = {**sizes, "device": DEVICE, "ranks": (*RANKS, *[3] * 20), "order": order}
+            yield lambda options=options, most=most: assert_same_beside(make_case(**options), BesideTile(3, most))
 
 
 def expert_calls() -> Iterator[Callable[[], object]]:

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 
-from fxlora.kernels.prefill_tiles import HopperTile, PrefillTile, hopper_tile, prefill_tile
+from fxlora.kernels.prefill_tiles import BesideTile, HopperTile, PrefillTile, hopper_tile
 from fxlora.kernels.tiles import ShrinkTile
 from tests.kernels.cases import Case, equal_bits, linear_call, make_case
 
@@ -132,33 +132,22 @@ def test_turns_where_they_leave_less_idle_a_shared_tile_where_reading_counts() -
     assert kind(2048, 4096, 4096) == kind(8192, 4096, 28672) == kind(2048, 14336, 4096) == "shared"
     assert kind(8192, 2048, 8192, 8192) == kind(8192, 9728, 2560) == "shared"  # as many of either, but long
     assert kind(2048, 9728, 2560) == kind(1024, 13824, 5120, width=64) == "turns"  # three for two twice as wide
-    assert kind(512, 18944, 3584) == "turns"  # 112 tiles, and a shrink that fits beside them
-    assert kind(8192, 8192, 256) == kind(512, 8192, 2048, 2048) == "plain"  # 128, and one that does not
+    assert kind(8192, 8192, 256) == kind(512, 8192, 2048, 2048) == "plain"  # 128 at once
     assert kind(300, 4096, 4096) == kind(2048, 2048, 2048) == kind(8192, 1024, 1024) == "plain"
     assert kind(2048, 4096, 4096, width=64) == "plain"
     assert kind(1024, 5120, 5120, width=64) == "turns"
 
 
-def test_turns_shrink_in_short_tiles_where_as_many_multiprocessors_are_left_idle() -> None:
-    def tall(rows: int, features: int, *widths: int) -> bool:
+def test_turns_also_where_only_they_leave_time_for_the_shrink() -> None:
+    def takes_turns(rows: int, features: int, *widths: int) -> bool:
         tile = hopper_tile(rows, features, widths, 16)
-        assert isinstance(tile, HopperTile)
-        return tile.shrink.BM == 64
+        return isinstance(tile, HopperTile) and not tile.shared and isinstance(tile.shrink, BesideTile)
 
-    assert tall(2048, 9728, 2560)  # 320 tiles leave 76 of three times 132 idle
-    assert tall(2048, 4096, 2560)
-    assert tall(512, 18944, 3584)
-    assert not tall(2048, 8192, 3072)
-    assert tall(512, 8192, 8192, 1024, 1024)
-
-
-@pytest.mark.parametrize("rows", [257, 300, 512, 1000, 2048, 8192, 100000])
-@pytest.mark.parametrize("width", [1, 16, 64])
-def test_a_shrink_aside_is_for_tiles_that_come_late(rows: int, width: int) -> None:
-    for features in (64, 2048, 4096, 14336):
-        for widths in ((64,), (4096,), (28672,), (4096, 1024, 1024), (14336, 14336)):
-            tile, plain = hopper_tile(rows, features, widths, width), prefill_tile(rows, features, widths, width)
-            if isinstance(tile, HopperTile) and not tile.shared:
-                assert tile.shrink.few == 0
-            else:
-                assert tile.shrink == plain.shrink
+    assert takes_turns(512, 18944, 3584)  # 112 at once
+    assert takes_turns(512, 4096, 3584)
+    assert not takes_turns(512, 2048, 3584)
+    assert takes_turns(1024, 11008, 4096)  # 256, two for each multiprocessor
+    assert not takes_turns(1024, 4096, 4096)
+    assert takes_turns(8192, 3072, 3072)
+    assert not takes_turns(8192, 4096, 4096)
+    assert takes_turns(4096, 1024, 4096)
