@@ -228,9 +228,7 @@ def _compiled_forward(model: nn.Module, backend: functools.partial[Callable[...,
     # Dynamo counts graphs by code object, and `forward` of all compiled models would be one.
     code = forward.__code__.replace(co_name=f"{type(model).__name__}_forward")
     own = types.FunctionType(code, forward.__globals__, closure=forward.__closure__)
-    limit: dict[str, Any] = (
-        {"recompile_limit": _GRAPHS_MAX} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
-    )
+    limit: Any = _LIMIT if _MODELS_HAVE_LIMITS else {}
     compiled = torch.compile(own, backend=backend, fullgraph=True, dynamic=True, **limit)
 
     untried = [True]
@@ -257,4 +255,6 @@ def _compiled_forward(model: nn.Module, backend: functools.partial[Callable[...,
     return call
 
 
-_tracing = Tracing()
+_LIMIT = {"recompile_limit": _GRAPHS_MAX}
+_MODELS_HAVE_LIMITS = "recompile_limit" in inspect.signature(torch.compile).parameters
+_tracing = Tracing({} if _MODELS_HAVE_LIMITS else _LIMIT)

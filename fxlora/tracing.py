@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -115,13 +115,14 @@ def call_once(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
 
 
 class Tracing:
-    """The settings for calls of a compiled model, which may trace.
+    """The settings for calls of a compiled model, which may trace; further: of dynamo, beside those of a capture.
 
     `patch` of the two configs does the same in 42 us and more; a call enters here in 7 (one CPU core).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, further: Mapping[str, Any]) -> None:
         self._lock = threading.Lock()
+        self._further = further
         self._inside = 0
         self._duck_shape = True
         self._before: dict[str, Any] = {}
@@ -130,7 +131,7 @@ class Tracing:
     def __enter__(self) -> None:
         with self._lock:
             if not self._inside:
-                self._inner = self._inner or capture_settings()
+                self._inner = self._inner or {**capture_settings(), **self._further}
                 self._duck_shape = shape_config.use_duck_shape
                 self._before = {name: getattr(torch._dynamo.config, name) for name in self._inner}
                 self._set(False, self._inner)

@@ -250,6 +250,18 @@ def test_a_loop_over_what_the_data_holds() -> None:
         compiled(torch.randn(3, 6))
 
 
+def test_a_model_has_more_graphs_than_dynamo_allows_a_function() -> None:
+    class Kinds(Toy):
+        def forward(self, x: torch.Tensor, kind: str = "") -> torch.Tensor:
+            return self.fc(x) * len(kind)
+
+    torch._dynamo.reset()
+    model, x = Kinds(), torch.randn(3, 6)
+    compiled: Any = fxlora.compile(model, max_adapters=1, max_rank=4, backend="eager")
+    for length in range(12):
+        assert torch.equal(compiled(x, kind="a" * length), model(x, kind="a" * length))
+
+
 def test_compiled_models_of_one_class(tmp_path: Path) -> None:
     """As many models as dynamo would allow graphs of one function: each has its own, and its own adapters."""
     torch._dynamo.reset()
