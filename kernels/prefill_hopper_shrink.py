@@ -28,7 +28,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fxlora.kernels.call import MOST_MEMBERS, LinearCall, Plan
 from fxlora.kernels.group_shrink import Scratch
-from fxlora.kernels.groups import FIELDS, MOST
+from fxlora.kernels.groups_hopper import add, write_lists
 from fxlora.kernels.launch import Launcher
 from fxlora.kernels.prefill_hopper import block_after, describe
 from fxlora.kernels.prefill_tiles import BesideTile
@@ -42,20 +42,20 @@ RANKS = gl.constexpr(16)
 HEIGHT = gl.constexpr(64)
 """Entries of a tile."""
 
+PART = gl.constexpr(16)
+"""Of its rows, so many are loaded together where a slot has no more."""
+
 BLOCK = gl.constexpr(64)
 """In-features of a block in shared memory."""
 
 SUBS = gl.constexpr(4)
 """Blocks that come together: a warp that waited for each would load too slowly."""
 
+MANY = 12
+"""Tiles for each of few programs up to which no others are launched."""
+
 RING = 200 * 1024
 """Bytes of shared memory for blocks."""
-
-
-@gluon.jit
-def add(a, b) -> gl.tensor:
-    """a + b, for scans."""
-    return a + b
 
 
 @gluon.jit
@@ -97,11 +97,29 @@ def rounds_of(slot, sites, HAS_POOL: gl.constexpr) -> gl.tensor:
 
 
 @gluon.jit
+def load_run(xs, block, there, x_desc, part_desc, row, k, parts) -> None:
+    """Asks for SUBS blocks of rows side by side, or for so many parts of them."""
+    WHOLE: gl.constexpr = HEIGHT // PART
+    if parts == WHOLE:
+        mbarrier.expect(there, SUBS * x_desc.block_type.nbytes)
+        for sub in gl.static_range(SUBS):
+            tma.async_copy_global_to_shared(x_desc, [row, k + sub * BLOCK], there, xs.index(block + sub))
+    else:
+        for count in gl.static_range(1, WHOLE):
+            mbarrier.expect(there, SUBS * count * part_desc.block_type.nbytes, parts == count)
+        for sub in gl.static_range(SUBS):
+            for part in gl.static_range(WHOLE - 1):
+                at, to = [row + part * PART, k + sub * BLOCK], xs.index(block + sub).slice(part * PART, PART)
+                tma.async_copy_global_to_shared(part_desc, at, there, to, part < parts)
+
+
+@gluon.jit
 def load_x(
-    share, ring, x_desc, x, segments, sites, num_features, HAS_POOL: gl.constexpr, J: gl.constexpr,
+    share, ring, x_desc, part_desc, x, segments, sites, num_features, HAS_POOL: gl.constexpr, J: gl.constexpr,
     BINS: gl.constexpr, STAGES: gl.constexpr,
 ) -> None:  # fmt: skip
-    """The warp that loads x: every step of this program's tiles, as soon as there is room."""
+    """The warp that loads x: every step of this program's tiles, as soon as there is room. What it leaves of a block is
+    of rows that are not stored."""
     item, count, programs = share
     xs, full, empty = ring[0], ring[2], ring[3]
     of_x: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
@@ -116,14 +134,13 @@ def load_x(
         tile = tile_of(item, ends, segments, J)
         entries = gl.load(segments[0] + first + places, mask=first + places < end, other=0)
         x_at = x[0] + (entries // J).to(gl.int64)[:, None] * (x[1] * 8) + lanes[None, :]
+        parts = gl.cdiv(end - first, PART)
         for _ in range(rounds_of(slot, sites, HAS_POOL)):
             for k in range(0, num_features, SUBS * BLOCK):
                 there, block = full.index(stage), stage * SUBS
                 mbarrier.wait(empty.index(stage), phase)
                 if is_run:
-                    mbarrier.expect(there, SUBS * x_desc.block_type.nbytes)
-                    for sub in gl.static_range(SUBS):
-                        tma.async_copy_global_to_shared(x_desc, [row, k + sub * BLOCK], there, xs.index(block + sub))
+                    load_run(xs, block, there, x_desc, part_desc, row, k, parts)
                     mbarrier.arrive(there, count=32)
                 else:
                     for sub in gl.static_range(SUBS):
@@ -199,50 +216,6 @@ def put(
 
 
 @gluon.jit
-def write_groups(
-    row_tile, slots_ptr, segments, site, record, capacity, h_width, WORDS: gl.constexpr, BINS: gl.constexpr
-) -> None:
-    """groups.write_groups of a row tile of WORDS entries."""
-    line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    _, num_entries, max_adapters = segments
-    found = gl.full([BINS], 0, gl.int32, layout=line)
-    for first in range(0, WORDS, 128):
-        places = first + gl.arange(0, 128, layout=line)
-        entries = row_tile * WORDS + places
-        slots = gl.load(slots_ptr + entries, mask=(places < WORDS) & (entries < num_entries), other=-1)
-        known = (slots >= 0) & (slots < max_adapters)
-        found += gl.histogram(gl.where(known, slots, BINS - 1), BINS, layout=line)
-    bins = gl.arange(0, BINS, layout=line)
-    present = (found > 0) & (bins < max_adapters)
-    rank = gl.load(site[2] + bins, mask=present, other=0)
-    start = gl.load(site[1] + bins, mask=present, other=0)
-    own = (rank + 15) // 16
-    first = gl.associative_scan(own, 0, add) - own
-    for i in range(h_width // 16):
-        at = record + first + i
-        gl.store(at, bins, mask=i < own)
-        gl.store(at + capacity, start + 16 * i, mask=i < own)
-        gl.store(at + 2 * capacity, 16 * i + gl.minimum(rank - 16 * i, 16) - 1, mask=i < own)
-    count = gl.sum(own, axis=0)
-    gl.store(record + count + gl.arange(0, MOST, layout=line), gl.full([MOST], -1, gl.int32, layout=line))
-    gl.store(record + FIELDS * capacity, count)
-
-
-@gluon.jit
-def write_lists(
-    programs, groups, h_width, slots_ptr, segments, sites, HAS_POOL: gl.constexpr, WORDS: gl.constexpr,
-    BINS: gl.constexpr,
-) -> None:  # fmt: skip
-    """This program's share of the lists; the last programs, which have least to do, begin."""
-    tiles_m = gl.cdiv(segments[1], WORDS)
-    for row_tile in range(programs - 1 - gl.program_id(0), tiles_m, programs):
-        for member in gl.static_range(len(HAS_POOL)):
-            if HAS_POOL[member]:
-                record = groups[0] + (member * tiles_m + row_tile) * (FIELDS * groups[1] + 1)
-                write_groups(row_tile, slots_ptr, segments, sites[member], record, groups[1], h_width, WORDS, BINS)
-
-
-@gluon.jit
 def multiply(
     share, ring, h, groups, coeffs, slots_ptr, segments, sites, num_features, HAS_POOL: gl.constexpr, J: gl.constexpr,
     WORDS: gl.constexpr, BINS: gl.constexpr, STAGES: gl.constexpr, HAS_COEFFS: gl.constexpr,
@@ -281,9 +254,9 @@ def multiply(
 
 @gluon.jit
 def make_tiles(
-    share, x_desc, x, a_descs, h, groups, coeffs, segments, slots_ptr, sites, num_features, HAS_POOL: gl.constexpr,
-    J: gl.constexpr, WORDS: gl.constexpr, BINS: gl.constexpr, STAGES: gl.constexpr, MEMBERS: gl.constexpr,
-    POOLED: gl.constexpr, HAS_COEFFS: gl.constexpr,
+    share, x_desc, part_desc, x, a_descs, h, groups, coeffs, segments, slots_ptr, sites, num_features,
+    HAS_POOL: gl.constexpr, J: gl.constexpr, WORDS: gl.constexpr, BINS: gl.constexpr, STAGES: gl.constexpr,
+    MEMBERS: gl.constexpr, POOLED: gl.constexpr, HAS_COEFFS: gl.constexpr,
 ) -> None:  # fmt: skip
     """This program's tiles. MEMBERS: a power of two, POOLED: those that have a pool."""
     dtype: gl.constexpr = x_desc.dtype
@@ -305,7 +278,7 @@ def make_tiles(
                     STAGES, HAS_COEFFS,
                 ),
             ),
-            (load_x, (share, ring, x_desc, x, segments, sites, num_features, HAS_POOL, J, BINS, STAGES)),
+            (load_x, (share, ring, x_desc, part_desc, x, segments, sites, num_features, HAS_POOL, J, BINS, STAGES)),
             (load_a, (share, ring, a_descs, segments, sites, num_features, HAS_POOL, J, BINS, STAGES, POOLED)),
         ],
         [1, 1],
@@ -315,8 +288,8 @@ def make_tiles(
 
 @gluon.jit(do_not_specialize=["num_rows", "max_adapters", "few", "most"])
 def prefill_hopper_shrink_kernel(
-    x_desc, x, a0_desc, a1_desc, a2_desc, a3_desc, h, groups, coeffs, segments_ptr, slots_ptr, sites, num_rows,
-    feature_octets, max_adapters, few, most, HAS_POOL: gl.constexpr, J: gl.constexpr, WORDS: gl.constexpr,
+    x_desc, part_desc, x, a0_desc, a1_desc, a2_desc, a3_desc, h, groups, coeffs, segments_ptr, slots_ptr, sites,
+    num_rows, feature_octets, max_adapters, few, most, HAS_POOL: gl.constexpr, J: gl.constexpr, WORDS: gl.constexpr,
     BINS: gl.constexpr, STAGES: gl.constexpr, MEMBERS: gl.constexpr, POOLED: gl.constexpr, HAS_COEFFS: gl.constexpr,
     PDL: gl.constexpr,
 ) -> None:  # fmt: skip
@@ -336,9 +309,9 @@ def prefill_hopper_shrink_kernel(
         programs = gl.minimum(few, programs)
     if gl.program_id(0) < programs:
         make_tiles(
-            (gl.program_id(0), count, programs), x_desc, x, (a0_desc, a1_desc, a2_desc, a3_desc), h, groups, coeffs,
-            segments, slots_ptr, sites, feature_octets * 8, HAS_POOL, J, WORDS, BINS, STAGES, MEMBERS, POOLED,
-            HAS_COEFFS,
+            (gl.program_id(0), count, programs), x_desc, part_desc, x, (a0_desc, a1_desc, a2_desc, a3_desc), h,
+            groups, coeffs, segments, slots_ptr, sites, feature_octets * 8, HAS_POOL, J, WORDS, BINS, STAGES, MEMBERS,
+            POOLED, HAS_COEFFS,
         )  # fmt: skip
 
 
@@ -356,6 +329,7 @@ def shrink_beside(call: LinearCall, scratch: Scratch, tile: BesideTile) -> None:
     call.launch(
         plan,
         describe(call.x, (HEIGHT.value, BLOCK.value)),
+        describe(call.x, (PART.value, BLOCK.value)),
         (call.x, call.x.stride(0) // 8),
         *a_descs,
         *(None,) * (MOST_MEMBERS - len(a_descs)),
@@ -373,9 +347,10 @@ def _plan(call: LinearCall, scratch: Scratch, tile: BesideTile) -> Plan:
     members = call.members
     width = next_power_of_2(len(call.widths))
     bound = min(call.entries, tile_bound(call.entries, members.max_adapters, HEIGHT.value))
+    is_small = bound <= MANY * tile.few  # tiles of few rows, which so many adapters would have, take less time
     return call.planned(
         _launcher,
-        (tile.few if bound <= tile.most else min(bound, MULTIPROCESSORS),),
+        (tile.few if is_small else min(bound, MULTIPROCESSORS),),
         (call.rows, call.features // 8, members.max_adapters, tile.few, tile.most),
         4,
         HAS_POOL=members.has_pool,

@@ -61,11 +61,12 @@ def hopper_calls() -> Iterator[Callable[[], object]]:
             sizes = {"rows": 513, "features": 264, "outs": outs, "width": width, "dtype": dtype, "device": DEVICE}
             options = {**sizes, "bias": True, "ranks": (8, 0, 40, 3), "order": "shuffled"}
             yield lambda options=options, tile=tile: assert_same_of_few_programs(make_case(**options), tile)
-    for most in (1000, 20, 1) if IS_HOPPER else ():  # bounds of a small grid, of few programs of a large one, of all
+    for few, most in ((3, 1000), (1, 20), (1, 1)) if IS_HOPPER else ():  # a small grid, one of a large, all of it
         for outs, width, order in (((264,), 1, "runs"), ((200, 72, 8), 1, "shuffled"), ((72, 8), 2, "shuffled")):
             sizes = {"rows": 300, "features": 264, "outs": outs, "width": width, "dtype": torch.bfloat16}
             options = {**sizes, "device": DEVICE, "ranks": (*RANKS, *[3] * 20), "order": order}
-            yield lambda options=options, most=most: assert_same_beside(make_case(**options), BesideTile(3, most))
+            tile = BesideTile(few, most)
+            yield lambda options=options, tile=tile: assert_same_beside(make_case(**options), tile)
 
 
 def expert_calls() -> Iterator[Callable[[], object]]:

@@ -21,7 +21,7 @@ BOUND = 18 + 6
 
 def of_every_share(test: Callable[..., None]) -> Callable[..., None]:
     """A test on a GPU of compute capability 9: few programs of a small grid, few of a large one, all of it."""
-    shares = [BesideTile(3, 1000), BesideTile(3, BOUND - 1), BesideTile(3, 1)]
+    shares = [BesideTile(3, 1000), BesideTile(1, BOUND - 1), BesideTile(1, 1)]
     marked = pytest.mark.parametrize("shrink", shares, ids=["few", "few of many", "all"])(test)
     return pytest.mark.gpu(pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of compute capability 9")(marked))
 
@@ -59,6 +59,17 @@ def test_members_share_x(none_members: tuple[int, ...], outs: tuple[int, ...], s
     if any(member not in none_members for member in range(len(outs))):
         for order in ("runs", "shuffled"):
             assert_same(large_case(outs=outs, none_members=none_members, order=order), shrink)
+
+
+@of_every_share
+def test_tiles_of_any_number_of_rows(shrink: BesideTile) -> None:
+    """Parts of a block are loaded where a slot has no more rows."""
+    case = large_case(rows=420, ranks=(8, 16, 3, 40, 5, 1))
+    for counts in ((1, 15, 16, 17, 31, 340), (48, 49, 63, 64, 65, 131), (0, 33, 0, 47, 200, 80)):
+        assert sum(counts) <= 420
+        slots = torch.full((420, 1), -1, dtype=torch.int32, device="cuda")
+        slots[: sum(counts), 0] = torch.arange(6, device="cuda").repeat_interleave(torch.tensor(counts, device="cuda"))
+        assert_same(case.with_slots(slots), shrink)
 
 
 @of_every_share
