@@ -51,9 +51,6 @@ BLOCK = gl.constexpr(64)
 SUBS = gl.constexpr(4)
 """Blocks that come together: a warp that waited for each would load too slowly."""
 
-MANY = 12
-"""Tiles for each of few programs up to which no others are launched."""
-
 RING = 200 * 1024
 """Bytes of shared memory for blocks."""
 
@@ -111,6 +108,35 @@ def load_run(xs, block, there, x_desc, part_desc, row, k, parts) -> None:
             for part in gl.static_range(WHOLE - 1):
                 at, to = [row + part * PART, k + sub * BLOCK], xs.index(block + sub).slice(part * PART, PART)
                 tma.async_copy_global_to_shared(part_desc, at, there, to, part < parts)
+    mbarrier.arrive(there, count=32)
+
+
+@gluon.jit
+def rows_of(first, end, x, segments, J: gl.constexpr) -> gl.tensor:
+    """Of each part of a tile where its rows of x begin, and which of them there are."""
+    of_part: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
+    lanes = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, of_part))
+    found = ()
+    for part in gl.static_range(HEIGHT // PART):
+        places = first + part * PART + gl.arange(0, PART, layout=gl.SliceLayout(1, of_part))
+        entries = gl.load(segments[0] + places, mask=places < end, other=0)
+        at = x[0] + (entries // J).to(gl.int64)[:, None] * (x[1] * 8) + lanes[None, :]
+        found = found + ((at, (places < end)[:, None], lanes[None, :]),)
+    return found
+
+
+@gluon.jit
+def load_rows(xs, block, there, rows, k, parts, num_features) -> None:
+    """As load_run, of rows in any order."""
+    for part in gl.static_range(HEIGHT // PART):
+        if part < parts:
+            at, known, lanes = rows[part]
+            for sub in gl.static_range(SUBS):
+                to = xs.index(block + sub).slice(part * PART, PART)
+                first = k + sub * BLOCK
+                async_copy.async_copy_global_to_shared(to, at + first, known & (first + lanes < num_features))
+    async_copy.mbarrier_arrive(there, increment_count=False)  # of every lane, when its copies are there
+    mbarrier.arrive(there)
 
 
 @gluon.jit
@@ -122,9 +148,6 @@ def load_x(
     of rows that are not stored."""
     item, count, programs = share
     xs, full, empty = ring[0], ring[2], ring[3]
-    of_x: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
-    places = gl.arange(0, HEIGHT, layout=gl.SliceLayout(1, of_x))
-    lanes = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, of_x))
     ends = tile_ends(segments, BINS, 1)
     tile = tile_of(item, ends, segments, J)
     stage, phase = 0, 1  # every block is empty at first
@@ -132,22 +155,15 @@ def load_x(
         slot, first, end, row, is_run = tile
         item += programs
         tile = tile_of(item, ends, segments, J)
-        entries = gl.load(segments[0] + first + places, mask=first + places < end, other=0)
-        x_at = x[0] + (entries // J).to(gl.int64)[:, None] * (x[1] * 8) + lanes[None, :]
-        parts = gl.cdiv(end - first, PART)
+        parts, rows = gl.cdiv(end - first, PART), rows_of(first, end, x, segments, J)
         for _ in range(rounds_of(slot, sites, HAS_POOL)):
             for k in range(0, num_features, SUBS * BLOCK):
                 there, block = full.index(stage), stage * SUBS
                 mbarrier.wait(empty.index(stage), phase)
                 if is_run:
                     load_run(xs, block, there, x_desc, part_desc, row, k, parts)
-                    mbarrier.arrive(there, count=32)
                 else:
-                    for sub in gl.static_range(SUBS):
-                        inside = (first + places < end)[:, None] & (k + sub * BLOCK + lanes < num_features)[None, :]
-                        async_copy.async_copy_global_to_shared(xs.index(block + sub), x_at + (k + sub * BLOCK), inside)
-                    async_copy.mbarrier_arrive(there, increment_count=False)  # of every lane, when its copies are there
-                    mbarrier.arrive(there)
+                    load_rows(xs, block, there, rows, k, parts, num_features)
                 stage, phase = block_after(stage, phase, STAGES)
 
 
@@ -347,10 +363,9 @@ def _plan(call: LinearCall, scratch: Scratch, tile: BesideTile) -> Plan:
     members = call.members
     width = next_power_of_2(len(call.widths))
     bound = min(call.entries, tile_bound(call.entries, members.max_adapters, HEIGHT.value))
-    is_small = bound <= MANY * tile.few  # tiles of few rows, which so many adapters would have, take less time
     return call.planned(
         _launcher,
-        (tile.few if is_small else min(bound, MULTIPROCESSORS),),
+        (tile.few if bound <= tile.most else min(bound, MULTIPROCESSORS),),
         (call.rows, call.features // 8, members.max_adapters, tile.few, tile.most),
         4,
         HAS_POOL=members.has_pool,
