@@ -48,10 +48,12 @@ def tile_rows(row_tile, BM: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def place(tile, tiles_m, tiles_n, BAND: tl.constexpr) -> tl.tensor:
-    """Row tile and column tile of one tile of y; BAND row tiles follow each other."""
+    """Row tile and column tile of one tile of y; BAND row tiles follow each other, each column's from another on, or the
+    tiles of rows with many adapters, which take longer, would all be a few programs'."""
     band, in_band = tile // (BAND * tiles_n), tile % (BAND * tiles_n)
     height = tl.minimum(tiles_m - band * BAND, BAND)
-    return band * BAND + in_band % height, in_band // height
+    column = in_band // height
+    return band * BAND + (in_band + column) % height, column
 
 
 @triton.jit
