@@ -43,8 +43,8 @@ test: $(STAMP)
 
 # Every tensor gets memory of its own, or memcheck would take a neighbour's for a tensor's.
 # In parts beside each other; the first pass, without a tool, leaves the compiled kernels in Triton's cache.
-# racecheck takes the word by which Triton tells a program's warps what to run for a race (two barriers lie between), so
-# it leaves out the kernel that has one.
+# racecheck takes the words by which Triton tells a program's warps what to run for a race (two barriers lie between), so
+# it leaves out the kernels that have one.
 sanitize: $(STAMP)
 	@if ! command -v compute-sanitizer >/dev/null; then \
 		echo "skipped: compute-sanitizer (CUDA toolkit) is not on PATH"; \
