@@ -48,8 +48,8 @@ def tile_rows(row_tile, BM: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def place(tile, tiles_m, tiles_n, BAND: tl.constexpr) -> tl.tensor:
-    """Row tile and column tile of one tile of y; BAND row tiles follow each other, each column's from another on, or the
-    tiles of rows with many adapters, which take longer, would all be a few programs'."""
+    """Row tile and column tile of one tile of y; BAND row tiles follow each other, each column's from another on: tiles
+    of rows with many adapters take longer, and few programs would have them all."""
     band, in_band = tile // (BAND * tiles_n), tile % (BAND * tiles_n)
     height = tl.minimum(tiles_m - band * BAND, BAND)
     column = in_band // height
