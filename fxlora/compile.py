@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -228,8 +227,7 @@ def _compiled_forward(model: nn.Module, backend: functools.partial[Callable[...,
     # Dynamo counts graphs by code object, and `forward` of all compiled models would be one.
     code = forward.__code__.replace(co_name=f"{type(model).__name__}_forward")
     own = types.FunctionType(code, forward.__globals__, closure=forward.__closure__)
-    limit: Any = _LIMIT if _MODELS_HAVE_LIMITS else {}
-    compiled = torch.compile(own, backend=backend, fullgraph=True, dynamic=True, **limit)
+    compiled = torch.compile(own, backend=backend, fullgraph=True, dynamic=True)
 
     untried = [True]
 
@@ -255,6 +253,4 @@ def _compiled_forward(model: nn.Module, backend: functools.partial[Callable[...,
     return call
 
 
-_LIMIT = {"recompile_limit": _GRAPHS_MAX}
-_MODELS_HAVE_LIMITS = "recompile_limit" in inspect.signature(torch.compile).parameters
-_tracing = Tracing({} if _MODELS_HAVE_LIMITS else _LIMIT)
+_tracing = Tracing({"recompile_limit": _GRAPHS_MAX})

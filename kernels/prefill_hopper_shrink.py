@@ -39,7 +39,7 @@ from fxlora.kernels.triton_helpers import next_power_of_2
 RANKS = gl.constexpr(16)
 """Ranks of each member that are made at once."""
 
-HEIGHT = gl.constexpr(64)
+HEIGHT = gl.constexpr(BesideTile.BM)
 """Entries of a tile."""
 
 PART = gl.constexpr(16)

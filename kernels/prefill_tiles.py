@@ -18,10 +18,11 @@ from fxlora.kernels.triton_helpers import cdiv
 @dataclass(frozen=True)
 class BesideTile:
     """Of prefill_hopper_shrink.py: `few` programs make h while the product's run on the other multiprocessors, all of
-    them where the batch has more than `most` tiles of 64 entries."""
+    them where the batch has more than `most` tiles of BM entries."""
 
     few: int
     most: int
+    BM: ClassVar[int] = 64
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,12 @@ def _hopper_product(rows: int, features: int, widths: tuple[int, ...], width: in
     as_planned = shared if plain.BN == 256 else 2 * cdiv(count(128, 128), 2 * MULTIPROCESSORS)
     turns = HopperTile(128, 128, 64, 5, False, 8, 0, _prefill_shrink(rows, len(widths), count(128, 256), width))
     pairs = HopperTile(128, 256, 64, 4, True, 16, 6, plain.shrink)
-    has_time, pairs_have = (_shrink_beside(rows, features, widths, width, tile) is not None for tile in (turns, pairs))
+    has_time = _shrink_beside(rows, features, widths, width, turns) is not None
+    pairs_have = _shrink_beside(rows, features, widths, width, pairs) is not None
     if by_turns <= 2:
         is_full = plain.BM == 128 and count(128, 128) >= (by_turns - 1 / 3) * MULTIPROCESSORS
-        return turns if features >= (4096, TALL)[by_turns - 1] and is_full and has_time else plain
+        is_long = features >= (4096 if by_turns == 1 else TALL)
+        return turns if is_long and is_full and has_time else plain
     if features >= TALL and by_turns <= 0.85 * shared:
         return turns
     if features < TALL and work < RATHER_LONG:
@@ -135,12 +138,12 @@ def _shrink_beside(
     """On the multiprocessors that have a tile of the product less than others, or none, if it ends about when the first
     tile of the others does.
 
-    A tile of 128 x 128 takes as long as three of 64 entries do. Where others follow there is time for a fourth, and
+    A tile of 128 x 128 takes as long as three of h do. Where others follow there is time for a fourth, and
     where many do for more: turns that did not begin together, as behind a shrink on all multiprocessors, take longer.
     More than five tiles for each program, which only many adapters make, are for all programs.
     """
     tiles = counter(rows, widths)(tile.BM, tile.BN)
-    waves, most = cdiv(tiles, MULTIPROCESSORS), cdiv(rows, 64) + 4  # tiles of 64 of a batch of eight requests
+    waves, most = cdiv(tiles, MULTIPROCESSORS), cdiv(rows, BesideTile.BM) + 4  # of a batch of eight requests
     few = min(-tiles % MULTIPROCESSORS, most)
     if rows <= 256 or features < 1024 or width > 16 or few == 0 or tile.programs > 1 or min(tile.BM, tile.BN) < 128:
         return None

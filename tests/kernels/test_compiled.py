@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MOST_SHARED_BYTES = 227 << 10
-MOST_STACK_BYTES = 80
-"""A few addresses (72 bytes at most by triton 3.6); a kernel that keeps its sums there takes several times as long."""
+MOST_STACK_BYTES = 64
+"""A few addresses; a kernel that keeps its sums there takes several times as long."""
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")

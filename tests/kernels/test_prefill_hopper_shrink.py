@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fxlora.kernels.prefill_tiles import BesideTile, hopper_tile
+from fxlora.kernels.prefill_tiles import BesideTile, HopperTile, hopper_tile, prefill_tile
 from fxlora.kernels.tiles import ShrinkTile
 from tests.kernels.cases import Case, equal_bits
 from tests.kernels.test_prefill_hopper import IS_HOPPER, TURNS, large_case, run
@@ -129,8 +129,12 @@ def test_it_runs_beside_products_of_one_program_a_multiprocessor(rows: int) -> N
     for features in (64, 2048, 4096, 14336):
         for widths in ((64,), (4096,), (28672,), (4096, 1024, 1024), (14336, 14336)):
             for width in (1, 16, 64):
-                tile = hopper_tile(rows, features, widths, width)
+                tile, plain = hopper_tile(rows, features, widths, width), prefill_tile(rows, features, widths, width)
                 if isinstance(tile.shrink, BesideTile):
                     assert width <= 16
                     assert tile.programs == 1
                     assert 0 < tile.shrink.few <= tile.shrink.most
+                elif isinstance(tile, HopperTile) and not tile.shared:
+                    assert tile.shrink.few == 0  # few of the plain shrink would end after the first turn
+                else:
+                    assert tile.shrink == plain.shrink
