@@ -3,7 +3,8 @@
 Stage: run time. Two launches. Programs of the second stay resident and share the tiles of y in a fixed order, so that
 those that read the same weights and rows do so at about the same time, which L2 needs: they start together, when the
 first launch has ended. Where few of them share anything, they start beside its last ones, by the rules of overlap.py,
-and need h only behind the in-features of their first tile. A tile of 128 rows with no more than 64 in use is half as
+and need h only behind the in-features of their first tile. On a Hopper GPU few programs of expert_hopper_shrink.py may
+make h beside all of them, tile after tile. A tile of 128 rows with no more than 64 in use is half as
 high, which leaves the bits of a row as they are. Where most experts have little more than 128 rows, a program takes the
 32 after them along, for one pass over W.
 Grids come from shapes alone. The weights come through TMA where their strides allow it, x too where its rows are in
@@ -27,10 +28,10 @@ from fxlora.kernels.call import Plan
 from fxlora.kernels.expert_call import ExpertCall, load_x, rows_of, tile_item, tiles_in_use
 from fxlora.kernels.expert_prefill_shrink import adapters_of, shrink_tiles
 from fxlora.kernels.expert_segments import HIGH
-from fxlora.kernels.expert_tiles import ExpertPrefillTile
+from fxlora.kernels.expert_tiles import ExpertBesideTile, ExpertPrefillTile
 from fxlora.kernels.groups import add_groups, add_groups_to_both, count_groups
 from fxlora.kernels.launch import Described, Launcher
-from fxlora.kernels.overlap import wait_for_earlier
+from fxlora.kernels.overlap import wait_for_earlier, wait_until_ready
 from fxlora.kernels.triton_helpers import cdiv, dot, strided
 
 _POINTERS, _ALONG_K, _ALONG_N = 0, 1, 2  # how W is read: at any stride, or through TMA with K or N adjacent
@@ -117,7 +118,11 @@ def expert_tile(
             x_tail = load_x(x, x_tail_desc, first + BM, tail_rows, tail_mask, step * BK, num_features, BK, EVEN_K)
             tail = multiply(x_tail, w_tile, tail, True)
     if HAS_POOL:
-        if PDL and is_first:
+        if adapters.ready is not None:
+            if steps > 0:
+                wait_until_ready(adapters.ready + row_tile)
+            count = tl.where(steps > 0, count_groups(row_tile, adapters), 0)
+        elif PDL and is_first:
             wait_for_earlier(PDL)
             count = tl.where(steps > 0, count_groups(row_tile, adapters), 0)
         own_rows = tl.where(row_mask, rows, num_rows)  # those of other tiles have no slots
@@ -210,8 +215,13 @@ def prefill(call: ExpertCall, tile: ExpertPrefillTile) -> torch.Tensor:
     x_tma = tile.x_tma and in_reach
     adapters = None
     if call.has_pool:
-        adapters = adapters_of(call)
-        shrink_tiles(call, adapters, tile.shrink, in_reach and tile.shrink.x_tma, tile.early)
+        adapters = adapters_of(call, isinstance(tile.shrink, ExpertBesideTile))
+        if isinstance(tile.shrink, ExpertBesideTile):
+            from fxlora.kernels.expert_hopper_shrink import shrink_beside  # another Triton may not have what it imports
+
+            shrink_beside(call, adapters, tile.shrink)
+        else:
+            shrink_tiles(call, adapters, tile.shrink, in_reach and tile.shrink.x_tma, tile.early)
     y = call.x.new_empty(call.rows, call.columns)
     form, w_desc = _described(call, tile)
     plan = call.plan(_launcher, tile, lambda: _plan(call, tile, form, x_tma), step=(form, x_tma))
@@ -272,6 +282,14 @@ def _described(call: ExpertCall, tile: ExpertPrefillTile) -> tuple[int, Describe
     if tile.w_tma and _tma_reads(weight.mT, call):
         return _ALONG_N, Described(weight.mT, (1, tile.BK, tile.BN))
     return _POINTERS, None
+
+
+def shrinks_by_tma(call: ExpertCall) -> bool:
+    """Whether TMA can read x, whose rows are in place, and A."""
+    pool = call.site.pool
+    if pool is None or not call.in_place or pool.a.numel() == 0:
+        return False
+    return _tma_reads(call.x, call) and _tma_reads(pool.a, call)
 
 
 def _tma_reads(matrix: torch.Tensor, call: ExpertCall) -> bool:

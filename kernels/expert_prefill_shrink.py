@@ -46,10 +46,11 @@ class ExpertAdapters(NamedTuple):
     width: Any  # W
     groups: Any  # int32 [row tiles, 3 * capacity + 1]: fields of each group, then their number
     capacity: Any
+    ready: Any  # int32 [row tiles]: 1 where h and groups are there; None where the launch before has ended
 
 
-def adapters_of(call: ExpertCall) -> ExpertAdapters:
-    """The kernels' view of the call's pool and row map, with new scratch."""
+def adapters_of(call: ExpertCall, beside: bool = False) -> ExpertAdapters:
+    """The kernels' view of the call's pool and row map, with new scratch. beside: the product runs beside it."""
     pool = call.site.pool
     assert pool is not None
     width = cdiv(pool.rank_bound, 16) * 16
@@ -61,7 +62,7 @@ def adapters_of(call: ExpertCall) -> ExpertAdapters:
     a, b, a_start, a_step, b_start, b_step, rank, scaling = call.site.fixed
     return ExpertAdapters(
         a, b, a_start, a_step, b_start, b_step, rank, scaling, call.site.max_adapters, *rows, h_EW, width, groups,
-        capacity,
+        capacity, call.new_scratch(call.tiles, dtype=torch.int32) if beside else None,
     )  # fmt: skip
 
 

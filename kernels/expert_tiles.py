@@ -12,7 +12,7 @@ import torch
 
 from fxlora.kernels.expert_segments import HIGH, ONE_TILE, has_high_tiles, tile_height
 from fxlora.kernels.tiles import MULTIPROCESSORS, VectorTile, narrowed
-from fxlora.kernels.triton_helpers import next_power_of_2
+from fxlora.kernels.triton_helpers import cdiv, next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,15 @@ class ExpertShrinkTile:
 
 
 @dataclass(frozen=True)
+class ExpertBesideTile:
+    """Of expert_hopper_shrink.py: `few` programs make h while the product's run on the other multiprocessors, all of
+    them where that takes more than `most` rounds of a row tile."""
+
+    few: int
+    most: int
+
+
+@dataclass(frozen=True)
 class ExpertPrefillTile:
     """Of expert_prefill.py; BR ranks are expanded at once, in a loop of so many stages. With a TAIL, tiles are the
     table's of HIGH rows, BM and TAIL together, and W is laid along wgmma's A operand. early: programs start beside the
@@ -82,7 +91,7 @@ class ExpertPrefillTile:
     expand_stages: int
     w_tma: bool
     x_tma: bool
-    shrink: ExpertShrinkTile
+    shrink: ExpertShrinkTile | ExpertBesideTile
     early: bool = False
 
 
@@ -145,3 +154,23 @@ def expert_prefill_tile(
     shrink = alone if deep else replace(_SHRINK_WIDE, x_tma=few_ranks, shares=1 if few_ranks else 8)
     ranks = 32 if few_ranks else ranks
     return ExpertPrefillTile(height, 0, 256, 64, ranks, 132, 8, 4, 3, True, True, shrink, early=few_ranks)
+
+
+@cache
+def expert_hopper_tile(
+    rows: int, num_experts: int, simple: bool, features: int, columns: int, dtype: torch.dtype, width: int
+) -> ExpertPrefillTile:
+    """As expert_prefill_tile, for a GPU that expert_hopper_shrink.py serves too, where TMA can read x and A.
+
+    h costs as much as 128 more columns of y would, so as many multiprocessors make it while the others make y, if a
+    tile takes about one round, as eight slots do; more rounds are for all of them. Over many columns, or many rows of
+    each expert, h costs less than the multiprocessors that y would lose.
+    """
+    tile = expert_prefill_tile(rows, num_experts, simple, features, columns, dtype, width)
+    is_measured = features >= 512 and 1024 <= columns <= 5120 and 32 * num_experts <= rows <= 448 * num_experts
+    if dtype == torch.float32 or not simple or width > 16 or tile.TAIL or not is_measured:
+        return tile
+    few = round(MULTIPROCESSORS / (columns / 128 + 1))
+    most = cdiv(rows, tile.BM) + 3 * num_experts // 4
+    programs = tile.programs - tile.programs // MULTIPROCESSORS * few
+    return replace(tile, programs=programs, shrink=ExpertBesideTile(few, most), early=True)

@@ -1,6 +1,6 @@
 """The lists of groups.py, written by four warps of a kernel in Gluon.
 
-Stage: run time, below prefill_hopper_shrink.py. Letters as in groups.py.
+Stage: run time, below prefill_hopper_shrink.py and expert_hopper_shrink.py. Letters as in groups.py.
 """
 
 # ruff: noqa: ANN001 (pointers and blocks have no static type)
@@ -17,6 +17,23 @@ from fxlora.kernels.groups import FIELDS, MOST
 def add(a, b) -> gl.tensor:
     """a + b, for scans."""
     return a + b
+
+
+@gluon.jit
+def put_groups(record, capacity, h_width, slots, start, rank) -> gl.tensor:
+    """Lists the groups of these slots, of rank 0 where there is none, and how many there are, which it returns."""
+    own = (rank + 15) // 16
+    first = gl.associative_scan(own, 0, add) - own
+    for i in range(h_width // 16):
+        at = record + first + i
+        gl.store(at, slots, mask=i < own)
+        gl.store(at + capacity, start + 16 * i, mask=i < own)
+        gl.store(at + 2 * capacity, 16 * i + gl.minimum(rank - 16 * i, 16) - 1, mask=i < own)
+    count = gl.sum(own, axis=0)
+    end = record + count + gl.arange(0, MOST, layout=own.type.layout)
+    gl.store(end, gl.full([MOST], -1, gl.int32, layout=own.type.layout))
+    gl.store(record + FIELDS * capacity, count)
+    return count
 
 
 @gluon.jit
@@ -37,16 +54,7 @@ def write_groups(
     present = (found > 0) & (bins < max_adapters)
     rank = gl.load(site[2] + bins, mask=present, other=0)
     start = gl.load(site[1] + bins, mask=present, other=0)
-    own = (rank + 15) // 16
-    first = gl.associative_scan(own, 0, add) - own
-    for i in range(h_width // 16):
-        at = record + first + i
-        gl.store(at, bins, mask=i < own)
-        gl.store(at + capacity, start + 16 * i, mask=i < own)
-        gl.store(at + 2 * capacity, 16 * i + gl.minimum(rank - 16 * i, 16) - 1, mask=i < own)
-    count = gl.sum(own, axis=0)
-    gl.store(record + count + gl.arange(0, MOST, layout=line), gl.full([MOST], -1, gl.int32, layout=line))
-    gl.store(record + FIELDS * capacity, count)
+    put_groups(record, capacity, h_width, bins, start, rank)
 
 
 @gluon.jit

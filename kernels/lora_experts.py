@@ -13,9 +13,10 @@ import torch
 
 from fxlora.kernels.expert_call import ExpertCall, ExpertSite
 from fxlora.kernels.expert_decode import decode
-from fxlora.kernels.expert_prefill import prefill
+from fxlora.kernels.expert_prefill import prefill, shrinks_by_tma
 from fxlora.kernels.expert_segments import SLOTS_FROM
-from fxlora.kernels.expert_tiles import expert_decode_tiles, expert_prefill_tile
+from fxlora.kernels.expert_tiles import expert_decode_tiles, expert_hopper_tile, expert_prefill_tile
+from fxlora.kernels.prefill import has_gluon
 from fxlora.kernels.registry import derived_of, expert_pool_of
 from fxlora.kernels.triton_helpers import device_of
 
@@ -49,4 +50,5 @@ def _run(call: ExpertCall) -> torch.Tensor:
         return decode(call, expert_decode_tiles(call.entries, call.features, call.columns, call.x.dtype))
     simple = call.in_place and call.width == 1
     sizes = (call.features, call.columns, call.x.dtype, call.site.h_width)
-    return prefill(call, expert_prefill_tile(call.rows, call.num_experts, simple, *sizes))
+    tile_of = expert_hopper_tile if has_gluon(call.x.device) and shrinks_by_tma(call) else expert_prefill_tile
+    return prefill(call, tile_of(call.rows, call.num_experts, simple, *sizes))

@@ -22,6 +22,7 @@ from triton.runtime.driver import driver
 
 from fxlora.kernels import call as calls
 from fxlora.kernels import expert_call, lora_linear, prefill
+from fxlora.kernels import lora_experts as lora_experts_module
 from fxlora.kernels.call import LinearCall, Members
 from fxlora.kernels.expert_pool import ExpertPool
 from fxlora.kernels.expert_segments import expert_segments_size
@@ -73,8 +74,9 @@ def linear(rows: int, features: int, *outs: int, rank: int = 16, transposed: boo
     body(call, tiles)
 
 
-def experts(tokens: int, top_k: int, count: int, features: int, out: int, rank: int = 16) -> None:
-    """Compile what a bf16 call of `lora_experts` launches."""
+def experts(tokens: int, top_k: int, count: int, features: int, out: int, rank: int = 16, own: bool = False) -> None:
+    """Compile what a bf16 call of `lora_experts` launches. own: as of `linear`."""
+    lora_experts_module.has_gluon = lambda device: own
     slots, rows = 16, tokens * top_k
     pool = ExpertPool.allocate(
         num_experts=count, pool_rows_a=slots * count * rank, pool_rows_b=slots * count * rank, in_features=features,
@@ -116,6 +118,10 @@ CALLS: dict[str, Callable[[], object]] = {
     "experts, few rows": lambda: experts(16, 8, 128, 2048, 1536),
     "experts, few rows, tall": lambda: experts(16, 2, 8, 14336, 4096),
     "experts, many rows": lambda: experts(2048, 8, 128, 2048, 1536),
+    "experts, many rows, a shrink beside": lambda: [
+        experts(2048, 8, 128, 2048, 1536, own=True),
+        experts(2048, 8, 64, 2048, 2048, own=True),
+    ],
     "experts, many rows, a tail": lambda: experts(2048, 8, 128, 4096, 1536),
     "experts, a long way": lambda: [experts(m, 2, 8, 14336, 4096) for m in (256, 512, 2048)],
     "experts, rather many rows": lambda: experts(2048, 8, 64, 2048, 2048),

@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from fxlora.kernels.expert_tiles import ExpertBesideTile
 from fxlora.kernels.prefill_tiles import BesideTile
 from tests.kernels.cases import HAS_CUDA, assert_right, make_case
 from tests.kernels.expert_cases import assert_experts_right, make_expert_case
 from tests.kernels.test_bodies import BODIES, DECODE, DEVICE, FUSED, GEMV, SINGLE, check, serves, small_case
+from tests.kernels.test_expert_hopper_shrink import assert_same as assert_same_of_experts
+from tests.kernels.test_expert_hopper_shrink import large_case as large_expert_case
 from tests.kernels.test_prefill_hopper import IS_HOPPER, RANKS, SHARED, TURNS, assert_same_of_few_programs
 from tests.kernels.test_prefill_hopper_shrink import assert_same as assert_same_beside
 
@@ -69,6 +72,15 @@ def hopper_calls() -> Iterator[Callable[[], object]]:
             yield lambda options=options, tile=tile: assert_same_beside(make_case(**options), tile)
 
 
+def beside_experts() -> Iterator[Callable[[], object]]:
+    """expert_hopper_shrink.py: few programs beside the product, one, all before it."""
+    for few, most in ((3, 1000), (1, 1000), (1, 0)) if IS_HOPPER else ():
+        for rows, width in ((1000, 1), (600, 2)):  # tiles of 64 rows, of 128
+            options = {"rows": rows, "width": width, "features": 264, "ranks": (8, 0, 40, 3, *[16] * 8)}
+            tile = ExpertBesideTile(few, most)
+            yield lambda options=options, tile=tile: assert_same_of_experts(large_expert_case(**options), tile)
+
+
 def expert_calls() -> Iterator[Callable[[], object]]:
     """Row tiles of every height, rows in place and in any order."""
     for dtype in DTYPES:
@@ -90,7 +102,7 @@ def main() -> int:
     if not HAS_CUDA:
         print("skipped: no GPU")
         return 0
-    calls = [*body_calls(), *op_calls(), *hopper_calls(), *expert_calls()][part::parts]
+    calls = [*body_calls(), *op_calls(), *hopper_calls(), *beside_experts(), *expert_calls()][part::parts]
     for done, call in enumerate(calls, 1):
         torch.manual_seed(0)
         call()

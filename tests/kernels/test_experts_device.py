@@ -5,15 +5,18 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fxlora.kernels import ops, reference
+from fxlora.kernels.expert_tiles import ExpertBesideTile, ExpertPrefillTile
 from tests.kernels.cases import TOLERANCE, assert_near, registered, row_errors
 from tests.kernels.expert_cases import ExpertCase, assert_experts_right, draw_experts, make_expert_case
 from tests.kernels.test_device import capture, nothing
+from tests.kernels.test_prefill_hopper import IS_HOPPER
 
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
@@ -63,14 +66,21 @@ def change_rows(case: ExpertCase) -> None:
         case.offsets.copy_(torch.bincount(known, minlength=experts).cumsum(0))
 
 
-@pytest.fixture(params=["as chosen", "beside the shrink"])
+@pytest.fixture(params=["as chosen", "beside the last of the shrink", "beside all of it"])
 def products_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the programs of a product over many rows start: as the tile says, or all of them early."""
     from fxlora.kernels import lora_experts
 
     choose = lora_experts.expert_prefill_tile
+
+    def early(rows: int, experts: int, simple: bool, *sizes: Any) -> ExpertPrefillTile:
+        tile = replace(choose(rows, experts, simple, *sizes), early=True)
+        beside = request.param == "beside all of it" and simple and not tile.TAIL and IS_HOPPER
+        return replace(tile, shrink=ExpertBesideTile(2, 1000)) if beside else tile
+
     if request.param != "as chosen":
-        monkeypatch.setattr(lora_experts, "expert_prefill_tile", lambda *sizes: replace(choose(*sizes), early=True))
+        monkeypatch.setattr(lora_experts, "expert_prefill_tile", early)
+        monkeypatch.setattr(lora_experts, "has_gluon", lambda device: False)
 
 
 def forward_of(case: ExpertCase, handle: int) -> Callable[[], torch.Tensor]:

@@ -104,14 +104,16 @@ def test_tiles_with_a_tail(name: str, device: str, monkeypatch: pytest.MonkeyPat
     if device == "cpu" and not ops.INTERPRET:
         pytest.skip("a body for GPUs")
     from fxlora.kernels import expert_segments, lora_experts
-    from fxlora.kernels.expert_tiles import expert_prefill_tile
+    from fxlora.kernels.expert_tiles import ExpertShrinkTile, expert_prefill_tile
 
     monkeypatch.setattr(expert_segments, "_HEIGHTS", ((4, 16), (112, 128), (192, 64)))
     tile = expert_prefill_tile(500, 4, True, 4096, 4096, torch.bfloat16, 16)
     assert tile.TAIL
+    assert isinstance(tile.shrink, ExpertShrinkTile)
     if ops.INTERPRET:
         tile = replace(tile, BN=32, BK=32, programs=3, shrink=replace(tile.shrink, BM=64, BR=16, BK=32, programs=3))
     monkeypatch.setattr(lora_experts, "expert_prefill_tile", lambda *_: tile)
+    monkeypatch.setattr(lora_experts, "has_gluon", lambda device: False)
     monkeypatch.setattr(expert_case_module, "draw_experts", lambda *_: draws())
     assert_experts_right(make_expert_case(rows=500, experts=4, dtype=torch.bfloat16, device=device, **TAILS[name]))
 
