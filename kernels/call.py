@@ -45,6 +45,7 @@ class PlannedCall:
 
     device_index: GPU, -1 for interpreted kernels. overlap: whether that GPU has programmatic dependent launch, and with
     it TMA. plans: of the group that is called. signature: what a plan follows from, beside the launcher and the tile.
+    resident: A of each pool, which never moves.
     """
 
     device_index: int
@@ -52,6 +53,7 @@ class PlannedCall:
     plans: Plans
     signature: tuple[object, ...]
     x: torch.Tensor
+    resident: list[torch.Tensor]
 
     def __init__(self) -> None:
         self.launches: list[tuple[Plan, tuple[object, ...]]] = []  # with their arguments, in order
@@ -115,6 +117,7 @@ class Members:
     def __init__(self, pools: Group) -> None:
         self.pools = pools
         self.owned = [pool for pool in pools if pool is not None]
+        self.resident = [pool.a for pool in self.owned]
         self.has_pool = tuple(pool is not None for pool in pools)
         self.has_pools = bool(self.owned)
         self.h_width = max((pool.rank_bound for pool in self.owned), default=1)
@@ -154,6 +157,7 @@ class LinearCall(PlannedCall):
         self.x = x_TK if x_TK.stride(1) == 1 else x_TK.contiguous()
         self.weights, self.biases, self.members, self.plans = weights, biases, members, members.plans
         self.segments, self.row_slots, self.row_coeffs = segments, row_slots, row_coeffs
+        self.resident = members.resident
         self.widths = tuple([weight.shape[0] for weight in weights])
         self.has_bias = tuple([bias is not None for bias in biases])
         self.has_coeffs = row_coeffs is not None

@@ -38,6 +38,7 @@ class ExpertSite:
 
     def __init__(self, pool: ExpertPool | None) -> None:
         self.pool = pool
+        self.resident = [] if pool is None else [pool.a]
         self.plans: Plans = {}
         self.replays = Replays()
         self.max_adapters = 1 if pool is None else pool.rank.numel()
@@ -76,6 +77,7 @@ class ExpertCall(PlannedCall):
         self.x = x if x.stride(1) == 1 else x.contiguous()
         self.weight, self.bias, self.site, self.plans = weight, bias, site, site.plans
         self.segments, self.row_slots, self.row_coeffs = segments, row_slots, row_coeffs
+        self.resident = site.resident
         self.has_bias, self.has_pool, self.has_coeffs = bias is not None, site.pool is not None, row_coeffs is not None
         self.slots = strided(row_slots)
         self.coeffs = self.slots if row_coeffs is None else strided(row_coeffs)

@@ -211,7 +211,8 @@ class _Writer:
         for i, output in enumerate(self._outputs):
             if output.data_ptr() == at:
                 return True, f"y{i}"
-        if any(fixed is not None and fixed.data_ptr() == at for fixed in (*self._weights, *self._biases)):
+        stays = (*self._weights, *self._biases, *self._call.resident)
+        if any(fixed is not None and fixed.data_ptr() == at for fixed in stays):
             return False, ""
         raise _NotRecordedError
 

@@ -17,6 +17,9 @@ from tests.kernels.expert_cases import ExpertCase, make_expert_case
 pytest.importorskip("triton")
 from fxlora.kernels import call as calls
 from fxlora.kernels import expert_call, launch, lora_experts, lora_linear, replay
+from fxlora.kernels.expert_tiles import ExpertBesideTile, ExpertPrefillTile, expert_prefill_tile
+from fxlora.kernels.prefill_tiles import BesideTile, HopperTile
+from tests.kernels.test_prefill_hopper import IS_HOPPER
 
 pytestmark = pytest.mark.skipif(ops.INTERPRET, reason="interpreted kernels are launched plainly")
 
@@ -155,6 +158,30 @@ def test_experts_are_entered_as_before(name: str, entries: Entries) -> None:
     check_replay(make_expert_case(features=64, out=32, dtype=BF16, **EXPERTS[name]), run_experts, entries)
 
 
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a Hopper GPU, shrinks that run beside the product, in calls of any size."""
+    for module in (lora_linear, lora_experts):
+        monkeypatch.setattr(module, "has_gluon", lambda device: True)
+    tile = HopperTile(128, 128, 64, 5, False, 8, 0, BesideTile(3, 1000))
+    monkeypatch.setattr(lora_linear, "hopper_tile", lambda *_: tile)
+
+    def expert_tile(*sizes: Any) -> ExpertPrefillTile:
+        return replace(expert_prefill_tile(*sizes), early=True, shrink=ExpertBesideTile(2, 1000))
+
+    monkeypatch.setattr(lora_experts, "expert_hopper_tile", expert_tile)
+
+
+@pytest.mark.usefixtures("beside")
+def test_shrinks_beside_the_product_are_entered_as_before(entries: Entries) -> None:
+    """TMA reads A, which stays where it is."""
+    for name in ("prefill", "prefill, a member without a pool"):
+        entries.long = 0
+        check_replay(make_case(features=64, dtype=BF16, **LINEARS[name]), run_linear, entries)
+    entries.long = 0
+    check_replay(make_expert_case(features=64, out=32, dtype=BF16, rows=400), run_experts, entries)
+
+
 def test_what_is_not_of_the_kind_goes_the_long_way(entries: Entries) -> None:
     case = make_case(rows=16, features=64, outs=(1024,), dtype=BF16, bias=True)
     with registered(case.pools) as handle:
@@ -198,6 +225,19 @@ def test_a_replayed_linear_has_the_bits_of_a_prepared_one(name: str) -> None:
         for _ in range(4):
             results.append(run_linear(case, handle)[0])
             case = moved(case)
+    assert all(equal_bits(results[0], other, slice(None)) for other in results[1:])
+
+
+@pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of compute capability 9")
+@pytest.mark.usefixtures("beside")
+def test_replays_of_shrinks_beside_the_product_have_the_bits_of_prepared_ones() -> None:
+    case = make_case(features=64, dtype=BF16, device="cuda", **LINEARS["prefill"])
+    experts = make_expert_case(features=64, out=32, dtype=BF16, device="cuda", rows=400)
+    with registered(case.pools) as handle, registered([experts.pool]) as expert_handle:
+        results = []
+        for _ in range(4):
+            results.append([*run_linear(case, handle)[0], *run_experts(experts, expert_handle)[0]])
+            case, experts = moved(case), moved(experts)
     assert all(equal_bits(results[0], other, slice(None)) for other in results[1:])
 
 
