@@ -9,6 +9,9 @@ left. Where rows came in place, several programs share the tiles of an expert. L
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -192,13 +195,32 @@ def segment_experts(
     """See `ops.segment_experts`."""
     routing = layout.check_routing(row_slots, offsets, expert_ids, num_experts)
     rows, width = row_slots.shape
-    in_place = expert_ids is None
-    size = layout.expert_segments_size(rows, num_experts, max_adapters, in_place)
-    table = torch.empty(size, dtype=torch.int32, device=row_slots.device)
     height = layout.tile_height(rows, num_experts)
+    plan = _plan(rows, width, num_experts, max_adapters, expert_ids is None, height)
+    table = torch.empty(plan.size, dtype=torch.int32, device=row_slots.device)
+    args = (strided(routing), strided(row_slots), table, rows, num_experts, max_adapters, *plan.numbers)
+    with device_of(row_slots):
+        device = row_slots.get_device()
+        _launcher.launch(plan.grid, args, plan.constants, device=device, num_warps=plan.num_warps)
+    return table
+
+
+class _Plan(NamedTuple):
+    """What a launch does not owe to its tensors."""
+
+    size: int  # of the table
+    grid: tuple[int, int]
+    constants: dict[str, object]
+    numbers: tuple[int, ...]  # where the parts of the table begin, and bounds of its lists
+    num_warps: int
+
+
+@lru_cache(maxsize=4096)
+def _plan(rows: int, width: int, num_experts: int, max_adapters: int, in_place: bool, height: int) -> _Plan:
     block = min(2048, max(32, next_power_of_2(rows)))  # 32 or more: a full warp of keys to count
     block = min(block, 256) if in_place else block
-    constants = {
+    parts = min(_MOST_PARTS, max(1, cdiv(rows, height * (num_experts + 1)))) if in_place else 1
+    constants: dict[str, object] = {
         "J": width,
         "JP": next_power_of_2(width),
         "HEIGHT": height,
@@ -210,22 +232,13 @@ def segment_experts(
         "IN_PLACE": in_place,
         "LIST_SLOTS": height >= layout.SLOTS_FROM,
     }
-    parts = min(_MOST_PARTS, max(1, cdiv(rows, height * (num_experts + 1)))) if in_place else 1
-    args = (
-        strided(routing),
-        strided(row_slots),
-        table,
-        rows,
-        num_experts,
-        max_adapters,
+    numbers = (
         layout.tile_bound(rows, num_experts, 16),
         layout.tile_slots_at(rows, num_experts),
         layout.high_count_at(rows, num_experts),
         layout.tile_bound(rows, num_experts, layout.HIGH),
         layout.high_slots_at(rows, num_experts, max_adapters),
     )
-    with device_of(row_slots):
-        device = row_slots.get_device()
-        num_warps = max(1, block // 256) if height < layout.SLOTS_FROM else 4
-        _launcher.launch((num_experts + 1, parts), args, constants, device=device, num_warps=num_warps)
-    return table
+    size = layout.expert_segments_size(rows, num_experts, max_adapters, in_place)
+    num_warps = max(1, block // 256) if height < layout.SLOTS_FROM else 4
+    return _Plan(size, (num_experts + 1, parts), constants, numbers, num_warps)
