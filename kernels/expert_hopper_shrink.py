@@ -62,8 +62,8 @@ def look(item, count, table, site, L: gl.constexpr, WARPS: gl.constexpr) -> gl.t
 
 @gluon.jit
 def look_closer(seen, table, site, starts, steps, BM: gl.constexpr) -> gl.tensor:
-    """Expert, rows [first, end) and slots of a tile, the first pool row and the rank of each slot; no slots where the
-    rows have no expert. starts, steps: of A's rows, or of B's."""
+    """Rows [first, end) and slots of a tile, the first pool row and the rank of each slot; no slots where the rows have
+    no expert. starts, steps: of A's rows, or of B's."""
     expert, first, slots = seen
     end = gl.load(table[0] + 2 * table[1] + expert + 1)
     slots = gl.where(expert < table[2], slots, -1)
@@ -71,7 +71,7 @@ def look_closer(seen, table, site, starts, steps, BM: gl.constexpr) -> gl.tensor
     start = gl.load(starts + slots, mask=known, other=0)
     start += expert * gl.load(steps + slots, mask=known, other=0)
     rank = gl.load(site[1] + slots, mask=known, other=0)
-    return expert, first, gl.minimum(first + BM, end), slots, start, rank
+    return first, gl.minimum(first + BM, end), slots, start, rank
 
 
 @gluon.jit
@@ -85,7 +85,7 @@ def load_x(
     closer = look_closer(look(item, count, table, site, L, 1), table, site, a_rows[0], a_rows[1], BM)
     stage, phase = 0, 1  # every block is empty at first
     while item < count:
-        _, first, end, _, _, rank = closer
+        first, end, _, _, rank = closer
         closer = look_closer(seen, table, site, a_rows[0], a_rows[1], BM)
         item += programs
         seen = look(item + programs, count, table, site, L, 1)
@@ -115,7 +115,7 @@ def load_a(
     closer = look_closer(look(item, count, table, site, L, 1), table, site, a_rows[0], a_rows[1], BM)
     stage, phase = 0, 1
     while item < count:
-        _, _, _, _, start, rank = closer
+        _, _, _, start, rank = closer
         closer = look_closer(seen, table, site, a_rows[0], a_rows[1], BM)
         item += programs
         seen = look(item + programs, count, table, site, L, 1)
@@ -196,7 +196,7 @@ def compute(
     closer = look_closer(look(item, count, table, site, L, 4), table, site, b_rows[0], b_rows[1], BM)
     done, number = 0, 0  # steps and tiles of this program
     while item < count:
-        _, first, end, slots, start, rank = closer
+        first, end, slots, start, rank = closer
         closer = look_closer(seen, table, site, b_rows[0], b_rows[1], BM)
         seen = look(item + 2 * programs, count, table, site, L, 4)
         groups = gl.sum((rank + 15) // 16, axis=0)

@@ -36,6 +36,9 @@ from fxlora.kernels.triton_helpers import cdiv, dot, strided
 
 _POINTERS, _ALONG_K, _ALONG_N = 0, 1, 2  # how W is read: at any stride, or through TMA with K or N adjacent
 
+MOST_COUNTED = 32
+"""Slots of a pool whose use in a batch is counted in little time."""
+
 
 @triton.jit
 def load_w(
@@ -284,10 +287,11 @@ def _described(call: ExpertCall, tile: ExpertPrefillTile) -> tuple[int, Describe
     return _POINTERS, None
 
 
-def shrinks_by_tma(call: ExpertCall) -> bool:
-    """Whether TMA can read x, whose rows are in place, and A."""
+def shrinks_beside(call: ExpertCall) -> bool:
+    """Whether expert_hopper_shrink.py serves a call: TMA can read x, in place, and A, and there are not too many slots,
+    whose rounds each of its programs counts before it begins."""
     pool = call.site.pool
-    if pool is None or not call.in_place or pool.a.numel() == 0:
+    if pool is None or not call.in_place or pool.a.numel() == 0 or call.site.max_adapters > MOST_COUNTED:
         return False
     return _tma_reads(call.x, call) and _tma_reads(pool.a, call)
 

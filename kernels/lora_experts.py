@@ -13,7 +13,7 @@ import torch
 
 from fxlora.kernels.expert_call import ExpertCall, ExpertSite
 from fxlora.kernels.expert_decode import decode
-from fxlora.kernels.expert_prefill import prefill, shrinks_by_tma
+from fxlora.kernels.expert_prefill import prefill, shrinks_beside
 from fxlora.kernels.expert_segments import SLOTS_FROM
 from fxlora.kernels.expert_tiles import expert_decode_tiles, expert_hopper_tile, expert_prefill_tile
 from fxlora.kernels.prefill import has_gluon
@@ -50,5 +50,5 @@ def _run(call: ExpertCall) -> torch.Tensor:
         return decode(call, expert_decode_tiles(call.entries, call.features, call.columns, call.x.dtype))
     simple = call.in_place and call.width == 1
     sizes = (call.features, call.columns, call.x.dtype, call.site.h_width)
-    tile_of = expert_hopper_tile if has_gluon(call.x.device) and shrinks_by_tma(call) else expert_prefill_tile
+    tile_of = expert_hopper_tile if has_gluon(call.x.device) and shrinks_beside(call) else expert_prefill_tile
     return prefill(call, tile_of(call.rows, call.num_experts, simple, *sizes))

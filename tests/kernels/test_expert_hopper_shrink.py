@@ -42,13 +42,18 @@ def large_case(**options: Any) -> ExpertCase:
     return make_expert_case(**{**sizes, "dtype": torch.bfloat16, "device": "cuda", **options})
 
 
-def run(case: ExpertCase, shrink: ExpertBesideTile | None = None) -> torch.Tensor:
-    """Ten programs make the product, so that several tiles follow each other."""
+def call_of(case: ExpertCase) -> Any:
     from fxlora.kernels.expert_call import ExpertCall, ExpertSite
-    from fxlora.kernels.expert_prefill import prefill
 
     rest = (case.row_slots, case.row_coeffs, case.segments(), ExpertSite(case.pool))
-    call = ExpertCall(case.x, case.weight, case.bias, *rest)
+    return ExpertCall(case.x, case.weight, case.bias, *rest)
+
+
+def run(case: ExpertCase, shrink: ExpertBesideTile | None = None) -> torch.Tensor:
+    """Ten programs make the product, so that several tiles follow each other."""
+    from fxlora.kernels.expert_prefill import prefill
+
+    call = call_of(case)
     experts, columns, features = case.weight.shape
     sizes = (call.rows, experts, call.width == 1, features, columns, case.x.dtype, call.site.h_width)
     tile = replace(expert_prefill_tile(*sizes), programs=10, early=False)
@@ -170,3 +175,22 @@ def test_it_is_for_experts_that_it_makes_faster() -> None:
     tile = expert_hopper_tile(16384, 128, True, 2048, 1536, torch.bfloat16, 16)
     assert (tile.programs, tile.early, tile.shrink) == (3 * 122, True, ExpertBesideTile(10, 256 + 96))
     assert expert_hopper_tile(16384, 128, True, 2048, 1536, torch.float32, 16).programs == 264
+
+
+def test_it_is_for_rows_and_pools_that_it_can_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from fxlora.kernels import expert_call
+    from fxlora.kernels.expert_prefill import MOST_COUNTED, shrinks_beside
+
+    monkeypatch.setattr(expert_call, "can_overlap", lambda device: True)
+
+    def serves(**options: Any) -> bool:
+        sizes = {"rows": 60, "features": 64, "out": 32, "dtype": torch.bfloat16, "ranks": (8,) * MOST_COUNTED}
+        return shrinks_beside(call_of(make_expert_case(**{**sizes, **options})))
+
+    assert serves()
+    assert not serves(ranks=(8,) * (MOST_COUNTED + 1))
+    assert not serves(in_place=False)
+    assert not serves(has_pool=False)
+    assert not serves(dtype=torch.float32)
+    assert not serves(features=60)  # rows that TMA cannot read
