@@ -28,8 +28,7 @@ from fxlora.kernels.groups import FIELDS
 from fxlora.kernels.groups_hopper import add, put_groups
 from fxlora.kernels.launch import Launcher
 from fxlora.kernels.prefill_hopper import block_after, describe
-from fxlora.kernels.tiles import MULTIPROCESSORS
-from fxlora.kernels.triton_helpers import next_power_of_2
+from fxlora.kernels.triton_helpers import multiprocessors, next_power_of_2
 
 GROUPS = gl.constexpr(8)
 """Groups of 16 ranks whose h is made at once."""
@@ -352,7 +351,7 @@ def _plan(call: ExpertCall, tile: ExpertBesideTile) -> Plan:
     most_slots = min(call.site.max_adapters, call.height * call.width)
     return call.planned(
         _launcher,
-        (min(call.tiles, MULTIPROCESSORS),),
+        (min(call.tiles, multiprocessors(call.x.device)),),
         (
             call.rows, call.num_experts, call.bound, call.tiles_at, call.tile_slots_at, call.features // 8, tile.few,
             tile.most,

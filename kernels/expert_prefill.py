@@ -32,7 +32,7 @@ from fxlora.kernels.expert_tiles import ExpertBesideTile, ExpertPrefillTile
 from fxlora.kernels.groups import add_groups, add_groups_to_both, count_groups
 from fxlora.kernels.launch import Described, Launcher
 from fxlora.kernels.overlap import wait_for_earlier, wait_until_ready
-from fxlora.kernels.triton_helpers import cdiv, dot, strided
+from fxlora.kernels.triton_helpers import cdiv, dot, multiprocessors, strided
 
 _POINTERS, _ALONG_K, _ALONG_N = 0, 1, 2  # how W is read: at any stride, or through TMA with K or N adjacent
 
@@ -252,9 +252,12 @@ def _halves(tile: ExpertPrefillTile) -> bool:
 
 def _plan(call: ExpertCall, tile: ExpertPrefillTile, form: int, x_tma: bool) -> Plan:
     even_k = call.features % tile.BK == 0
+    left = multiprocessors(call.x.device)
+    if isinstance(tile.shrink, ExpertBesideTile) and call.has_pool:
+        left = max(1, left - tile.shrink.few)
     return call.planned(
         _launcher,
-        (min(call.tiles * cdiv(call.columns, tile.BN), tile.programs),),
+        (min(call.tiles * cdiv(call.columns, tile.BN), tile.programs * left),),
         (call.rows, call.num_experts, call.bound, call.tiles_at, call.features, call.columns),
         tile.num_warps,
         J=call.width,

@@ -23,7 +23,7 @@ from fxlora.kernels.expert_tiles import ExpertShrinkTile
 from fxlora.kernels.groups import FIELDS, MOST, list_capacity, list_words, slots_of, spread
 from fxlora.kernels.launch import Described, Launcher
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
-from fxlora.kernels.triton_helpers import cdiv, dot, next_power_of_2
+from fxlora.kernels.triton_helpers import cdiv, dot, multiprocessors, next_power_of_2
 
 _REGISTERS = 168  # of a thread, so that three programs share a multiprocessor
 
@@ -220,7 +220,7 @@ def _plan(call: ExpertCall, tile: ExpertShrinkTile, x_tma: bool, early: bool) ->
     shares = min(tile.shares, cdiv(most_slots * cdiv(call.site.h_width, 16), tile.BR // 16))
     return call.planned(
         _launcher,
-        (min(call.tiles * cdiv(call.height, tile.BM) * shares, tile.programs),),
+        (min(call.tiles * cdiv(call.height, tile.BM) * shares, tile.programs * multiprocessors(call.x.device)),),
         (call.rows, call.num_experts, call.bound, call.tiles_at, call.tile_slots_at, call.features),
         tile.num_warps,
         registers=_REGISTERS,

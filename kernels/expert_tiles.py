@@ -52,7 +52,8 @@ class ExpertDecodeTiles:
 
 @dataclass(frozen=True)
 class ExpertShrinkTile:
-    """Of expert_prefill_shrink.py: BM rows and BR ranks at once; at most `shares` programs share a row tile's ranks.
+    """Of expert_prefill_shrink.py: BM rows and BR ranks at once, in so many programs for each multiprocessor; at most
+    `shares` of them share a row tile's ranks.
     x_tma: x comes through TMA where that can read it, else only rows of the ranks at hand are read."""
 
     BM: int
@@ -76,9 +77,9 @@ class ExpertBesideTile:
 
 @dataclass(frozen=True)
 class ExpertPrefillTile:
-    """Of expert_prefill.py; BR ranks are expanded at once, in a loop of so many stages. With a TAIL, tiles are the
-    table's of HIGH rows, BM and TAIL together, and W is laid along wgmma's A operand. early: programs start beside the
-    last ones of the shrink."""
+    """Of expert_prefill.py: so many programs for each multiprocessor, but for those of a shrink beside them. BR ranks
+    are expanded at once, in a loop of so many stages. With a TAIL, tiles are the table's of HIGH rows, BM and TAIL
+    together, and W is laid along wgmma's A operand. early: programs start beside the last ones of the shrink."""
 
     BM: int
     TAIL: int
@@ -101,11 +102,11 @@ class ExpertPrefillTile:
 # token: 7168 x 4096 at 16 tokens, 16 adapters 1343 (1950), at 2048 tokens, 8 adapters 4134 (4648). 32 experts with 4
 # to a token, 8 adapters, weights transposed: 2880 x 5760 at 1024 tokens 369 (492), 64 rows high 421 (515).
 
-_SHRINK_ALONE = ExpertShrinkTile(64, 128, 64, 396, 4, 3, True, 1)
-_SHRINK_DEEP = ExpertShrinkTile(64, 64, 128, 396, 4, 4, True, 2)  # of few rows, each a long way
-_SHRINK_DEEPEST = ExpertShrinkTile(64, 32, 128, 396, 4, 4, True, 4)
-_SHRINK_SHARED = ExpertShrinkTile(64, 64, 64, 396, 4, 4, False, 8)
-_SHRINK_WIDE = ExpertShrinkTile(64, 64, 64, 264, 4, 5, True, 1)
+_SHRINK_ALONE = ExpertShrinkTile(64, 128, 64, 3, 4, 3, True, 1)
+_SHRINK_DEEP = ExpertShrinkTile(64, 64, 128, 3, 4, 4, True, 2)  # of few rows, each a long way
+_SHRINK_DEEPEST = ExpertShrinkTile(64, 32, 128, 3, 4, 4, True, 4)
+_SHRINK_SHARED = ExpertShrinkTile(64, 64, 64, 3, 4, 4, False, 8)
+_SHRINK_WIDE = ExpertShrinkTile(64, 64, 64, 2, 4, 5, True, 1)
 
 
 @cache
@@ -134,8 +135,8 @@ def expert_prefill_tile(
     """
     height = tile_height(rows, num_experts)
     if dtype == torch.float32:
-        shrink = ExpertShrinkTile(32, 16, 32, 528, 4, 2, False, 1)
-        return ExpertPrefillTile(height, 0, 64, 32, 16, 264, 8, 2, 2, False, False, shrink)
+        shrink = ExpertShrinkTile(32, 16, 32, 4, 4, 2, False, 1)
+        return ExpertPrefillTile(height, 0, 64, 32, 16, 2, 8, 2, 2, False, False, shrink)
     few_ranks, ranks = width <= 16, 64 if simple else 32
     alone, deep = _SHRINK_SHARED, False
     if few_ranks and simple:
@@ -143,17 +144,17 @@ def expert_prefill_tile(
     if deep:
         alone = _SHRINK_DEEPEST if rows <= 8 * MULTIPROCESSORS else _SHRINK_DEEP
     if has_high_tiles(rows, num_experts) and few_ranks and simple and features > 2560:
-        return ExpertPrefillTile(128, HIGH - 128, 128, 64, 32, 264, 4, 3, 3, True, True, alone, early=True)
+        return ExpertPrefillTile(128, HIGH - 128, 128, 64, 32, 2, 4, 3, 3, True, True, alone, early=True)
     if rows <= ONE_TILE * num_experts or (height >= 128 and few_ranks and features <= 3072):
-        return ExpertPrefillTile(height, 0, 128, 64, ranks, 264, 4, 3, 3, True, True, alone)
+        return ExpertPrefillTile(height, 0, 128, 64, ranks, 2, 4, 3, 3, True, True, alone)
     if height < 128:
         if few_ranks or columns < 4096:
             shrink = alone if columns < 4096 or deep else _SHRINK_SHARED
-            return ExpertPrefillTile(height, 0, 128, 64, 64, 396, 4, 3, 3, True, True, shrink)
-        return ExpertPrefillTile(height, 0, 256, 64, 64, 132, 8, 4, 5, True, True, _SHRINK_SHARED)
+            return ExpertPrefillTile(height, 0, 128, 64, 64, 3, 4, 3, 3, True, True, shrink)
+        return ExpertPrefillTile(height, 0, 256, 64, 64, 1, 8, 4, 5, True, True, _SHRINK_SHARED)
     shrink = alone if deep else replace(_SHRINK_WIDE, x_tma=few_ranks, shares=1 if few_ranks else 8)
     ranks = 32 if few_ranks else ranks
-    return ExpertPrefillTile(height, 0, 256, 64, ranks, 132, 8, 4, 3, True, True, shrink, early=few_ranks)
+    return ExpertPrefillTile(height, 0, 256, 64, ranks, 1, 8, 4, 3, True, True, shrink, early=few_ranks)
 
 
 @cache
@@ -172,5 +173,4 @@ def expert_hopper_tile(
         return tile
     few = round(MULTIPROCESSORS / (columns / 128 + 1))
     most = cdiv(rows, tile.BM) + 3 * num_experts // 4
-    programs = tile.programs - tile.programs // MULTIPROCESSORS * few
-    return replace(tile, programs=programs, shrink=ExpertBesideTile(few, most), early=True)
+    return replace(tile, shrink=ExpertBesideTile(few, most), early=True)

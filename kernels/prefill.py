@@ -32,7 +32,7 @@ from fxlora.kernels.groups import adapters_of, add_groups, count_groups, load_b,
 from fxlora.kernels.launch import Described, Launcher, release
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
 from fxlora.kernels.prefill_tiles import BesideTile, HopperTile, PrefillTile
-from fxlora.kernels.triton_helpers import cdiv, dot
+from fxlora.kernels.triton_helpers import cdiv, dot, multiprocessors
 
 logger = logging.getLogger(__name__)
 
@@ -333,9 +333,3 @@ def has_gluon(device: torch.device) -> bool:
     if not known:
         logger.warning("triton %s has no Gluon that fxlora knows: prefill costs up to 15%% more", triton.__version__)
     return known
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of the GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 import triton
@@ -176,3 +177,9 @@ def check_pool(pool: SitePool, segments: torch.Tensor, entries: int) -> int:
             f"segments were sorted for {slots_of(segments.numel(), entries)} slots, the pool has {max_adapters}"
         )
     return max_adapters
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of the GPU; a few where kernels are interpreted, so that programs get several tiles."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

@@ -65,8 +65,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def prefill(rows: int, num_experts: int, *_: object) -> tiles.ExpertPrefillTile:
         height = expert_segments.tile_height(rows, num_experts)
-        shrink = tiles.ExpertShrinkTile(32, 16, 32, 3, 4, 2, height > 64, 2)
-        return tiles.ExpertPrefillTile(height, 0, 16, 16, 16, 3, 4, 3, 2, True, True, shrink)
+        shrink = tiles.ExpertShrinkTile(32, 16, 32, 1, 4, 2, height > 64, 2)
+        return tiles.ExpertPrefillTile(height, 0, 16, 16, 16, 1, 4, 3, 2, True, True, shrink)
 
     monkeypatch.setattr(lora_experts, "expert_decode_tiles", decode)
     monkeypatch.setattr(lora_experts, "expert_prefill_tile", prefill)
@@ -111,7 +111,7 @@ def test_tiles_with_a_tail(name: str, device: str, monkeypatch: pytest.MonkeyPat
     assert tile.TAIL
     assert isinstance(tile.shrink, ExpertShrinkTile)
     if ops.INTERPRET:
-        tile = replace(tile, BN=32, BK=32, programs=3, shrink=replace(tile.shrink, BM=64, BR=16, BK=32, programs=3))
+        tile = replace(tile, BN=32, BK=32, programs=1, shrink=replace(tile.shrink, BM=64, BR=16, BK=32, programs=1))
     monkeypatch.setattr(lora_experts, "expert_prefill_tile", lambda *_: tile)
     monkeypatch.setattr(lora_experts, "has_gluon", lambda device: False)
     monkeypatch.setattr(expert_case_module, "draw_experts", lambda *_: draws())
