@@ -112,6 +112,7 @@ def _require_pairs(keys: Sequence[LoraKey]) -> None:
 def _make_entries(adapter: Adapter, placed: Sequence[tuple[LoraKey, Place | Spread | str]]) -> dict[Site, Entry]:
     """One entry for each site; what goes to several places of an expert weight is put together."""
     entries: dict[Site, Entry] = {}
+    idle: list[tuple[Site, Entry]] = []  # zero, of modules that are never called
     pieces: dict[Site, list[Piece]] = {}
     for key, place in placed:
         if isinstance(place, Spread):
@@ -120,7 +121,11 @@ def _make_entries(adapter: Adapter, placed: Sequence[tuple[LoraKey, Place | Spre
             continue
         assert isinstance(place, Place)
         if not place.site.num_experts:
-            _add_entry(entries, place.site, _make_entry(adapter, key, place))
+            entry = _make_entry(adapter, key, place)
+            if place.past:
+                idle.append((place.site, entry))
+            else:
+                _add_entry(entries, place.site, entry)
             continue
         piece = make_piece(
             place.site,
@@ -133,6 +138,9 @@ def _make_entries(adapter: Adapter, placed: Sequence[tuple[LoraKey, Place | Spre
             wrapped=place.wrapped,
         )
         pieces.setdefault(place.site, []).append(piece)
+    for site, entry in idle:
+        other = entries.get(site)
+        entries[site] = entry if other is None else replace(other, keys=other.keys + entry.keys)
     return entries | {site: compose(site, found) for site, found in pieces.items()}
 
 
@@ -164,9 +172,9 @@ def _make_entry(adapter: Adapter, key: LoraKey, place: Place) -> Entry:
         raise AdapterShapeError(f"{shapes}; {site.role.value} site {site.name} takes {expected}")
     if a_RK.shape[0] != rank:
         raise RankError(f"{shapes}, so rank {a_RK.shape[0]}, but the config gives {place.pattern_path} rank {rank}")
-    if site.past_the_module and not place.wrapped and place.times == 1 and bool(b_NR.any()):
+    if place.past and bool(b_NR.any()):
         raise UnsupportedAdapterError(
-            f"{site.past_the_module}, so PEFT's layer there changes nothing, whatever it holds; {key.b} is not zero, "
+            f"{place.past}, so PEFT's layer there changes nothing, whatever it holds; {key.b} is not zero, "
             "so it was trained otherwise"
         )
     scaling = place.times * adapter.config.scaling_of(place.pattern_path)

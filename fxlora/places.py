@@ -41,7 +41,7 @@ class Place:
     """Where a pair of keys goes, and the path by which PEFT's patterns see it.
 
     wrapped: `target_parameters` names the weight. expert, part: whose matrix of an expert weight is meant; None: all.
-    times: how often PEFT adds the pair.
+    times: how often PEFT adds the pair. past: where the weight is read without the module that the key names.
     """
 
     site: Site
@@ -50,6 +50,7 @@ class Place:
     expert: int | None = None
     part: Part | None = None
     times: int = 1
+    past: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +214,8 @@ def find_place(index: Index, key: LoraKey, adapter: Adapter) -> Place | Spread |
     if len(fitting) == 1 and fitting[0].not_the_module and not was_wrapped:
         return fitting[0].not_the_module
     if len(fitting) == 1:
-        return Place(fitting[0], pattern_path, was_wrapped)
+        past = {clean_path(name): reason for name, reason in fitting[0].past_the_module.items()}
+        return Place(fitting[0], pattern_path, was_wrapped, past="" if was_wrapped else past.get(path, ""))
     if fitting:
         return f"{path} is read as {' and as '.join(site.role.value for site in fitting)}: the role meant is unknown"
     asked = " or ".join(role.value for role in roles)

@@ -58,19 +58,35 @@ class Calls:
             return f"{names} are modules that share one weight, and PEFT adapts each of them by itself"
         return ""
 
-    def past_the_module(self, uses: Sequence[fx.Node], paths: Sequence[str], kind: str) -> str:
-        """Where the weight of a module is read by another module's code, past the layer that PEFT puts around its own;
-        empty where it is not, or where the model that would tell is not at hand.
+    def past_the_module(
+        self, uses: Sequence[fx.Node], paths: Sequence[str], kind: str
+    ) -> tuple[frozenset[fx.Node], dict[str, str]]:
+        """Of a weight whose modules make uses themselves: those that other code makes, past the layers that PEFT puts
+        around them. And by parameter path of a module that makes none, where its weight is read instead. Neither where
+        the model that would tell is not at hand.
         """
         adapted = torch.nn.Embedding if kind == "embedding" else torch.nn.Linear
-        found = [self._module_at(path.removesuffix(".weight")) for path in paths if path.endswith(".weight")]
-        owners = {id(module) for module in found if isinstance(module, adapted)}
+        found = {path: self._module_at(path.removesuffix(".weight")) for path in paths if path.endswith(".weight")}
+        owners = {path: id(module) for path, module in found.items() if isinstance(module, adapted)}
+        past, called = {}, set()
         for node in uses if owners else ():
-            _, path, _ = _innermost(node) or ("", "", None)
-            reader = self._module_at(_bare(path)) if path else None
-            if reader is not None and id(reader) not in owners:
-                return f"{_bare(path)} reads the weight of {paths[0].removesuffix('.weight')} past its module"
-        return ""
+            path, reader = self._reader(node)
+            if reader is not None and id(reader) in owners.values():
+                called.add(id(reader))
+            elif reader is not None:
+                name = paths[0].removesuffix(".weight")
+                past[node] = f"{path or 'the model'} reads the weight of {name} past its module"
+        reasons = {path: next(iter(past.values())) for path, owner in owners.items() if past and owner not in called}
+        return frozenset(past if called else ()), reasons
+
+    def _reader(self, node: fx.Node) -> tuple[str, torch.nn.Module | None]:
+        """Path of the module whose code made a node, and the module, if it is known: the model itself where tracing
+        recorded modules, but none around this node."""
+        entry = _innermost(node)
+        if entry is None and not self.within:
+            return "", None
+        path = "" if entry is None else _bare(entry[1])
+        return path, self._module_at(path)
 
     def _beside(self, key: str, use: fx.Node, uses: Sequence[fx.Node], kind: str, allowed: frozenset[str]) -> str:
         """The first op in a call of a module that is neither the use nor a change of layout, bias or dtype."""

@@ -4,7 +4,7 @@ it has.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
@@ -54,7 +54,8 @@ class Site:
         declared_KN: What the module that owns an expert weight says of its layout (`is_transposed`), which decides what
             PEFT calls in and out; None where no such module is at hand.
         not_the_module: Why an adapter of the module that owns the weight is none of the weight; empty where it is.
-        past_the_module: Where the weight is read without its module, so that an adapter of the module changes nothing.
+        past_the_module: By parameter path, where the weight is read without the module there, so that an adapter of
+            that module changes nothing. Where other modules read it themselves, such reads are none of `uses`.
     """
 
     name: str
@@ -72,7 +73,7 @@ class Site:
     packing: Packing | None = None
     declared_KN: bool | None = None
     not_the_module: str = field(default="", repr=False)
-    past_the_module: str = field(default="", repr=False)
+    past_the_module: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def kind(self) -> Literal["linear", "embedding", "experts"]:
@@ -127,13 +128,25 @@ def find_sites(
             else:
                 uses.setdefault((key, read.kind), []).append((node, read))
     sites, calls = [], Calls(gm, weights, world, [*modules, *([] if origin is None else [origin])])
-    for (key, kind), found in uses.items():
+    for (key, kind), reads in uses.items():
+        found, past = _of_modules(reads, weights.paths_of(tensors[key]), kind, calls)
         if len({read.stored_KN for _, read in found}) > 1:
             refused.setdefault(key, "read both plainly and transposed, so one adapter has no single meaning")
         elif key not in refused:
-            sites.append(_site(weights, world, tensors[key], kind, found, modules, calls))
+            sites.append(_site(weights, world, tensors[key], kind, found, modules, calls, past))
     sites = [site for site in sites if tensor_key(site.weight) not in refused]
     return sites, _skipped(weights, sites, refused, modules)
+
+
+def _of_modules(
+    reads: list[tuple[fx.Node, Read]], paths: Sequence[str], kind: str, calls: Calls
+) -> tuple[list[tuple[fx.Node, Read]], dict[str, str]]:
+    """The reads that an adapter may mean: those of the modules that own the weight, which PEFT adapts; all of them
+    where there are none. And `past_the_module` of a site that has them."""
+    if reads[0][1].experts:
+        return reads, {}
+    past, reasons = calls.past_the_module([node for node, _ in reads], paths, kind)
+    return [(node, read) for node, read in reads if node not in past], reasons
 
 
 def _site(
@@ -144,6 +157,7 @@ def _site(
     found: list[tuple[fx.Node, Read]],
     modules: Sequence[torch.nn.Module],
     calls: Calls,
+    past: dict[str, str],
 ) -> Site:
     paths, nodes = weights.paths_of(tensor), [node for node, _ in found]
     read = found[0][1]
@@ -167,7 +181,7 @@ def _site(
         packing=packing_of(nodes, n, world) if read.experts else None,
         declared_KN=_declared_KN(paths, modules) if read.experts else None,
         not_the_module="" if read.experts else calls.refusal(nodes, paths, kind),
-        past_the_module="" if read.experts else calls.past_the_module(nodes, paths, kind),
+        past_the_module=past,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -150,6 +151,52 @@ def test_a_weight_that_is_read_past_its_module_takes_no_adapter_but_zero() -> No
     lora.load_adapter("a", (CONFIG, tensors | pair("0.head")))
     parameter = {**CONFIG, "target_parameters": ["inner.weight"]}
     lora.load_adapter("b", (parameter, pair("0.inner")))
+
+
+class Both(Net):
+    """Calls a module and reads its weight past it; turned, by another name, where it says so."""
+
+    turned = False
+
+    def __init__(self, kind: type[nn.Linear]) -> None:
+        super().__init__(kind)
+        self.back = nn.Linear(6, 6, bias=False)
+        self.back.weight = self.inner.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.head(torch.relu(self.inner(x)))
+        return hidden @ self.back.weight if self.turned else functional.linear(hidden, self.inner.weight)
+
+
+class Turned(Both):
+    turned = True
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["the model itself", "a part of it"])
+@pytest.mark.parametrize("net", [Both, Turned])
+def test_a_weight_that_its_module_reads_too_is_adapted_there_as_by_peft(net: type[Both], wrapped: bool) -> None:
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
+    model: nn.Module = net(nn.Linear).eval()
+    model = nn.Sequential(model) if wrapped else model
+    stem = "0." if wrapped else ""
+    lora = fxlora.apply(fxlora.capture(model, X), max_adapters=2, max_rank=4)
+    tuned = get_peft_model(deepcopy(model), LoraConfig(r=4, lora_alpha=8, target_modules=["inner", "head"]))
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    lora.load_adapter("a", (CONFIG, get_peft_model_state_dict(tuned)))
+    torch.testing.assert_close(lora(X, adapters=["a", None, "a"])[::2], tuned(X).detach()[::2])
+    back = pair(f"{stem}back")
+    if net is Turned:
+        with pytest.raises(UnsupportedAdapterError, match="past its module"):
+            lora.load_adapter("b", (CONFIG, back))
+        back[f"base_model.model.{stem}back.lora_B.weight"].zero_()
+        lora.load_adapter("b", (CONFIG, back))
+        lora.unload_adapter("a")
+        lora.load_adapter("a", (CONFIG, get_peft_model_state_dict(tuned) | back))
+        torch.testing.assert_close(lora(X, adapters=["a", "b", "a"])[::2], tuned(X).detach()[::2])
+        assert torch.equal(lora(X, adapters=["a", "b", "a"])[1], lora(X, adapters=["a", None, "a"])[1])
 
 
 class Casting(Net):
