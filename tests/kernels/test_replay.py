@@ -3,7 +3,7 @@ way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -68,14 +68,18 @@ class Entries:
 
 
 @pytest.fixture
-def entries(monkeypatch: pytest.MonkeyPatch) -> Entries:
-    """Nothing runs: kernels are known at their first launch, and their entries write down what they get."""
-    found = Entries()
+def entries(monkeypatch: pytest.MonkeyPatch) -> Iterator[Entries]:
+    """Nothing runs: kernels are known at their first launch, and their entries write down what they get.
+
+    They are forgotten afterwards: those of the next test would write here.
+    """
+    found, variants = Entries(), []
 
     def launch_plain(self: Any, grid: tuple[int, ...], args: tuple[object, ...], variant: Any) -> None:
         kinds = launch.kinds_of(args, self.kernel.params)
         assert kinds is not None
         variant.family = variant.family or launch._Family(kinds, launch._binder(kinds), {})
+        variants.append(variant)
         name = self.kernel.fn.__name__
         variant.family.kernels[variant.family.bind(args)[0]] = lambda *given: found.log.append((name, given))
         variant.launch(grid, args)
@@ -94,7 +98,9 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> Entries:
         monkeypatch.setattr(module, "can_overlap", lambda device: True)
     monkeypatch.setattr(lora_linear, "LinearCall", counted(lora_linear.LinearCall))
     monkeypatch.setattr(lora_experts, "ExpertCall", counted(lora_experts.ExpertCall))
-    return found
+    yield found
+    for variant in variants:
+        variant.family = None
 
 
 def moved(case: Any) -> Any:
