@@ -218,12 +218,13 @@ def prefill(call: ExpertCall, tile: ExpertPrefillTile) -> torch.Tensor:
     x_tma = tile.x_tma and in_reach
     adapters = None
     if call.has_pool:
-        adapters = adapters_of(call, isinstance(tile.shrink, ExpertBesideTile))
         if isinstance(tile.shrink, ExpertBesideTile):
             from fxlora.kernels.expert_hopper_shrink import shrink_beside  # another Triton may not have what it imports
 
+            adapters = adapters_of(call, beside=True)
             shrink_beside(call, adapters, tile.shrink)
         else:
+            adapters = adapters_of(call)
             shrink_tiles(call, adapters, tile.shrink, in_reach and tile.shrink.x_tma, tile.early)
     y = call.x.new_empty(call.rows, call.columns)
     form, w_desc = _described(call, tile)

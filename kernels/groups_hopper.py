@@ -20,8 +20,8 @@ def add(a, b) -> gl.tensor:
 
 
 @gluon.jit
-def put_groups(record, capacity, h_width, slots, start, rank) -> gl.tensor:
-    """Lists the groups of these slots, of rank 0 where there is none, and how many there are, which it returns."""
+def put_groups(record, capacity, h_width, slots, start, rank) -> None:
+    """Lists the groups of these slots, of rank 0 where there is none, and how many there are."""
     own = (rank + 15) // 16
     first = gl.associative_scan(own, 0, add) - own
     for i in range(h_width // 16):
@@ -33,7 +33,6 @@ def put_groups(record, capacity, h_width, slots, start, rank) -> gl.tensor:
     end = record + count + gl.arange(0, MOST, layout=own.type.layout)
     gl.store(end, gl.full([MOST], -1, gl.int32, layout=own.type.layout))
     gl.store(record + FIELDS * capacity, count)
-    return count
 
 
 @gluon.jit

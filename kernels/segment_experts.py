@@ -10,13 +10,13 @@ left. Where rows came in place, several programs share the tiles of an expert. L
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from fxlora.kernels import expert_segments as layout
+from fxlora.kernels.call import Plan
 from fxlora.kernels.launch import Launcher
 from fxlora.kernels.segment_rows import fill_tiles
 from fxlora.kernels.triton_helpers import cdiv, device_of, next_power_of_2, next_slot, strided
@@ -196,27 +196,20 @@ def segment_experts(
     routing = layout.check_routing(row_slots, offsets, expert_ids, num_experts)
     rows, width = row_slots.shape
     height = layout.tile_height(rows, num_experts)
-    plan = _plan(rows, width, num_experts, max_adapters, expert_ids is None, height)
-    table = torch.empty(plan.size, dtype=torch.int32, device=row_slots.device)
-    args = (strided(routing), strided(row_slots), table, rows, num_experts, max_adapters, *plan.numbers)
+    shape = (rows, width, num_experts, max_adapters, expert_ids is None, height)
+    size, plan = _planned(*shape, row_slots.get_device())
+    table = torch.empty(size, dtype=torch.int32, device=row_slots.device)
     with device_of(row_slots):
-        device = row_slots.get_device()
-        _launcher.launch(plan.grid, args, plan.constants, device=device, num_warps=plan.num_warps)
+        args = (strided(routing), strided(row_slots), table, rows, num_experts, max_adapters, *plan.numbers)
+        plan.variant.launch(plan.grid, args)
     return table
 
 
-class _Plan(NamedTuple):
-    """What a launch does not owe to its tensors."""
-
-    size: int  # of the table
-    grid: tuple[int, int]
-    constants: dict[str, object]
-    numbers: tuple[int, ...]  # where the parts of the table begin, and bounds of its lists
-    num_warps: int
-
-
 @lru_cache(maxsize=4096)
-def _plan(rows: int, width: int, num_experts: int, max_adapters: int, in_place: bool, height: int) -> _Plan:
+def _planned(
+    rows: int, width: int, num_experts: int, max_adapters: int, in_place: bool, height: int, device: int
+) -> tuple[int, Plan]:
+    """Elements of the table, and its launch."""
     block = min(2048, max(32, next_power_of_2(rows)))  # 32 or more: a full warp of keys to count
     block = min(block, 256) if in_place else block
     parts = min(_MOST_PARTS, max(1, cdiv(rows, height * (num_experts + 1)))) if in_place else 1
@@ -241,4 +234,5 @@ def _plan(rows: int, width: int, num_experts: int, max_adapters: int, in_place: 
     )
     size = layout.expert_segments_size(rows, num_experts, max_adapters, in_place)
     num_warps = max(1, block // 256) if height < layout.SLOTS_FROM else 4
-    return _Plan(size, (num_experts + 1, parts), constants, numbers, num_warps)
+    variant = _launcher.variant(constants, device=device, num_warps=num_warps)
+    return size, Plan(variant, (num_experts + 1, parts), numbers)

@@ -129,10 +129,12 @@ def find_sites(
                 uses.setdefault((key, read.kind), []).append((node, read))
     sites, calls = [], Calls(gm, weights, world, [*modules, *([] if origin is None else [origin])])
     for (key, kind), reads in uses.items():
+        if key in refused:
+            continue
         found, past = _of_modules(reads, weights.paths_of(tensors[key]), kind, calls)
         if len({read.stored_KN for _, read in found}) > 1:
-            refused.setdefault(key, "read both plainly and transposed, so one adapter has no single meaning")
-        elif key not in refused:
+            refused[key] = "read both plainly and transposed, so one adapter has no single meaning"
+        else:
             sites.append(_site(weights, world, tensors[key], kind, found, modules, calls, past))
     sites = [site for site in sites if tensor_key(site.weight) not in refused]
     return sites, _skipped(weights, sites, refused, modules)

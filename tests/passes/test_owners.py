@@ -199,6 +199,21 @@ def test_a_weight_that_its_module_reads_too_is_adapted_there_as_by_peft(net: typ
         assert torch.equal(lora(X, adapters=["a", "b", "a"])[1], lora(X, adapters=["a", None, "a"])[1])
 
 
+@pytest.mark.parametrize("net", [Both, Turned])
+def test_a_targeted_parameter_is_adapted_where_its_module_is_called_as_by_peft(net: type[Both]) -> None:
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
+    model = net(nn.Linear).eval()
+    named = {"target_parameters": ["inner.weight"]}
+    tuned = get_peft_model(deepcopy(model), LoraConfig(r=4, lora_alpha=8, target_modules=["head"], **named))
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    lora = fxlora.apply(fxlora.capture(model, X), max_adapters=2, max_rank=4)
+    lora.load_adapter("a", (CONFIG | named, get_peft_model_state_dict(tuned)))
+    torch.testing.assert_close(lora(X, adapters=["a", None, "a"])[::2], tuned(X).detach()[::2])
+
+
 class Casting(Net):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
