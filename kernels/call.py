@@ -98,13 +98,16 @@ class PlannedCall:
         numbers: tuple[Any, ...],
         num_warps: int,
         registers: int | None = None,
+        together: bool = False,
         **constants: object,
     ) -> Plan:
         """A plan. With PDL the launch may start while the one before it on the stream still runs.
 
-        registers: most of a thread.
+        registers: most of a thread. together: no program starts before all of them can.
         """
-        options = {"num_warps": num_warps, "pdl": bool(constants.get("PDL")), "registers": registers}
+        options = {
+            "num_warps": num_warps, "pdl": bool(constants.get("PDL")), "registers": registers, "together": together,
+        }  # fmt: skip
         return Plan(launcher.variant(constants, device=self.device_index, **options), grid, numbers)
 
 

@@ -300,6 +300,18 @@ def shrinks_beside(call: ExpertCall) -> bool:
     return _tma_reads(call.x, call) and _tma_reads(pool.a, call)
 
 
+def runs_in_one(call: ExpertCall) -> bool:
+    """Whether expert_hopper.py serves a call: rows in place, of one slot each, of up to 16 ranks, and TMA moves x, W, A
+    and y."""
+    pool = call.site.pool
+    if pool is None or pool.a.numel() == 0 or not call.in_place or call.width > 1:
+        return False
+    if call.site.h_width > 16 or call.columns % 8:
+        return False
+    by_tma = _tma_reads(call.weight, call) or _tma_reads(call.weight.mT, call)
+    return by_tma and _tma_reads(call.x, call) and _tma_reads(pool.a, call)
+
+
 def _tma_reads(matrix: torch.Tensor, call: ExpertCall) -> bool:
     """TMA reads it, and no two rows or experts are the same memory."""
     return call.tma_reads(matrix) and 0 not in matrix.stride()

@@ -76,6 +76,16 @@ class ExpertBesideTile:
 
 
 @dataclass(frozen=True)
+class ExpertHopperTile:
+    """Of expert_hopper.py: so many blocks of shared memory; Bs of `ahead` slots are on their way at a time, and h of
+    `share` slots is made beside a tile of y."""
+
+    stages: int
+    ahead: int
+    share: int
+
+
+@dataclass(frozen=True)
 class ExpertPrefillTile:
     """Of expert_prefill.py: so many programs for each multiprocessor, but for those of a shrink beside them. BR ranks
     are expanded at once, in a loop of so many stages. With a TAIL, tiles are the table's of HIGH rows, BM and TAIL
@@ -159,6 +169,22 @@ def expert_prefill_tile(
 
 @cache
 def expert_hopper_tile(
+    rows: int, num_experts: int, features: int, columns: int, max_adapters: int
+) -> ExpertHopperTile | None:
+    """Tile of expert_hopper.py, where that is the faster one: experts that mostly need several tiles of any kernel, and
+    tiles enough to keep all multiprocessors busy.
+
+    h of eight slots takes one pass over x; more of it is made beside a tile where a pool has slots for far more.
+    """
+    tiles = (cdiv(rows, 64) + num_experts // 2) * cdiv(columns, 256)
+    is_measured = features >= 512 and columns >= 1024
+    if not is_measured or rows <= ONE_TILE * num_experts or tiles < 4 * MULTIPROCESSORS:
+        return None
+    return ExpertHopperTile(4, 2, 4) if max_adapters > 32 else ExpertHopperTile(4, 3, 2)
+
+
+@cache
+def expert_beside_tile(
     rows: int, num_experts: int, simple: bool, features: int, columns: int, dtype: torch.dtype, width: int
 ) -> ExpertPrefillTile:
     """As expert_prefill_tile, for a GPU that expert_hopper_shrink.py serves too, where TMA can read x and A.

@@ -3,7 +3,7 @@
 Stage: run time, below the Triton bodies. `kernel[grid](...)` examines every argument at each launch, 20 to 60 us where
 there are many. A `Launcher` keeps compiled kernels under a key of its own and calls their C entry directly; the first
 launch under a key goes through `kernel[grid]`, which compiles, so a key only has to be finer than Triton's. It holds:
-    device, num_warps, num_stages, pdl, registers, names and values of the constants;
+    device, num_warps, num_stages, pdl, registers, together, names and values of the constants;
     of a tensor: dtype, device and address modulo 16;
     of what TMA moves: dtype, device and block;
     of an int: its value; of an int parameter in `do_not_specialize`: whether it fits 32 bits.
@@ -156,6 +156,7 @@ class Launcher:
         num_stages: int = 3,
         pdl: bool = False,
         registers: int | None = None,
+        together: bool = False,
     ) -> None:
         """One launch on the current stream of GPU `device`, which has to be the current GPU.
 
@@ -163,10 +164,12 @@ class Launcher:
         (a NamedTuple, where the kernel reads its fields by name) of these. The
         kind of each may depend on the constants only. constants: by name, in the kernel's order. pdl: the launch may
         begin before the one ahead of it ends; the kernel says where it waits. registers: most of a thread.
+        together: no program starts before all of them can, which is CUDA's cooperative launch.
         """
         variant = self.variant(
-            constants, device=device, num_warps=num_warps, num_stages=num_stages, pdl=pdl, registers=registers
-        )
+            constants, device=device, num_warps=num_warps, num_stages=num_stages, pdl=pdl, registers=registers,
+            together=together,
+        )  # fmt: skip
         variant.launch(grid, args)
 
     def variant(
@@ -178,9 +181,10 @@ class Launcher:
         num_stages: int = 3,
         pdl: bool = False,
         registers: int | None = None,
+        together: bool = False,
     ) -> Variant:
         """The choice of constants and options, the same object at each call."""
-        options = (device, num_warps, num_stages, pdl, registers, tuple(constants), tuple(constants.values()))
+        options = (device, num_warps, num_stages, pdl, registers, together, tuple(constants), tuple(constants.values()))
         found = self._variants.get(options)
         if found is None:
             found = self._variants[options] = Variant(self, constants, options)
@@ -188,12 +192,14 @@ class Launcher:
 
     def launch_plain(self, grid: tuple[int, ...], args: tuple[object, ...], variant: Variant) -> None:
         """The launch as Triton does it; keeps the compiled kernel."""
-        _, num_warps, num_stages, pdl, registers, *_ = variant.options
+        _, num_warps, num_stages, pdl, registers, together, *_ = variant.options
         keywords = {} if self._interpreted else {"num_warps": num_warps, "num_stages": num_stages}
         if pdl and not self._interpreted:
             keywords["launch_pdl"] = True
         if registers and not self._interpreted:
             keywords["maxnreg"] = registers
+        if together and not self._interpreted:
+            keywords["launch_cooperative_grid"] = True
         compiled = self.kernel[grid](*map(_plain, args), **variant.constants, **keywords)
         if pdl and not self._interpreted:
             prefer_shared_memory(compiled)

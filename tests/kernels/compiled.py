@@ -74,10 +74,12 @@ def linear(rows: int, features: int, *outs: int, rank: int = 16, transposed: boo
     body(call, tiles)
 
 
-def experts(tokens: int, top_k: int, count: int, features: int, out: int, rank: int = 16, own: bool = False) -> None:
+def experts(
+    tokens: int, top_k: int, count: int, features: int, out: int, rank: int = 16, own: bool = False, slots: int = 16
+) -> None:
     """Compile what a bf16 call of `lora_experts` launches. own: as of `linear`."""
     lora_experts_module.has_gluon = lambda device: own
-    slots, rows = 16, tokens * top_k
+    rows = tokens * top_k
     pool = ExpertPool.allocate(
         num_experts=count, pool_rows_a=slots * count * rank, pool_rows_b=slots * count * rank, in_features=features,
         out_features=out, max_adapters=slots, dtype=BF16, device="cpu", max_rank=rank,
@@ -118,9 +120,10 @@ CALLS: dict[str, Callable[[], object]] = {
     "experts, few rows": lambda: experts(16, 8, 128, 2048, 1536),
     "experts, few rows, tall": lambda: experts(16, 2, 8, 14336, 4096),
     "experts, many rows": lambda: experts(2048, 8, 128, 2048, 1536),
-    "experts, many rows, a shrink beside": lambda: [
+    "experts, many rows, a shrink beside": lambda: experts(1024, 8, 128, 2048, 1536, own=True),
+    "experts, many rows, in one launch": lambda: [
         experts(2048, 8, 128, 2048, 1536, own=True),
-        experts(2048, 8, 64, 2048, 2048, own=True),
+        experts(2048, 8, 64, 2048, 2048, own=True, slots=64),
     ],
     "experts, many rows, a tail": lambda: experts(2048, 8, 128, 4096, 1536),
     "experts, a long way": lambda: [experts(m, 2, 8, 14336, 4096) for m in (256, 512, 2048)],

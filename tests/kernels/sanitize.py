@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from fxlora.kernels.expert_tiles import ExpertBesideTile
+from fxlora.kernels.expert_tiles import ExpertBesideTile, ExpertHopperTile
 from fxlora.kernels.prefill_tiles import BesideTile
 from tests.kernels.cases import HAS_CUDA, assert_right, make_case
 from tests.kernels.expert_cases import assert_experts_right, make_expert_case
 from tests.kernels.test_bodies import BODIES, DECODE, DEVICE, FUSED, GEMV, SINGLE, check, serves, small_case
+from tests.kernels.test_expert_hopper import assert_same as assert_same_in_one
+from tests.kernels.test_expert_hopper import large_case as case_in_one
 from tests.kernels.test_expert_hopper_shrink import assert_same as assert_same_of_experts
 from tests.kernels.test_expert_hopper_shrink import large_case as large_expert_case
 from tests.kernels.test_prefill_hopper import IS_HOPPER, RANKS, SHARED, TURNS, assert_same_of_few_programs
@@ -81,6 +83,15 @@ def beside_experts() -> Iterator[Callable[[], object]]:
             yield lambda options=options, tile=tile: assert_same_of_experts(large_expert_case(**options), tile)
 
 
+def experts_in_one() -> Iterator[Callable[[], object]]:
+    """expert_hopper.py: several programs, and one for everything."""
+    for tile, programs in ((ExpertHopperTile(4, 3, 2), 6), (ExpertHopperTile(4, 2, 4), 1)) if IS_HOPPER else ():
+        for rows, out in ((1000, 264), (600, 1032)):
+            options = {"rows": rows, "features": 264, "out": out, "ranks": (8, 0, 16, 3, *[16] * 8), "bias": True}
+            form = (tile, programs)
+            yield lambda options=options, form=form: assert_same_in_one(case_in_one(**options), form)
+
+
 def expert_calls() -> Iterator[Callable[[], object]]:
     """Row tiles of every height, rows in place and in any order."""
     for dtype in DTYPES:
@@ -102,7 +113,9 @@ def main() -> int:
     if not HAS_CUDA:
         print("skipped: no GPU")
         return 0
-    calls = [*body_calls(), *op_calls(), *hopper_calls(), *beside_experts(), *expert_calls()][part::parts]
+    calls = [*body_calls(), *op_calls(), *hopper_calls(), *beside_experts(), *experts_in_one(), *expert_calls()][
+        part::parts
+    ]
     for done, call in enumerate(calls, 1):
         torch.manual_seed(0)
         call()

@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import torch
 
-from fxlora.kernels.expert_tiles import ExpertBesideTile, expert_hopper_tile, expert_prefill_tile
+from fxlora.kernels.expert_tiles import ExpertBesideTile, expert_beside_tile, expert_prefill_tile
 from tests.kernels.expert_cases import ExpertCase, make_expert_case
 from tests.kernels.test_prefill_hopper import IS_HOPPER
 
@@ -164,7 +164,7 @@ def test_a_wait_in_vain_ends_with_an_error(tmp_path: Path) -> None:
 
 def test_it_is_for_experts_that_it_makes_faster() -> None:
     def few(rows: int, experts: int, features: int, columns: int, width: int = 16, simple: bool = True) -> int:
-        tile = expert_hopper_tile(rows, experts, simple, features, columns, torch.bfloat16, width)
+        tile = expert_beside_tile(rows, experts, simple, features, columns, torch.bfloat16, width)
         return tile.shrink.few if isinstance(tile.shrink, ExpertBesideTile) else 0
 
     assert few(16384, 128, 2048, 1536) == 10
@@ -175,9 +175,9 @@ def test_it_is_for_experts_that_it_makes_faster() -> None:
     assert few(2048, 8, 4096, 28672) == 0  # many columns
     assert few(16384, 128, 2048, 1536, width=64) == few(16384, 128, 2048, 1536, simple=False) == 0
     assert few(4096, 32, 2880, 2880) == 0  # tiles with a tail
-    tile = expert_hopper_tile(16384, 128, True, 2048, 1536, torch.bfloat16, 16)
+    tile = expert_beside_tile(16384, 128, True, 2048, 1536, torch.bfloat16, 16)
     assert (tile.programs, tile.early, tile.shrink) == (3, True, ExpertBesideTile(10, 256 + 96))
-    assert not isinstance(expert_hopper_tile(16384, 128, True, 2048, 1536, torch.float32, 16).shrink, ExpertBesideTile)
+    assert not isinstance(expert_beside_tile(16384, 128, True, 2048, 1536, torch.float32, 16).shrink, ExpertBesideTile)
 
 
 def test_it_is_for_rows_and_pools_that_it_can_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from tests.kernels.expert_cases import ExpertCase, make_expert_case
 pytest.importorskip("triton")
 from fxlora.kernels import call as calls
 from fxlora.kernels import expert_call, launch, lora_experts, lora_linear, replay
-from fxlora.kernels.expert_tiles import ExpertBesideTile, ExpertPrefillTile, expert_prefill_tile
+from fxlora.kernels.expert_tiles import ExpertBesideTile, ExpertHopperTile, ExpertPrefillTile, expert_prefill_tile
 from fxlora.kernels.prefill_tiles import BesideTile, HopperTile
 from tests.kernels.test_prefill_hopper import IS_HOPPER
 
@@ -175,7 +175,19 @@ def beside(monkeypatch: pytest.MonkeyPatch) -> None:
     def expert_tile(*sizes: Any) -> ExpertPrefillTile:
         return replace(expert_prefill_tile(*sizes), early=True, shrink=ExpertBesideTile(2, 1000))
 
-    monkeypatch.setattr(lora_experts, "expert_hopper_tile", expert_tile)
+    monkeypatch.setattr(lora_experts, "expert_beside_tile", expert_tile)
+
+
+@pytest.fixture
+def in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a Hopper GPU, experts whose h is made by those who make y, in calls of any size."""
+    monkeypatch.setattr(lora_experts, "has_gluon", lambda device: True)
+    monkeypatch.setattr(lora_experts, "expert_hopper_tile", lambda *_: ExpertHopperTile(4, 3, 2))
+
+
+@pytest.mark.usefixtures("in_one")
+def test_experts_in_one_launch_are_entered_as_before(entries: Entries) -> None:
+    check_replay(make_expert_case(features=64, out=32, dtype=BF16, rows=400), run_experts, entries)
 
 
 @pytest.mark.usefixtures("beside")
@@ -245,6 +257,18 @@ def test_replays_of_shrinks_beside_the_product_have_the_bits_of_prepared_ones() 
             results.append([*run_linear(case, handle)[0], *run_experts(experts, expert_handle)[0]])
             case, experts = moved(case), moved(experts)
     assert all(equal_bits(results[0], other, slice(None)) for other in results[1:])
+
+
+@pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of compute capability 9")
+@pytest.mark.usefixtures("in_one")
+def test_replays_of_experts_in_one_launch_have_the_bits_of_prepared_ones() -> None:
+    case = make_expert_case(features=64, out=32, dtype=BF16, device="cuda", rows=400)
+    with registered([case.pool]) as handle:
+        results = []
+        for _ in range(4):
+            results.append(run_experts(case, handle)[0])
+            case = moved(case)
+    assert all(torch.equal(results[0][0], other[0]) for other in results[1:])
 
 
 @pytest.mark.skipif(not HAS_CUDA, reason="needs CUDA")

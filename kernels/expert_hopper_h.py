@@ -1,0 +1,133 @@
+"""h of the experts on a Hopper GPU, from the programs of expert_hopper.py that make it to those that expand it.
+
+Stage: run time. h is MISSING (expert_lists.py) until it is stored, and whoever needs it looks until it is not. That
+saves the word that would say so, and the round trips between h and that word.
+"""
+
+# ruff: noqa: ANN001, RUF005 (pointers and blocks have no static type; Gluon knows no unpacking inside a tuple)
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from fxlora.kernels.expert_order import BM
+from fxlora.kernels.prefill_hopper import group_of
+
+
+@gluon.jit
+def scaled_groups(record, scaling_ptr, first, SHARE: gl.constexpr) -> gl.tensor:
+    """Slot, number of ranks - 1 and scaling of SHARE groups; slot -1 past the last."""
+    slot, _, last = group_of(record, first)
+    found = ((slot, last, gl.load(scaling_ptr + slot, mask=slot >= 0, other=0.0)),)
+    for i in gl.static_range(1, SHARE):
+        slot, _, last = group_of(record, first + i)
+        found = found + ((slot, last, gl.load(scaling_ptr + slot, mask=slot >= 0, other=0.0)),)
+    return found
+
+
+@gluon.jit
+def slots_of(first_row, end, site, layout: gl.constexpr) -> gl.tensor:
+    """Rows of a tile, and the slot of each, -1 where there is none."""
+    rows = first_row + gl.arange(0, BM, layout=layout)
+    slots = gl.load(site[0] + rows, mask=rows < end, other=-1)
+    return rows.to(gl.int64), gl.where(slots < site[4], slots, -1)
+
+
+@gluon.jit
+def put_h(h, groups, FIRST: gl.constexpr, to_put, end, lists, site, HAS_COEFFS: gl.constexpr) -> None:
+    """Stores h of a tile's rows, 16 columns for each slot: zero beyond the rank."""
+    if h.shape[1] > 16:
+        left, right = gl.split(gl.permute(gl.reshape(h, [BM, 2, h.shape[1] // 2]), (0, 2, 1)))
+        put_h(left, groups, FIRST, to_put, end, lists, site, HAS_COEFFS)
+        put_h(right, groups, FIRST + h.shape[1] // 32, to_put, end, lists, site, HAS_COEFFS)
+    else:
+        rows, slots = to_put
+        slot, last, scaling = groups[FIRST]
+        of_h: gl.constexpr = rows.type.layout.parent
+        lanes = gl.arange(0, 16, layout=gl.SliceLayout(0, of_h))
+        value = gl.convert_layout(h, of_h) * scaling
+        if HAS_COEFFS:
+            value = value * gl.load(site[1] + rows, mask=rows < end, other=0.0)[:, None]
+        value = gl.where((lanes <= last)[None, :], value, 0.0).to(lists[4].dtype.element_ty)
+        at = lists[4] + (rows * 16)[:, None] + lanes[None, :]
+        is_own = ((slots == slot) & (slot >= 0)).to(gl.int32)[:, None] + lanes[None, :] * 0
+        gl.inline_asm_elementwise(
+            """{
+            .reg .pred own;
+            setp.ne.s32 own, $5, 0;
+            @own st.relaxed.gpu.global.b32 [$2], $4;
+            mov.b32 $0, 0;
+            mov.b32 $1, 0;
+            }""", "=r,=r,l,l,r,r,r", [at.to(gl.int64), value, is_own], dtype=gl.int32, is_pure=False, pack=2,
+        )  # fmt: skip
+
+
+@gluon.jit
+def get_h(to_get, lists) -> gl.tensor:
+    """h of a tile's rows, [BM, 16] in the dtype of x, zero beyond a row's rank: once all of it is there.
+
+    Every thread waits until no half of its four words is MISSING; first it looks at one alone, as looks cost what loads
+    of W do. After LOOKS of overlap.py the launch ends with an error, a store to nowhere; a trap here would cost all
+    registers.
+    """
+    rows, _, ranks = to_get
+    lanes = gl.arange(0, 16, layout=gl.SliceLayout(0, rows.type.layout.parent))
+    at = lists[4] + (rows * 16)[:, None] + lanes[None, :]
+    is_there = (ranks > 0).to(gl.int32)[:, None] + lanes[None, :] * 0
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred p0, p1, p2, p3, again; .reg .b32 looks, x, t, found; .reg .b64 nowhere;
+        setp.ne.s32 p0, $12, 0;
+        setp.ne.s32 p1, $14, 0;
+        setp.ne.s32 p2, $16, 0;
+        setp.ne.s32 p3, $18, 0;
+        mov.b32 $0, 0;
+        mov.b32 $1, 0;
+        mov.b32 $2, 0;
+        mov.b32 $3, 0;
+        mov.b32 looks, 0;
+        mov.b64 nowhere, 0;
+        LOOK:
+        @p0 ld.relaxed.gpu.global.b32 $0, [$4];
+        not.b32 x, $0;
+        sub.u32 t, x, 0x00010001;
+        and.b32 found, t, $0;
+        and.b32 found, found, 0x80008000;
+        add.s32 looks, looks, 1;
+        setp.lt.s32 again, looks, 4000000;
+        setp.ne.and.b32 again, found, 0, again;
+        @again bra LOOK;
+        LOOK_AT_ALL:
+        @p1 ld.relaxed.gpu.global.b32 $1, [$6];
+        @p2 ld.relaxed.gpu.global.b32 $2, [$8];
+        @p3 ld.relaxed.gpu.global.b32 $3, [$10];
+        not.b32 x, $1;
+        sub.u32 t, x, 0x00010001;
+        and.b32 t, t, $1;
+        or.b32 found, found, t;
+        not.b32 x, $2;
+        sub.u32 t, x, 0x00010001;
+        and.b32 t, t, $2;
+        or.b32 found, found, t;
+        not.b32 x, $3;
+        sub.u32 t, x, 0x00010001;
+        and.b32 t, t, $3;
+        or.b32 found, found, t;
+        and.b32 found, found, 0x80008000;
+        add.s32 looks, looks, 1;
+        setp.lt.s32 again, looks, 4000000;
+        setp.ne.and.b32 again, found, 0, again;
+        mov.b32 found, 0;
+        @again bra LOOK_AT_ALL;
+        setp.ge.s32 again, looks, 4000000;
+        @again st.global.b32 [nowhere], looks;
+        }""", "=&r,=&r,=&r,=&r,l,l,l,l,l,l,l,l,r,r,r,r,r,r,r,r", [at.to(gl.int64), is_there],
+        dtype=lists[4].dtype.element_ty, is_pure=False, pack=8,
+    )  # fmt: skip
+
+
+@gluon.jit
+def h_of_slot(h, slots, slot) -> gl.tensor:
+    """h of the rows of a slot, zero for others."""
+    return gl.where((slots == slot)[:, None], h, gl.zeros_like(h))

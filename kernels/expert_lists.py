@@ -1,0 +1,159 @@
+"""First launch of experts over many rows on a Hopper GPU: its row tiles, and the slots that each of them meets.
+
+Stage: run time, ahead of expert_hopper.py. Tiles have HEIGHT rows, whatever those of the table of expert_segments.py
+have. Slots have 16 ranks or fewer, a group each in the lists of groups.py, with the first row of A beside
+that of B.
+"""
+
+# ruff: noqa: ANN001 (pointers and blocks of a Triton kernel have no static type)
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from fxlora.kernels.call import Plan
+from fxlora.kernels.expert_call import ExpertCall
+from fxlora.kernels.expert_segments import tile_bound
+from fxlora.kernels.groups import FIELDS, MOST, list_capacity, list_words
+from fxlora.kernels.launch import Launcher
+from fxlora.kernels.overlap import let_later_start, wait_for_earlier
+from fxlora.kernels.triton_helpers import multiprocessors, next_power_of_2, next_slot
+
+HEIGHT = tl.constexpr(64)
+"""Rows of a tile."""
+
+MISSING = tl.constexpr(-1)
+"""The bits of h that is not there, a NaN that no conversion makes."""
+
+_PROGRAMS = 4  # for each multiprocessor
+_CLEARED = tl.constexpr(1024)  # elements at once
+
+
+class Lists(NamedTuple):
+    """What this launch writes."""
+
+    tiles: Any  # int32 [1 + row tiles, 4]: their number; expert, its first row tile, where its rows begin and end
+    groups: Any  # int32 [row tiles, 3 * capacity + 1]
+    a_rows: Any  # int32 [row tiles, capacity]: first pool row of A of each group
+    capacity: Any
+    h: Any  # [T, 16], like x: MISSING
+
+
+@triton.jit
+def clear(h_ptr, count) -> None:
+    """Nothing of h is there."""
+    for first in range(tl.program_id(0) * _CLEARED, count, tl.num_programs(0) * _CLEARED):
+        at = first + tl.arange(0, _CLEARED).to(tl.int64)
+        missing = tl.full([_CLEARED], MISSING, tl.int16).to(h_ptr.dtype.element_ty, bitcast=True)
+        tl.store(h_ptr + at, missing, mask=at < count)
+
+
+@triton.jit
+def find_slots(first, end, slots_ptr, max_adapters, L: tl.constexpr) -> tl.tensor:
+    """The slots of rows first .. end, ascending, then -1, [L]."""
+    rows = first + tl.arange(0, HEIGHT)
+    found = tl.load(slots_ptr + rows, mask=rows < end, other=-1)
+    index, count = tl.arange(0, L), 0
+    slots = tl.full([L], -1, tl.int32)
+    slot = next_slot(found, -1, max_adapters)
+    while slot < max_adapters:
+        slots = tl.where(index == count, slot, slots)
+        count += 1
+        slot = next_slot(found, slot, max_adapters)
+    return slots
+
+
+@triton.jit
+def write_groups(tile, expert, slots, lists, pool) -> None:
+    """The groups of a row tile's slots, ended by groups without a slot. pool: starts and steps of A and B, ranks."""
+    a_start_ptr, a_step_ptr, b_start_ptr, b_step_ptr, rank_ptr = pool
+    record, a_rows = lists.groups + tile * (FIELDS * lists.capacity + 1), lists.a_rows + tile * lists.capacity
+    known = slots >= 0
+    rank = tl.load(rank_ptr + slots, mask=known, other=0)
+    a_row = tl.load(a_start_ptr + slots, mask=known, other=0) + expert * tl.load(a_step_ptr + slots, known, other=0)
+    b_row = tl.load(b_start_ptr + slots, mask=known, other=0) + expert * tl.load(b_step_ptr + slots, known, other=0)
+    own = (rank > 0).to(tl.int32)
+    number = tl.cumsum(own, axis=0) - own
+    tl.store(record + number, slots, mask=own > 0)
+    tl.store(record + lists.capacity + number, b_row, mask=own > 0)
+    tl.store(record + 2 * lists.capacity + number, rank - 1, mask=own > 0)
+    tl.store(a_rows + number, a_row, mask=own > 0)
+    count = tl.sum(own, axis=0)
+    tl.store(record + count + tl.arange(0, MOST), tl.full([MOST], -1, tl.int32))
+    tl.store(a_rows + count + tl.arange(0, MOST), tl.full([MOST], 0, tl.int32))
+    tl.store(record + FIELDS * lists.capacity, count)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def expert_lists_kernel(
+    lists,
+    pool,
+    slots_ptr,  # int32 [T], contiguous
+    table_ptr,
+    num_rows,
+    num_experts,
+    max_adapters,
+    L: tl.constexpr,  # power of two, at least the slots of a tile
+    BINS: tl.constexpr,  # power of two above E
+    PDL: tl.constexpr,
+) -> None:
+    """Row tiles of the batch and their groups, of whose h nothing is there yet."""
+    wait_for_earlier(PDL)
+    let_later_start(PDL)
+    clear(lists.h, num_rows * 16)
+    bins = tl.arange(0, BINS)
+    starts_ptr = table_ptr + 2 * num_rows + bins
+    starts = tl.load(starts_ptr, mask=bins <= num_experts, other=0)
+    counts = tl.load(starts_ptr + 1, mask=bins <= num_experts, other=0) - starts
+    own_tiles = (counts + (HEIGHT - 1)) // HEIGHT
+    ends = tl.cumsum(own_tiles, axis=0)
+    total = tl.sum(own_tiles, axis=0)
+    if tl.program_id(0) == 0:
+        tl.store(lists.tiles, total)
+    for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), num_stages=1):
+        expert = tl.sum((ends <= tile).to(tl.int32), axis=0)
+        mine = bins == expert
+        first_tile = tl.sum(tl.where(mine, ends - own_tiles, 0), axis=0)
+        start = tl.sum(tl.where(mine, starts, 0), axis=0)
+        end = start + tl.sum(tl.where(mine, counts, 0), axis=0)
+        at = lists.tiles + 4 * (tile + 1)
+        tl.store(at, expert)
+        tl.store(at + 1, first_tile)
+        tl.store(at + 2, start)
+        tl.store(at + 3, end)
+        first = start + HEIGHT * (tile - first_tile)
+        last = tl.where(expert < num_experts, tl.minimum(first + HEIGHT, end), first)
+        write_groups(tile, expert, find_slots(first, last, slots_ptr, max_adapters, L), lists, pool)
+
+
+_launcher = Launcher(expert_lists_kernel)
+
+
+def list_slots(call: ExpertCall, slots: torch.Tensor) -> Lists:
+    """The lists of a call with one slot for each row. slots: those of `call`, contiguous."""
+    capacity = list_capacity(call.site.max_adapters, HEIGHT.value, 16)
+    bound = tile_bound(call.rows, call.num_experts, HEIGHT.value)
+    ints = {"dtype": torch.int32}
+    lists = Lists(
+        call.new_scratch(bound + 1, 4, **ints), call.new_scratch(bound, list_words(capacity), **ints),
+        call.new_scratch(bound, capacity, **ints), capacity, call.new_scratch(call.rows, 16, dtype=call.x.dtype),
+    )  # fmt: skip
+    plan = call.plan(_launcher, None, lambda: _plan(call, bound))
+    call.launch(plan, lists, call.site.fixed[2:7], slots, call.segments, *plan.numbers)
+    return lists
+
+
+def _plan(call: ExpertCall, bound: int) -> Plan:
+    return call.planned(
+        _launcher,
+        (min(bound, _PROGRAMS * multiprocessors(call.x.device)),),
+        (call.rows, call.num_experts, call.site.max_adapters),
+        1,
+        L=next_power_of_2(min(call.site.max_adapters, HEIGHT.value)),
+        BINS=next_power_of_2(call.num_experts + 1),
+        PDL=call.overlap,
+    )
