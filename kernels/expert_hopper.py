@@ -151,9 +151,9 @@ def expand(acc, groups, h, slots, record, bs, lanes, cols, count, b_ptr, num_col
 def put(part, buffer, y, row, end, col, expert, bias, num_cols, HAS_BIAS: gl.constexpr) -> None:
     """Stores PART columns of a tile of y as soon as the buffer is free, through TMA where all rows are the tile's."""
     if HAS_BIAS:
-        cols = col + gl.arange(0, PART, layout=gl.SliceLayout(0, part.type.layout))
-        at = bias[0] + expert.to(gl.int64) * bias[1] + cols.to(gl.int64) * bias[2]
-        part += gl.load(at, mask=(cols < num_cols) & (expert < bias[3]), other=0.0).to(gl.float32)[None, :]
+        of_bias = col + gl.arange(0, PART, layout=gl.SliceLayout(0, part.type.layout))
+        bias_at = bias[0] + expert.to(gl.int64) * bias[1] + of_bias.to(gl.int64) * bias[2]
+        part += gl.load(bias_at, mask=(of_bias < num_cols) & (expert < bias[3]), other=0.0).to(gl.float32)[None, :]
     tma.store_wait(1)
     debug_barrier()
     buffer.store(part.to(y[0].dtype))
@@ -239,7 +239,7 @@ def compute(
 
 @gluon.jit
 def expert_hopper_kernel(
-    x_desc, w_desc, y_desc, a_desc, y_ptr, bias, lists, site, b_ptr, num_experts, feature_octets, num_cols,
+    x_desc, w_desc, y_desc, a_desc, y_ptr, bias, lists, site, b_ptr, num_experts, feature_octets, col_octets,
     SHARE: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, TRANSPOSED: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_COEFFS: gl.constexpr, PDL: gl.constexpr,
 ) -> None:  # fmt: skip
@@ -268,7 +268,8 @@ def expert_hopper_kernel(
     for group in gl.static_range(2):
         mbarrier.init(turns.index(group), count=1)
     ring, descs, y = (xs, ws, all_as, full, empty), (x_desc, w_desc, a_desc), (y_desc, y_ptr)
-    tiles_n, steps = gl.cdiv(num_cols, BN), gl.cdiv(feature_octets * 8, BK)
+    num_cols, steps = col_octets * 8, gl.cdiv(feature_octets * 8, BK)
+    tiles_n = gl.cdiv(num_cols, BN)
     items = (lists[0], gl.load(lists[0]) * tiles_n, tiles_n, num_experts)
     gl.warp_specialize(
         [
@@ -328,7 +329,7 @@ def _plan(call: ExpertCall, tile: ExpertHopperTile, transposed: bool) -> Plan:
     return call.planned(
         _launcher,
         (min(tiles, multiprocessors(call.x.device)),),
-        (call.num_experts, call.features // 8, call.columns),
+        (call.num_experts, call.features // 8, call.columns // 8),
         4,
         together=True,
         SHARE=tile.share,

@@ -171,14 +171,14 @@ def expert_prefill_tile(
 def expert_hopper_tile(
     rows: int, num_experts: int, features: int, columns: int, max_adapters: int
 ) -> ExpertHopperTile | None:
-    """Tile of expert_hopper.py, where that is the faster one: experts that mostly need several tiles of any kernel, and
-    tiles enough to keep all multiprocessors busy.
+    """Tile of expert_hopper.py, where that is the faster one: experts that mostly need several tiles of any kernel, not
+    so many that they would better be higher, and enough of them to keep all multiprocessors busy.
 
     h of eight slots takes one pass over x; more of it is made beside a tile where a pool has slots for far more.
     """
     tiles = (cdiv(rows, 64) + num_experts // 2) * cdiv(columns, 256)
     is_measured = features >= 512 and columns >= 1024
-    if not is_measured or rows <= ONE_TILE * num_experts or tiles < 4 * MULTIPROCESSORS:
+    if not is_measured or not ONE_TILE * num_experts < rows <= 1024 * num_experts or tiles < 4 * MULTIPROCESSORS:
         return None
     return ExpertHopperTile(4, 2, 4) if max_adapters > 32 else ExpertHopperTile(4, 3, 2)
 

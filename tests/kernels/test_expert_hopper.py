@@ -172,6 +172,7 @@ def test_it_is_for_experts_that_it_makes_faster() -> None:
     assert expert_hopper_tile(4096, 8, 4096, 28672, 8) is not None
     assert expert_hopper_tile(8192, 128, 2048, 1536, 16) is None  # one tile of 128 rows holds most experts
     assert expert_hopper_tile(1024, 8, 14336, 4096, 16) is None  # few tiles
+    assert expert_hopper_tile(16384, 8, 14336, 4096, 16) is None  # many for each expert
     assert expert_hopper_tile(16384, 128, 256, 1536, 16) is None
     assert expert_hopper_tile(16384, 128, 2048, 512, 16) is None
 
