@@ -31,7 +31,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from fxlora.kernels.call import Plan
 from fxlora.kernels.expert_call import ExpertCall
-from fxlora.kernels.expert_hopper_h import get_h, h_of_slot, put_h, scaled_groups, slots_of
+from fxlora.kernels.expert_hopper_h import get_h, h_of_slot, makers_groups, put_h, slots_of
 from fxlora.kernels.expert_hopper_loads import BK, BN, load
 from fxlora.kernels.expert_lists import list_slots
 from fxlora.kernels.expert_order import BM, blocks_of, look, look_closer, record_of, share_of, steps_of
@@ -40,6 +40,9 @@ from fxlora.kernels.expert_tiles import ExpertHopperTile
 from fxlora.kernels.launch import Launcher
 from fxlora.kernels.prefill_hopper import PART, as_b, block_after, copy_b, describe, group_of
 from fxlora.kernels.triton_helpers import cdiv, multiprocessors
+
+LISTED = gl.constexpr(2)
+"""Groups whose fields are known before B of them is asked for."""
 
 
 @gluon.jit
@@ -73,25 +76,23 @@ def multiply(
 
 @gluon.jit
 def ask(
-    place, items, lists, site, SHARE: gl.constexpr, AHEAD: gl.constexpr, of_put: gl.constexpr, of_get: gl.constexpr
+    place, items, lists, SHARE: gl.constexpr, AHEAD: gl.constexpr, of_put: gl.constexpr, of_get: gl.constexpr
 ) -> gl.tensor:
-    """What a tile needs of lists and row map: its first groups, those whose h it makes, its rows with their slots, and
-    with their ranks, as `put_h` and `get_h` want them."""
-    row_tile, _, first_row, end, expert, _, _ = place
-    end = gl.where(expert < items[3], end, first_row)  # without an expert there is nothing to wait for
+    """What a tile needs of the lists, of which no load waits for another: its first groups, those whose h it makes, and
+    rows and slots as `put_h` and `get_h` want them."""
+    row_tile, _, first_row, end, _, _, _ = place
     record = (record_of(row_tile, lists), lists[3])
     groups = (group_of(record, 0),)
-    for i in gl.static_range(1, AHEAD):
+    for i in gl.static_range(1, AHEAD + LISTED):
         groups = groups + (group_of(record, i),)
-    own = scaled_groups(record, site[3], share_of(place, items, SHARE)[0], SHARE)
-    rows, slots = slots_of(first_row, end, site, gl.SliceLayout(1, of_get))
-    ranks = gl.load(site[2] + slots, mask=slots >= 0, other=0)
-    return groups, own, slots_of(first_row, end, site, gl.SliceLayout(1, of_put)), (rows, slots, ranks)
+    own = makers_groups(row_tile, share_of(place, items, SHARE)[0], lists, SHARE)
+    to_put = slots_of(first_row, end, lists, gl.SliceLayout(1, of_put))
+    return groups, own, to_put, slots_of(first_row, end, lists, gl.SliceLayout(1, of_get))
 
 
 @gluon.jit
 def multiply_both(
-    acc, stage, phase, steps, ring, next_turn, place, share, own, to_put, lists, site, SHARE: gl.constexpr,
+    acc, stage, phase, steps, ring, next_turn, place, share, own, to_put, lists, coeffs_ptr, SHARE: gl.constexpr,
     STAGES: gl.constexpr, TRANSPOSED: gl.constexpr, HAS_COEFFS: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
     """acc + x W^T; h of the item's groups is stored. own, to_put: of `ask`."""
@@ -103,14 +104,14 @@ def multiply_both(
     for later in range(first + apart, groups, apart):
         acc, h = warpgroup_mma_wait(num_outstanding=0, deps=(acc, h))
         mbarrier.arrive(ring[4].index(held))
-        put_h(h, own, 0, to_put, end, lists, site, HAS_COEFFS)
-        own = scaled_groups((record_of(row_tile, lists), lists[3]), site[3], later, SHARE)
+        put_h(h, own, 0, to_put, end, lists, coeffs_ptr, HAS_COEFFS)
+        own = makers_groups(row_tile, later, lists, SHARE)
         h = gl.zeros([BM, 16 * SHARE], gl.float32, of_h)
         acc, h, held, stage, phase = multiply(acc, h, stage, phase, steps, ring, False, True, STAGES, TRANSPOSED)
     mbarrier.arrive(next_turn)
     acc, h = warpgroup_mma_wait(num_outstanding=0, deps=(acc, h))
     mbarrier.arrive(ring[4].index(held))
-    put_h(h, own, 0, to_put, end, lists, site, HAS_COEFFS)
+    put_h(h, own, 0, to_put, end, lists, coeffs_ptr, HAS_COEFFS)
     return acc
 
 
@@ -127,9 +128,24 @@ def multiply_alone(
 
 
 @gluon.jit
+def prefetch_b(group, first_col, b_ptr, num_cols) -> None:
+    """Brings B of a group to L2."""
+    slot, pool_row, last = group
+    of_lines: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0])
+    lanes = gl.arange(0, 16, layout=gl.SliceLayout(1, of_lines))
+    cols = first_col + 64 * gl.arange(0, BN // 64, layout=gl.SliceLayout(0, of_lines))
+    at = b_ptr + (pool_row + lanes).to(gl.int64)[:, None] * num_cols + cols[None, :]
+    known = (slot >= 0) & (lanes <= last)[:, None] & (cols < num_cols)[None, :]
+    gl.inline_asm_elementwise(
+        "{ .reg .pred known; setp.ne.s32 known, $2, 0; @known prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l,r",
+        [at.to(gl.int64), known.to(gl.int32)], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def expand(acc, groups, h, slots, record, bs, lanes, cols, count, b_ptr, num_cols, AHEAD: gl.constexpr) -> gl.tensor:
-    """acc + h B, the Bs of AHEAD groups on their way at a time. groups: the first, asked for. h: of `get_h`."""
-    coming, after = group_of(record, AHEAD), group_of(record, AHEAD + 1)
+    """acc + h B, the Bs of AHEAD groups on their way at a time, LISTED more known. groups: the first of them. h: of
+    `get_h`."""
     block = 0
     for number in range(count):
         async_copy.wait_group(AHEAD - 1)
@@ -137,10 +153,12 @@ def expand(acc, groups, h, slots, record, bs, lanes, cols, count, b_ptr, num_col
         debug_barrier()
         acc = warpgroup_mma(h_of_slot(h, slots, groups[0][0]), bs.index(block), acc, is_async=True)
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-        debug_barrier()  # all have read it
-        copy_b((coming,), lanes, cols, b_ptr, num_cols, bs, block, 1)
-        groups = groups[1:] + (coming,)
-        coming, after = after, group_of(record, gl.minimum(number + AHEAD + 2, count))
+        if number + AHEAD < count:
+            debug_barrier()  # all have read it
+            copy_b((groups[AHEAD],), lanes, cols, b_ptr, num_cols, bs, block, 1)
+        else:
+            async_copy.commit_group()
+        groups = groups[1:] + (group_of(record, gl.minimum(number + AHEAD + LISTED, count)),)
         block = gl.where(block == AHEAD - 1, 0, block + 1)
     async_copy.wait_group(0)
     debug_barrier()
@@ -185,8 +203,8 @@ def store(acc, ys, y, row, end, col, expert, bias, num_cols, HAS_BIAS: gl.conste
 
 @gluon.jit
 def compute(
-    GROUP: gl.constexpr, ring, ys, turns, y, bias, lists, site, b_ptr, items, all_steps, num_cols, SHARE: gl.constexpr,
-    STAGES: gl.constexpr, AHEAD: gl.constexpr, TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr,
+    GROUP: gl.constexpr, ring, ys, turns, y, bias, lists, coeffs_ptr, b_ptr, items, all_steps, num_cols,
+    SHARE: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr,
     HAS_COEFFS: gl.constexpr,
 ) -> None:  # fmt: skip
     """A group of warps: every other item of this program's."""
@@ -202,7 +220,7 @@ def compute(
         done += blocks_of(place, items, all_steps, SHARE)
         item += programs
         place = look_closer(look(item, items), item, items, lists)
-    asked = ask(place, items, lists, site, SHARE, AHEAD, of_put, of_get)
+    asked = ask(place, items, lists, SHARE, AHEAD, of_put, of_get)
     while item < items[1]:
         other, following = look(item + programs, items), look(item + 2 * programs, items)
         row_tile, col_tile, first_row, end, expert, _, count = place
@@ -214,13 +232,15 @@ def compute(
         debug_barrier()
         for i in gl.static_range(AHEAD):
             copy_b((groups[i],), lanes, cols, b_ptr, num_cols, bs, i, 1)
+        for i in gl.static_range(LISTED):
+            prefetch_b(groups[AHEAD + i], col_tile * BN, b_ptr, num_cols)
         acc = gl.zeros([BM, BN], gl.float32, of_acc)
         stage, phase, next_turn = done % STAGES, done // STAGES & 1, turns.index(1 - GROUP)
         mbarrier.wait(turns.index(GROUP), (turn & 1) ^ (1 - GROUP))
         if share[2] > 0:
             acc = multiply_both(
-                acc, stage, phase, steps, ring, next_turn, place, share, own, to_put, lists, site, SHARE, STAGES,
-                TRANSPOSED, HAS_COEFFS,
+                acc, stage, phase, steps, ring, next_turn, place, share, own, to_put, lists, coeffs_ptr, SHARE,
+                STAGES, TRANSPOSED, HAS_COEFFS,
             )  # fmt: skip
         else:
             acc = multiply_alone(acc, stage, phase, steps, ring, next_turn, STAGES, TRANSPOSED)
@@ -229,7 +249,7 @@ def compute(
         place = look_closer(following, item + 2 * programs, items, lists)
         h = get_h(to_get, lists)
         acc = expand(acc, groups, h, to_get[1], record, bs, lanes, cols, count, b_ptr, num_cols, AHEAD)
-        asked = ask(place, items, lists, site, SHARE, AHEAD, of_put, of_get)
+        asked = ask(place, items, lists, SHARE, AHEAD, of_put, of_get)
         store(acc, ys, y, first_row, end, col_tile * BN, expert, bias, num_cols, HAS_BIAS)
         done += blocks_of(other, items, all_steps, SHARE)
         item += 2 * programs
@@ -239,7 +259,7 @@ def compute(
 
 @gluon.jit
 def expert_hopper_kernel(
-    x_desc, w_desc, y_desc, a_desc, y_ptr, bias, lists, site, b_ptr, num_experts, feature_octets, col_octets,
+    x_desc, w_desc, y_desc, a_desc, y_ptr, bias, lists, coeffs_ptr, b_ptr, num_experts, feature_octets, col_octets,
     SHARE: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, TRANSPOSED: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_COEFFS: gl.constexpr, PDL: gl.constexpr,
 ) -> None:  # fmt: skip
@@ -247,7 +267,7 @@ def expert_hopper_kernel(
 
     x_desc: x [T, K] in blocks [BM, BK]; y_desc: y [T, N] in blocks [BM, PART]; w_desc: W [E, N, K] in blocks [BN, BK],
     or [E, K, N] if TRANSPOSED; a_desc: A [PA, K] in blocks [16, BK]; bias [E, N]: pointer, strides, E; lists: of
-    expert_lists.py; site: slots and coefficients [T, 1], contiguous, ranks, scaling, S.
+    expert_lists.py; coeffs_ptr: [T, 1], contiguous.
     """
     if PDL:
         gdc_wait()
@@ -276,14 +296,14 @@ def expert_hopper_kernel(
             (
                 compute,
                 (
-                    0, ring, ys, turns, y, bias, lists, site, b_ptr, items, steps, num_cols, SHARE, STAGES,
+                    0, ring, ys, turns, y, bias, lists, coeffs_ptr, b_ptr, items, steps, num_cols, SHARE, STAGES,
                     AHEAD, TRANSPOSED, HAS_BIAS, HAS_COEFFS,
                 ),
             ),
             (
                 compute,
                 (
-                    1, ring, other_ys, turns, y, bias, lists, site, b_ptr, items, steps, num_cols, SHARE,
+                    1, ring, other_ys, turns, y, bias, lists, coeffs_ptr, b_ptr, items, steps, num_cols, SHARE,
                     STAGES, AHEAD, TRANSPOSED, HAS_BIAS, HAS_COEFFS,
                 ),
             ),
@@ -301,9 +321,7 @@ def prefill(call: ExpertCall, tile: ExpertHopperTile) -> torch.Tensor:
     """y [T, N] for `call`, which has a pool and one slot for each row. TMA reads x, in place, W and A, and writes y."""
     pool = call.site.pool
     assert pool is not None
-    slots = call.row_slots.contiguous()
-    coeffs = slots if call.row_coeffs is None else call.row_coeffs.contiguous()
-    lists = list_slots(call, slots)
+    lists = list_slots(call)
     y = call.x.new_empty(call.rows, call.columns)
     transposed = call.weight.stride(2) != 1
     w, w_block = (call.weight.mT, (1, BK.value, BN.value)) if transposed else (call.weight, (1, BN.value, BK.value))
@@ -317,7 +335,7 @@ def prefill(call: ExpertCall, tile: ExpertHopperTile) -> torch.Tensor:
         y,
         (*call.strided_bias, call.num_experts),
         tuple(lists),
-        (slots, coeffs, *call.site.fixed[6:8], call.site.max_adapters),
+        None if call.row_coeffs is None else call.row_coeffs.contiguous(),
         call.site.fixed[1],
         *plan.numbers,
     )

@@ -11,36 +11,36 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from fxlora.kernels.expert_order import BM
+from fxlora.kernels.expert_order import BM, record_of
 from fxlora.kernels.prefill_hopper import group_of
 
 
 @gluon.jit
-def scaled_groups(record, scaling_ptr, first, SHARE: gl.constexpr) -> gl.tensor:
-    """Slot, number of ranks - 1 and scaling of SHARE groups; slot -1 past the last."""
+def makers_groups(row_tile, first, lists, SHARE: gl.constexpr) -> gl.tensor:
+    """Slot, number of ranks - 1 and scaling of SHARE groups of a row tile; slot -1 past the last."""
+    record, scalings = (record_of(row_tile, lists), lists[3]), lists[5] + row_tile * lists[3] + first
     slot, _, last = group_of(record, first)
-    found = ((slot, last, gl.load(scaling_ptr + slot, mask=slot >= 0, other=0.0)),)
+    found = ((slot, last, gl.load(scalings, cache_modifier=".cg")),)
     for i in gl.static_range(1, SHARE):
         slot, _, last = group_of(record, first + i)
-        found = found + ((slot, last, gl.load(scaling_ptr + slot, mask=slot >= 0, other=0.0)),)
+        found = found + ((slot, last, gl.load(scalings + i, cache_modifier=".cg")),)
     return found
 
 
 @gluon.jit
-def slots_of(first_row, end, site, layout: gl.constexpr) -> gl.tensor:
+def slots_of(first_row, end, lists, layout: gl.constexpr) -> gl.tensor:
     """Rows of a tile, and the slot of each, -1 where there is none."""
     rows = first_row + gl.arange(0, BM, layout=layout)
-    slots = gl.load(site[0] + rows, mask=rows < end, other=-1)
-    return rows.to(gl.int64), gl.where(slots < site[4], slots, -1)
+    return rows.to(gl.int64), gl.load(lists[6] + rows, mask=rows < end, other=-1, cache_modifier=".cg")
 
 
 @gluon.jit
-def put_h(h, groups, FIRST: gl.constexpr, to_put, end, lists, site, HAS_COEFFS: gl.constexpr) -> None:
+def put_h(h, groups, FIRST: gl.constexpr, to_put, end, lists, coeffs_ptr, HAS_COEFFS: gl.constexpr) -> None:
     """Stores h of a tile's rows, 16 columns for each slot: zero beyond the rank."""
     if h.shape[1] > 16:
         left, right = gl.split(gl.permute(gl.reshape(h, [BM, 2, h.shape[1] // 2]), (0, 2, 1)))
-        put_h(left, groups, FIRST, to_put, end, lists, site, HAS_COEFFS)
-        put_h(right, groups, FIRST + h.shape[1] // 32, to_put, end, lists, site, HAS_COEFFS)
+        put_h(left, groups, FIRST, to_put, end, lists, coeffs_ptr, HAS_COEFFS)
+        put_h(right, groups, FIRST + h.shape[1] // 32, to_put, end, lists, coeffs_ptr, HAS_COEFFS)
     else:
         rows, slots = to_put
         slot, last, scaling = groups[FIRST]
@@ -48,7 +48,7 @@ def put_h(h, groups, FIRST: gl.constexpr, to_put, end, lists, site, HAS_COEFFS: 
         lanes = gl.arange(0, 16, layout=gl.SliceLayout(0, of_h))
         value = gl.convert_layout(h, of_h) * scaling
         if HAS_COEFFS:
-            value = value * gl.load(site[1] + rows, mask=rows < end, other=0.0)[:, None]
+            value = value * gl.load(coeffs_ptr + rows, mask=rows < end, other=0.0)[:, None]
         value = gl.where((lanes <= last)[None, :], value, 0.0).to(lists[4].dtype.element_ty)
         at = lists[4] + (rows * 16)[:, None] + lanes[None, :]
         is_own = ((slots == slot) & (slot >= 0)).to(gl.int32)[:, None] + lanes[None, :] * 0
@@ -65,16 +65,17 @@ def put_h(h, groups, FIRST: gl.constexpr, to_put, end, lists, site, HAS_COEFFS: 
 
 @gluon.jit
 def get_h(to_get, lists) -> gl.tensor:
-    """h of a tile's rows, [BM, 16] in the dtype of x, zero beyond a row's rank: once all of it is there.
+    """h of a tile's rows, [BM, 16] in the dtype of x, zero beyond a row's rank and of rows without a slot: once all of
+    it is there.
 
     Every thread waits until no half of its four words is MISSING; first it looks at one alone, as looks cost what loads
     of W do. After LOOKS of overlap.py the launch ends with an error, a store to nowhere; a trap here would cost all
     registers.
     """
-    rows, _, ranks = to_get
+    rows, slots = to_get
     lanes = gl.arange(0, 16, layout=gl.SliceLayout(0, rows.type.layout.parent))
     at = lists[4] + (rows * 16)[:, None] + lanes[None, :]
-    is_there = (ranks > 0).to(gl.int32)[:, None] + lanes[None, :] * 0
+    is_there = (slots >= 0).to(gl.int32)[:, None] + lanes[None, :] * 0
     return gl.inline_asm_elementwise(
         """{
         .reg .pred p0, p1, p2, p3, again; .reg .b32 looks, x, t, found; .reg .b64 nowhere;

@@ -41,6 +41,8 @@ class Lists(NamedTuple):
     a_rows: Any  # int32 [row tiles, capacity]: first pool row of A of each group
     capacity: Any
     h: Any  # [T, 16], like x: MISSING
+    scalings: Any  # fp32 [row tiles, capacity]: of each group
+    slots: Any  # int32 [T]: of rows that an adapter adds to, -1 of others
 
 
 @triton.jit
@@ -53,10 +55,8 @@ def clear(h_ptr, count) -> None:
 
 
 @triton.jit
-def find_slots(first, end, slots_ptr, max_adapters, L: tl.constexpr) -> tl.tensor:
-    """The slots of rows first .. end, ascending, then -1, [L]."""
-    rows = first + tl.arange(0, HEIGHT)
-    found = tl.load(slots_ptr + rows, mask=rows < end, other=-1)
+def find_slots(found, max_adapters, L: tl.constexpr) -> tl.tensor:
+    """The distinct slots of some rows, ascending, then -1, [L]."""
     index, count = tl.arange(0, L), 0
     slots = tl.full([L], -1, tl.int32)
     slot = next_slot(found, -1, max_adapters)
@@ -69,22 +69,22 @@ def find_slots(first, end, slots_ptr, max_adapters, L: tl.constexpr) -> tl.tenso
 
 @triton.jit
 def write_groups(tile, expert, slots, lists, pool) -> None:
-    """The groups of a row tile's slots, ended by groups without a slot. pool: starts and steps of A and B, ranks."""
-    a_start_ptr, a_step_ptr, b_start_ptr, b_step_ptr, rank_ptr = pool
-    record, a_rows = lists.groups + tile * (FIELDS * lists.capacity + 1), lists.a_rows + tile * lists.capacity
-    known = slots >= 0
-    rank = tl.load(rank_ptr + slots, mask=known, other=0)
+    """The groups of a row tile's slots, of which each has ranks, ended by groups without a slot. pool: starts and steps
+    of A and B, ranks, scaling."""
+    a_start_ptr, a_step_ptr, b_start_ptr, b_step_ptr, rank_ptr, scaling_ptr = pool
+    record, first = lists.groups + tile * (FIELDS * lists.capacity + 1), tile * lists.capacity
+    known, number = slots >= 0, tl.arange(0, slots.shape[0])
     a_row = tl.load(a_start_ptr + slots, mask=known, other=0) + expert * tl.load(a_step_ptr + slots, known, other=0)
     b_row = tl.load(b_start_ptr + slots, mask=known, other=0) + expert * tl.load(b_step_ptr + slots, known, other=0)
-    own = (rank > 0).to(tl.int32)
-    number = tl.cumsum(own, axis=0) - own
-    tl.store(record + number, slots, mask=own > 0)
-    tl.store(record + lists.capacity + number, b_row, mask=own > 0)
-    tl.store(record + 2 * lists.capacity + number, rank - 1, mask=own > 0)
-    tl.store(a_rows + number, a_row, mask=own > 0)
-    count = tl.sum(own, axis=0)
-    tl.store(record + count + tl.arange(0, MOST), tl.full([MOST], -1, tl.int32))
-    tl.store(a_rows + count + tl.arange(0, MOST), tl.full([MOST], 0, tl.int32))
+    tl.store(record + number, slots, mask=known)
+    tl.store(record + lists.capacity + number, b_row, mask=known)
+    tl.store(record + 2 * lists.capacity + number, tl.load(rank_ptr + slots, mask=known, other=0) - 1, mask=known)
+    tl.store(lists.a_rows + first + number, a_row, mask=known)
+    tl.store(lists.scalings + first + number, tl.load(scaling_ptr + slots, mask=known, other=0.0), mask=known)
+    count = tl.sum(known.to(tl.int32), axis=0)
+    after = count + tl.arange(0, MOST)
+    tl.store(record + after, tl.full([MOST], -1, tl.int32))
+    tl.store(lists.a_rows + first + after, tl.full([MOST], 0, tl.int32))
     tl.store(record + FIELDS * lists.capacity, count)
 
 
@@ -125,25 +125,29 @@ def expert_lists_kernel(
         tl.store(at + 1, first_tile)
         tl.store(at + 2, start)
         tl.store(at + 3, end)
-        first = start + HEIGHT * (tile - first_tile)
-        last = tl.where(expert < num_experts, tl.minimum(first + HEIGHT, end), first)
-        write_groups(tile, expert, find_slots(first, last, slots_ptr, max_adapters, L), lists, pool)
+        rows = start + HEIGHT * (tile - first_tile) + tl.arange(0, HEIGHT)
+        found = tl.load(slots_ptr + rows, mask=rows < end, other=-1)
+        known = (found >= 0) & (found < max_adapters) & (expert < num_experts)
+        found = tl.where(tl.load(pool[4] + found, mask=known, other=0) > 0, found, -1)
+        tl.store(lists.slots + rows, found, mask=rows < end)
+        write_groups(tile, expert, find_slots(found, max_adapters, L), lists, pool)
 
 
 _launcher = Launcher(expert_lists_kernel)
 
 
-def list_slots(call: ExpertCall, slots: torch.Tensor) -> Lists:
-    """The lists of a call with one slot for each row. slots: those of `call`, contiguous."""
+def list_slots(call: ExpertCall) -> Lists:
+    """The lists of a call with one slot for each row."""
     capacity = list_capacity(call.site.max_adapters, HEIGHT.value, 16)
     bound = tile_bound(call.rows, call.num_experts, HEIGHT.value)
     ints = {"dtype": torch.int32}
     lists = Lists(
         call.new_scratch(bound + 1, 4, **ints), call.new_scratch(bound, list_words(capacity), **ints),
         call.new_scratch(bound, capacity, **ints), capacity, call.new_scratch(call.rows, 16, dtype=call.x.dtype),
+        call.new_scratch(bound, capacity, dtype=torch.float32), call.new_scratch(call.rows, **ints),
     )  # fmt: skip
     plan = call.plan(_launcher, None, lambda: _plan(call, bound))
-    call.launch(plan, lists, call.site.fixed[2:7], slots, call.segments, *plan.numbers)
+    call.launch(plan, lists, call.site.fixed[2:8], call.row_slots.contiguous(), call.segments, *plan.numbers)
     return lists
 
 

@@ -210,7 +210,7 @@ def test_lists_of_slots(ranks: tuple[int, ...], dtype: torch.dtype) -> None:
         rows=300, experts=4, features=16, out=8, ranks=ranks, dtype=dtype, empty=(2,), shared=("A", "")
     )
     case.row_slots[7] = len(ranks)  # not of the pool
-    lists, pool = list_slots(call_of(case), case.row_slots), case.pool
+    lists, pool = list_slots(call_of(case)), case.pool
     assert pool is not None
     assert (lists.h.view(torch.int16) == -1).all()
     experts = torch.tensor([4 if e is None else e for e in case.row_experts])
