@@ -1,8 +1,7 @@
 """First launch of experts over many rows on a Hopper GPU: its row tiles, and the slots that each of them meets.
 
 Stage: run time, ahead of expert_hopper.py. Tiles have HEIGHT rows, whatever those of the table of expert_segments.py
-have. Slots have 16 ranks or fewer, a group each in the lists of groups.py, with the first row of A beside
-that of B.
+have. Slots have 16 ranks or fewer, a group each in the lists of groups.py, with the first row of A beside that of B.
 """
 
 # ruff: noqa: ANN001 (pointers and blocks of a Triton kernel have no static type)

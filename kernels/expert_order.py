@@ -3,11 +3,11 @@
 Stage: run time, read by every role of that kernel. An item is a tile of y, in the order of expert_call.tile_item.
 Program p of P takes items p, p + P, p + 2 P, ..; those from a multiple of P to the next are a round.
 
-Of the slots that a row tile meets, each of its first column tiles makes h of SHARE: of so many column
-tiles that the items of an expert up to the last of them are no more than two rounds, or else of one. So what the first
-unfinished item waits for is itself or less than 2 P items later: the first or the second unfinished item of its
-program, whose two groups of warps work on one each and wait for nobody before they have stored what they make. All
-programs run at once, hence nobody waits in vain.
+Of the slots that a row tile meets, each of its first column tiles makes h of SHARE: of so many column tiles that the
+items of an expert up to the last of them are no more than two rounds, or else of one. So what the first unfinished item
+waits for is itself or less than 2 P items later: the first or the second unfinished item of its program, whose two
+groups of warps work on one each and wait for nobody before they have stored what they make. All programs run at once,
+hence nobody waits in vain.
 """
 
 # ruff: noqa: ANN001 (blocks have no static type)

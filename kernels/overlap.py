@@ -10,7 +10,8 @@ waits before it ends, so that whatever follows an op on the stream finds all of 
 
 A kernel may also wait for a part of what the one before it makes, by a word that one resets before it lets others start
 and sets behind that part. Programs of the later kernel start when all of the earlier one have started, so none that is
-waited for is kept from its multiprocessor by one that waits.
+waited for is kept from its multiprocessor by one that waits. Programs of one launch wait for each other only where it
+is cooperative (launch.py), so that all of them run.
 """
 
 from __future__ import annotations
