@@ -229,7 +229,13 @@ def test_lists_of_slots(ranks: tuple[int, ...], dtype: torch.dtype) -> None:
             assert lists.a_rows[tile, : len(own)].tolist() == [
                 int(pool.a_start[slot] + expert * pool.a_step[slot]) for slot in own
             ]
+            assert lists.scalings[tile, : len(own)].equal(pool.scaling[own])
             assert lists.groups[tile, -1] == len(own)
             assert (lists.groups[tile, len(own) : len(own) + 8] == -1).all()
             tile += 1
     assert lists.tiles[0, 0] == tile
+    known = [
+        e is not None and slot < len(ranks) and ranks[slot] > 0
+        for e, slot in zip(case.row_experts, case.row_slots[:, 0].tolist(), strict=True)
+    ]
+    assert lists.slots.tolist() == torch.where(torch.tensor(known), case.row_slots[:, 0], -1).tolist()
