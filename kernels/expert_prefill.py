@@ -4,9 +4,9 @@ Stage: run time. Two launches. Programs of the second stay resident and share th
 those that read the same weights and rows do so at about the same time, which L2 needs: they start together, when the
 first launch has ended. Where few of them share anything, they start beside its last ones, by the rules of overlap.py,
 and need h only behind the in-features of their first tile. On a Hopper GPU few programs of expert_hopper_shrink.py may
-make h beside all of them, tile after tile. A tile of 128 rows with no more than 64 in use is half as
-high, which leaves the bits of a row as they are. Where most experts have little more than 128 rows, a program takes the
-32 after them along, for one pass over W.
+make h beside all of them, tile after tile, and expert_hopper.py takes the place of both launches where experts have
+several tiles. A tile of 128 rows with no more than 64 in use is half as high, which leaves the bits of a row as they
+are. Where most experts have little more than 128 rows, a program takes the 32 after them along, for one pass over W.
 Grids come from shapes alone. The weights come through TMA where their strides allow it, x too where its rows are in
 place; else through pointers, at any stride.
 

@@ -66,6 +66,20 @@ def test_the_second_launch_enters_the_compiled_kernel_with_addresses(kernel: Fak
 
 
 @not_interpreted
+def test_what_triton_is_told(kernel: FakeKernel) -> None:
+    launcher = launch.Launcher(kernel)
+    for options in ({}, {"together": True}, {"registers": 128}, {"pdl": True, "together": True}):
+        start(launcher, torch.zeros(8), 16, **options)
+    usual = {"BLOCK": 8, "num_warps": 4, "num_stages": 3}
+    assert [keywords for _, keywords in kernel.plain] == [
+        usual,
+        {**usual, "launch_cooperative_grid": True},
+        {**usual, "maxnreg": 128},
+        {**usual, "launch_pdl": True, "launch_cooperative_grid": True},
+    ]
+
+
+@not_interpreted
 def test_what_the_key_tells_apart(kernel: FakeKernel) -> None:
     launcher = launch.Launcher(kernel)
     x, base = torch.zeros(8), torch.zeros(64)
@@ -82,6 +96,8 @@ def test_what_the_key_tells_apart(kernel: FakeKernel) -> None:
         ((x, base, 16, 5), {"num_warps": 8}),
         ((x, base, 16, 5), {"num_stages": 1}),
         ((x, base, 16, 5), {"pdl": True}),
+        ((x, base, 16, 5), {"together": True}),
+        ((x, base, 16, 5), {"registers": 128}),
         ((x, base, 16, 5), {"device": 1}),
     ]
     for _ in range(3):
