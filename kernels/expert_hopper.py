@@ -81,7 +81,7 @@ def ask(
     """What a tile needs of the lists, of which no load waits for another: its first groups, those whose h it makes, and
     rows and slots as `put_h` and `get_h` want them."""
     row_tile, _, first_row, end, _, _, _ = place
-    record = (record_of(row_tile, lists), lists[3])
+    record = (record_of(row_tile, lists), lists.capacity)
     groups = (group_of(record, 0),)
     for i in gl.static_range(1, AHEAD + LISTED):
         groups = groups + (group_of(record, i),)
@@ -226,7 +226,7 @@ def compute(
         row_tile, col_tile, first_row, end, expert, _, count = place
         groups, own, to_put, to_get = asked
         share, steps = share_of(place, items, SHARE), steps_of(place, items, all_steps)
-        record = (record_of(row_tile, lists), lists[3])
+        record = (record_of(row_tile, lists), lists.capacity)
         cols = col_tile * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, of_b))
         tma.store_wait(0)  # y of the tile before has left the memory that B takes
         debug_barrier()
@@ -290,7 +290,7 @@ def expert_hopper_kernel(
     ring, descs, y = (xs, ws, all_as, full, empty), (x_desc, w_desc, a_desc), (y_desc, y_ptr)
     num_cols, steps = col_octets * 8, gl.cdiv(feature_octets * 8, BK)
     tiles_n = gl.cdiv(num_cols, BN)
-    items = (lists[0], gl.load(lists[0]) * tiles_n, tiles_n, num_experts)
+    items = (lists.tiles, gl.load(lists.tiles) * tiles_n, tiles_n, num_experts)
     gl.warp_specialize(
         [
             (
@@ -334,7 +334,7 @@ def prefill(call: ExpertCall, tile: ExpertHopperTile) -> torch.Tensor:
         describe(pool.a, (16, BK.value)),
         y,
         (*call.strided_bias, call.num_experts),
-        tuple(lists),
+        lists,
         None if call.row_coeffs is None else call.row_coeffs.contiguous(),
         call.site.fixed[1],
         *plan.numbers,

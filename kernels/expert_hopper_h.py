@@ -18,7 +18,7 @@ from fxlora.kernels.prefill_hopper import group_of
 @gluon.jit
 def makers_groups(row_tile, first, lists, SHARE: gl.constexpr) -> gl.tensor:
     """Slot, number of ranks - 1 and scaling of SHARE groups of a row tile; slot -1 past the last."""
-    record, scalings = (record_of(row_tile, lists), lists[3]), lists[5] + row_tile * lists[3] + first
+    record, scalings = (record_of(row_tile, lists), lists.capacity), lists.scalings + row_tile * lists.capacity + first
     slot, _, last = group_of(record, first)
     found = ((slot, last, gl.load(scalings, cache_modifier=".cg")),)
     for i in gl.static_range(1, SHARE):
@@ -31,7 +31,7 @@ def makers_groups(row_tile, first, lists, SHARE: gl.constexpr) -> gl.tensor:
 def slots_of(first_row, end, lists, layout: gl.constexpr) -> gl.tensor:
     """Rows of a tile, and the slot of each, -1 where there is none."""
     rows = first_row + gl.arange(0, BM, layout=layout)
-    return rows.to(gl.int64), gl.load(lists[6] + rows, mask=rows < end, other=-1, cache_modifier=".cg")
+    return rows.to(gl.int64), gl.load(lists.slots + rows, mask=rows < end, other=-1, cache_modifier=".cg")
 
 
 @gluon.jit
@@ -49,8 +49,8 @@ def put_h(h, groups, FIRST: gl.constexpr, to_put, end, lists, coeffs_ptr, HAS_CO
         value = gl.convert_layout(h, of_h) * scaling
         if HAS_COEFFS:
             value = value * gl.load(coeffs_ptr + rows, mask=rows < end, other=0.0)[:, None]
-        value = gl.where((lanes <= last)[None, :], value, 0.0).to(lists[4].dtype.element_ty)
-        at = lists[4] + (rows * 16)[:, None] + lanes[None, :]
+        value = gl.where((lanes <= last)[None, :], value, 0.0).to(lists.h.dtype.element_ty)
+        at = lists.h + (rows * 16)[:, None] + lanes[None, :]
         is_own = ((slots == slot) & (slot >= 0)).to(gl.int32)[:, None] + lanes[None, :] * 0
         gl.inline_asm_elementwise(
             """{
@@ -74,7 +74,7 @@ def get_h(to_get, lists) -> gl.tensor:
     """
     rows, slots = to_get
     lanes = gl.arange(0, 16, layout=gl.SliceLayout(0, rows.type.layout.parent))
-    at = lists[4] + (rows * 16)[:, None] + lanes[None, :]
+    at = lists.h + (rows * 16)[:, None] + lanes[None, :]
     is_there = (slots >= 0).to(gl.int32)[:, None] + lanes[None, :] * 0
     return gl.inline_asm_elementwise(
         """{
@@ -124,7 +124,7 @@ def get_h(to_get, lists) -> gl.tensor:
         setp.ge.s32 again, looks, 4000000;
         @again st.global.b32 [nowhere], looks;
         }""", "=&r,=&r,=&r,=&r,l,l,l,l,l,l,l,l,r,r,r,r,r,r,r,r", [at.to(gl.int64), is_there],
-        dtype=lists[4].dtype.element_ty, is_pure=False, pack=8,
+        dtype=lists.h.dtype.element_ty, is_pure=False, pack=8,
     )  # fmt: skip
 
 

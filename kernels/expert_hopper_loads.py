@@ -69,7 +69,7 @@ def load(
         group, apart, passes = share_of(place, items, SHARE)
         steps, first_col = steps_of(place, items, all_steps), col_tile * BN
         if passes > 0:
-            at = lists[2] + row_tile * lists[3] + group
+            at = lists.a_rows + row_tile * lists.capacity + group
             stage, phase = load_steps(
                 stage, phase, steps, ring, descs, first_row, expert, first_col, rows_of_a(at, SHARE), True,
                 STAGES, TRANSPOSED,

@@ -27,7 +27,7 @@ BM = gl.constexpr(HEIGHT.value)
 @gluon.jit
 def record_of(row_tile, lists) -> gl.tensor:
     """Where a row tile's list of groups begins."""
-    return lists[1] + row_tile * (FIELDS * lists[3] + 1)
+    return lists.groups + row_tile * (FIELDS * lists.capacity + 1)
 
 
 @gluon.jit
@@ -47,7 +47,7 @@ def look_closer(seen, item, items, lists) -> gl.tensor:
     in_expert = gl.minimum(item, items[1] - 1) - base
     in_column = in_expert % tiles_m
     down = (in_column + (base + in_expert - in_column) // gl.num_programs(0)) % tiles_m
-    groups = gl.load(record_of(first_tile + down, lists) + FIELDS * lists[3], cache_modifier=".cg")
+    groups = gl.load(record_of(first_tile + down, lists) + FIELDS * lists.capacity, cache_modifier=".cg")
     return first_tile + down, in_expert // tiles_m, start + down * BM, end, expert, tiles_m, groups
 
 

@@ -292,24 +292,24 @@ def _described(call: ExpertCall, tile: ExpertPrefillTile) -> tuple[int, Describe
 
 
 def shrinks_beside(call: ExpertCall) -> bool:
-    """Whether expert_hopper_shrink.py serves a call: TMA can read x, in place, and A, and there are not too many slots,
-    whose rounds each of its programs counts before it begins."""
-    pool = call.site.pool
-    if pool is None or not call.in_place or pool.a.numel() == 0 or call.site.max_adapters > MOST_COUNTED:
-        return False
-    return _tma_reads(call.x, call) and _tma_reads(pool.a, call)
+    """Whether expert_hopper_shrink.py serves a call: TMA can read x and A, and there are not too many slots, whose
+    rounds each of its programs counts before it begins."""
+    return _tma_reads_x_and_a(call) and call.site.max_adapters <= MOST_COUNTED
 
 
 def runs_in_one(call: ExpertCall) -> bool:
-    """Whether expert_hopper.py serves a call: rows in place, of one slot each, of up to 16 ranks, and TMA moves x, W, A
-    and y."""
+    """Whether expert_hopper.py serves a call: rows of one slot each, of up to 16 ranks, and TMA moves x, A, W and y."""
+    if not _tma_reads_x_and_a(call) or call.width > 1 or call.site.h_width > 16:
+        return False
+    return call.columns % 8 == 0 and (_tma_reads(call.weight, call) or _tma_reads(call.weight.mT, call))
+
+
+def _tma_reads_x_and_a(call: ExpertCall) -> bool:
+    """The rows come in place, and there is an A."""
     pool = call.site.pool
-    if pool is None or pool.a.numel() == 0 or not call.in_place or call.width > 1:
+    if pool is None or not call.in_place or pool.a.numel() == 0:
         return False
-    if call.site.h_width > 16 or call.columns % 8:
-        return False
-    by_tma = _tma_reads(call.weight, call) or _tma_reads(call.weight.mT, call)
-    return by_tma and _tma_reads(call.x, call) and _tma_reads(pool.a, call)
+    return _tma_reads(call.x, call) and _tma_reads(pool.a, call)
 
 
 def _tma_reads(matrix: torch.Tensor, call: ExpertCall) -> bool:

@@ -109,9 +109,9 @@ class ExpertPrefillTile:
 # Chosen as those of linears. Microseconds beside torch._grouped_mm, 128 experts with 8 to a token, 8 adapters:
 # 2048 x 1536 at 16 tokens 126 (175), at 2048 tokens 291 (379); 768 x 2048 at 16 tokens 70 (108), at 2048 tokens
 # 166 (209). 8 experts with 2 to a token: 4096 x 28672 at 16 tokens, 16 adapters 443 (704), at 2048 tokens, 8 adapters
-# 1566 (1747). 256 experts with 8 to a
-# token: 7168 x 4096 at 16 tokens, 16 adapters 1343 (1950), at 2048 tokens, 8 adapters 4134 (4648). 32 experts with 4
-# to a token, 8 adapters, weights transposed: 2880 x 5760 at 1024 tokens 369 (492), 64 rows high 421 (515).
+# 1566 (1747). 256 experts with 8 to a token: 7168 x 4096 at 16 tokens, 16 adapters 1343 (1950), at 2048 tokens,
+# 8 adapters 4134 (4648). 32 experts with 4 to a token, 8 adapters, weights transposed: 2880 x 5760 at 1024 tokens
+# 369 (492), 64 rows high 421 (515).
 
 _SHRINK_ALONE = ExpertShrinkTile(64, 128, 64, 3, 4, 3, True, 1)
 _SHRINK_DEEP = ExpertShrinkTile(64, 64, 128, 3, 4, 4, True, 2)  # of few rows, each a long way

@@ -1,8 +1,8 @@
 """Triton body of `lora_experts`: which launches serve a call.
 
-Stage: run time. The choice follows from T, E, strides and dtypes alone, never from what the batch holds or how it is
-routed: low row tiles (few rows per expert) go through expert_decode.py, high ones through expert_prefill.py, or on a
-Hopper GPU through expert_hopper.py.
+Stage: run time. The choice follows from shapes, strides, dtypes and what the pool was allocated for, never from what
+the batch holds or how it is routed: low row tiles (few rows per expert) go through expert_decode.py, high ones through
+expert_prefill.py, or on a Hopper GPU through expert_hopper.py.
 
 At a fixed batch shape a row's bits follow from its own x, expert and adapters alone, on either path, whatever its
 neighbours use or wherever they are routed. A row without an adapter has the bits of the same call with nothing loaded.

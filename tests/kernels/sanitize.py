@@ -113,9 +113,8 @@ def main() -> int:
     if not HAS_CUDA:
         print("skipped: no GPU")
         return 0
-    calls = [*body_calls(), *op_calls(), *hopper_calls(), *beside_experts(), *experts_in_one(), *expert_calls()][
-        part::parts
-    ]
+    all_calls = (body_calls, op_calls, hopper_calls, beside_experts, experts_in_one, expert_calls)
+    calls = [call for some in all_calls for call in some()][part::parts]
     for done, call in enumerate(calls, 1):
         torch.manual_seed(0)
         call()
