@@ -27,6 +27,7 @@ from fxlora.kernels.expert_segments import (
     tile_height,
     tile_slots_at,
 )
+from fxlora.kernels.expert_tiles import FEW_RANKS
 from fxlora.kernels.launch import Fixed
 from fxlora.kernels.overlap import can_overlap
 from fxlora.kernels.replay import Replays
@@ -40,7 +41,7 @@ class ExpertSite:
         self.pool = pool
         self.resident = [] if pool is None else [pool.a]
         self.plans: Plans = {}
-        self.replays = Replays()
+        self._replays = (Replays(), Replays())
         self.max_adapters = 1 if pool is None else pool.rank.numel()
         self.h_width = 1 if pool is None else pool.rank_bound
         a_pool: tuple[torch.Tensor | None, ...] = (None,) * 5
@@ -53,6 +54,16 @@ class ExpertSite:
             b_pool = (pool.b, pool.b_start, pool.b_step, pool.rank)
         self.a_pool = Fixed(a_pool)
         self.b_pool = Fixed(b_pool)
+
+    @property
+    def highest_rank(self) -> int:
+        """Of any adapter that is loaded now."""
+        return 0 if self.pool is None else self.pool.highest_rank
+
+    @property
+    def replays(self) -> Replays:
+        """Of calls with the bodies that serve the ranks of now."""
+        return self._replays[self.highest_rank > FEW_RANKS]
 
 
 class ExpertCall(PlannedCall):

@@ -3,8 +3,8 @@
 Stage: run time, in place of the two launches of expert_prefill.py, whose arithmetic and bits these are. One warp loads
 (expert_hopper_loads.py), through a ring of blocks in shared memory, and two groups of four warps take tiles of y in
 turn: one expands and stores while the other multiplies (`full`, `empty` and `turns` as in prefill_hopper.py). Some
-programs make h of SHARE slots, of up to 16 ranks each (expert_order.py): their As come with the blocks of x and W, for
-one more product of x. Who expands waits until the h of its rows is there (expert_hopper_h.py).
+programs make h of SHARE groups of 16 ranks (expert_order.py): their As come with the blocks of x and W, for one more
+product of x. Who expands waits until the h of its rows is there (expert_hopper_h.py).
 
 What is asked of global memory is asked for long before it is needed: a round trip takes as long as some steps.
 
@@ -31,7 +31,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from fxlora.kernels.call import Plan
 from fxlora.kernels.expert_call import ExpertCall
-from fxlora.kernels.expert_hopper_h import get_h, h_of_slot, makers_groups, put_h, slots_of
+from fxlora.kernels.expert_hopper_h import get_h, h_of_group, makers_groups, put_h, slots_of
 from fxlora.kernels.expert_hopper_loads import BK, BN, load
 from fxlora.kernels.expert_lists import list_slots
 from fxlora.kernels.expert_order import BM, blocks_of, look, look_closer, record_of, share_of, steps_of
@@ -87,7 +87,9 @@ def ask(
         groups = groups + (group_of(record, i),)
     own = makers_groups(row_tile, share_of(place, items, SHARE)[0], lists, SHARE)
     to_put = slots_of(first_row, end, lists, gl.SliceLayout(1, of_put))
-    return groups, own, to_put, slots_of(first_row, end, lists, gl.SliceLayout(1, of_get))
+    rows, slots = slots_of(first_row, end, lists, gl.SliceLayout(1, of_get))
+    ranks = gl.load(lists.ranks + rows, mask=rows < end, other=0, cache_modifier=".cg")
+    return groups, own, to_put, (rows, slots, ranks)
 
 
 @gluon.jit
@@ -135,7 +137,7 @@ def prefetch_b(group, first_col, b_ptr, num_cols) -> None:
     lanes = gl.arange(0, 16, layout=gl.SliceLayout(1, of_lines))
     cols = first_col + 64 * gl.arange(0, BN // 64, layout=gl.SliceLayout(0, of_lines))
     at = b_ptr + (pool_row + lanes).to(gl.int64)[:, None] * num_cols + cols[None, :]
-    known = (slot >= 0) & (lanes <= last)[:, None] & (cols < num_cols)[None, :]
+    known = (slot >= 0) & (lanes <= last % 16)[:, None] & (cols < num_cols)[None, :]
     gl.inline_asm_elementwise(
         "{ .reg .pred known; setp.ne.s32 known, $2, 0; @known prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l,r",
         [at.to(gl.int64), known.to(gl.int32)], dtype=gl.int32, is_pure=False, pack=1,
@@ -151,7 +153,7 @@ def expand(acc, groups, h, slots, record, bs, lanes, cols, count, b_ptr, num_col
         async_copy.wait_group(AHEAD - 1)
         fence_async_shared()
         debug_barrier()
-        acc = warpgroup_mma(h_of_slot(h, slots, groups[0][0]), bs.index(block), acc, is_async=True)
+        acc = warpgroup_mma(h_of_group(h, slots, groups[0]), bs.index(block), acc, is_async=True)
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
         if number + AHEAD < count:
             debug_barrier()  # all have read it
@@ -204,8 +206,8 @@ def store(acc, ys, y, row, end, col, expert, bias, num_cols, HAS_BIAS: gl.conste
 @gluon.jit
 def compute(
     GROUP: gl.constexpr, ring, ys, turns, y, bias, lists, coeffs_ptr, b_ptr, items, all_steps, num_cols,
-    SHARE: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr,
-    HAS_COEFFS: gl.constexpr,
+    SHARE: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, TRANSPOSED: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_COEFFS: gl.constexpr,
 ) -> None:  # fmt: skip
     """A group of warps: every other item of this program's."""
     of_acc: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -247,7 +249,7 @@ def compute(
         done += blocks_of(place, items, all_steps, SHARE)
         other = look_closer(other, item + programs, items, lists)
         place = look_closer(following, item + 2 * programs, items, lists)
-        h = get_h(to_get, lists)
+        h = get_h(to_get, lists, CHUNKS)
         acc = expand(acc, groups, h, to_get[1], record, bs, lanes, cols, count, b_ptr, num_cols, AHEAD)
         asked = ask(place, items, lists, SHARE, AHEAD, of_put, of_get)
         store(acc, ys, y, first_row, end, col_tile * BN, expert, bias, num_cols, HAS_BIAS)
@@ -260,7 +262,7 @@ def compute(
 @gluon.jit
 def expert_hopper_kernel(
     x_desc, w_desc, y_desc, a_desc, y_ptr, bias, lists, coeffs_ptr, b_ptr, num_experts, feature_octets, col_octets,
-    SHARE: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, TRANSPOSED: gl.constexpr,
+    SHARE: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, TRANSPOSED: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_COEFFS: gl.constexpr, PDL: gl.constexpr,
 ) -> None:  # fmt: skip
     """Every tile of y; rows without an expert become zero.
@@ -296,15 +298,15 @@ def expert_hopper_kernel(
             (
                 compute,
                 (
-                    0, ring, ys, turns, y, bias, lists, coeffs_ptr, b_ptr, items, steps, num_cols, SHARE, STAGES,
-                    AHEAD, TRANSPOSED, HAS_BIAS, HAS_COEFFS,
+                    0, ring, ys, turns, y, bias, lists, coeffs_ptr, b_ptr, items, steps, num_cols, SHARE, CHUNKS,
+                    STAGES, AHEAD, TRANSPOSED, HAS_BIAS, HAS_COEFFS,
                 ),
             ),
             (
                 compute,
                 (
                     1, ring, other_ys, turns, y, bias, lists, coeffs_ptr, b_ptr, items, steps, num_cols, SHARE,
-                    STAGES, AHEAD, TRANSPOSED, HAS_BIAS, HAS_COEFFS,
+                    CHUNKS, STAGES, AHEAD, TRANSPOSED, HAS_BIAS, HAS_COEFFS,
                 ),
             ),
             (load, (ring, descs, lists, items, steps, SHARE, STAGES, TRANSPOSED)),
@@ -351,6 +353,7 @@ def _plan(call: ExpertCall, tile: ExpertHopperTile, transposed: bool) -> Plan:
         4,
         together=True,
         SHARE=tile.share,
+        CHUNKS=cdiv(call.site.h_width, 16),
         STAGES=tile.stages,
         AHEAD=tile.ahead,
         TRANSPOSED=transposed,

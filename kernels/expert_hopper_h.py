@@ -36,7 +36,7 @@ def slots_of(first_row, end, lists, layout: gl.constexpr) -> gl.tensor:
 
 @gluon.jit
 def put_h(h, groups, FIRST: gl.constexpr, to_put, end, lists, coeffs_ptr, HAS_COEFFS: gl.constexpr) -> None:
-    """Stores h of a tile's rows, 16 columns for each slot: zero beyond the rank."""
+    """Stores h of a tile's rows, 16 columns for each group: zero beyond the rank."""
     if h.shape[1] > 16:
         left, right = gl.split(gl.permute(gl.reshape(h, [BM, 2, h.shape[1] // 2]), (0, 2, 1)))
         put_h(left, groups, FIRST, to_put, end, lists, coeffs_ptr, HAS_COEFFS)
@@ -49,8 +49,8 @@ def put_h(h, groups, FIRST: gl.constexpr, to_put, end, lists, coeffs_ptr, HAS_CO
         value = gl.convert_layout(h, of_h) * scaling
         if HAS_COEFFS:
             value = value * gl.load(coeffs_ptr + rows, mask=rows < end, other=0.0)[:, None]
-        value = gl.where((lanes <= last)[None, :], value, 0.0).to(lists.h.dtype.element_ty)
-        at = lists.h + (rows * 16)[:, None] + lanes[None, :]
+        value = gl.where((lanes <= last % 16)[None, :], value, 0.0).to(lists.h.dtype.element_ty)
+        at = lists.h + (rows * lists.width)[:, None] + (last - last % 16 + lanes)[None, :]
         is_own = ((slots == slot) & (slot >= 0)).to(gl.int32)[:, None] + lanes[None, :] * 0
         gl.inline_asm_elementwise(
             """{
@@ -64,18 +64,26 @@ def put_h(h, groups, FIRST: gl.constexpr, to_put, end, lists, coeffs_ptr, HAS_CO
 
 
 @gluon.jit
-def get_h(to_get, lists) -> gl.tensor:
-    """h of a tile's rows, [BM, 16] in the dtype of x, zero beyond a row's rank and of rows without a slot: once all of
-    it is there.
+def get_h(to_get, lists, CHUNKS: gl.constexpr) -> gl.tensor:
+    """h of a tile's rows, [BM, 16] in the dtype of x for each 16 ranks, zero beyond a row's ranks: once all of it is
+    there."""
+    parts = (look_at_h(to_get, lists, 0),)
+    for chunk in gl.static_range(1, CHUNKS):
+        parts = parts + (look_at_h(to_get, lists, chunk),)
+    return parts
 
-    Every thread waits until no half of its four words is MISSING; first it looks at one alone, as looks cost what loads
-    of W do. After LOOKS of overlap.py the launch ends with an error, a store to nowhere; a trap here would cost all
-    registers.
+
+@gluon.jit
+def look_at_h(to_get, lists, CHUNK: gl.constexpr) -> gl.tensor:
+    """Part of `get_h`: every thread waits until no half of its four words is MISSING; first it looks at one alone, as
+    looks cost what loads of W do.
+
+    After LOOKS of overlap.py the launch ends with an error, a store to nowhere; a trap here would cost all registers.
     """
-    rows, slots = to_get
+    rows, _, ranks = to_get
     lanes = gl.arange(0, 16, layout=gl.SliceLayout(0, rows.type.layout.parent))
-    at = lists.h + (rows * 16)[:, None] + lanes[None, :]
-    is_there = (slots >= 0).to(gl.int32)[:, None] + lanes[None, :] * 0
+    at = lists.h + (rows * lists.width)[:, None] + (16 * CHUNK + lanes)[None, :]
+    is_there = (ranks > 16 * CHUNK).to(gl.int32)[:, None] + lanes[None, :] * 0
     return gl.inline_asm_elementwise(
         """{
         .reg .pred p0, p1, p2, p3, again; .reg .b32 looks, x, t, found; .reg .b64 nowhere;
@@ -129,6 +137,10 @@ def get_h(to_get, lists) -> gl.tensor:
 
 
 @gluon.jit
-def h_of_slot(h, slots, slot) -> gl.tensor:
-    """h of the rows of a slot, zero for others."""
+def h_of_group(parts, slots, group) -> gl.tensor:
+    """The part of h that a group's ranks make, [BM, 16]; zero for rows of other slots."""
+    slot, _, last = group
+    h = parts[0]
+    for chunk in gl.static_range(1, len(parts)):
+        h = gl.where(last // 16 == chunk, parts[chunk], h)
     return gl.where((slots == slot)[:, None], h, gl.zeros_like(h))

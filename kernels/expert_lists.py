@@ -1,7 +1,7 @@
 """First launch of experts over many rows on a Hopper GPU: its row tiles, and the slots that each of them meets.
 
 Stage: run time, ahead of expert_hopper.py. Tiles have HEIGHT rows, whatever those of the table of expert_segments.py
-have. Slots have 16 ranks or fewer, a group each in the lists of groups.py, with the first row of A beside that of B.
+have. Lists of groups are those of groups.py, with the first row of A and the scaling of each beside that of B.
 """
 
 # ruff: noqa: ANN001 (pointers and blocks of a Triton kernel have no static type)
@@ -20,7 +20,7 @@ from fxlora.kernels.expert_segments import tile_bound
 from fxlora.kernels.groups import FIELDS, MOST, list_capacity, list_words
 from fxlora.kernels.launch import Launcher
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
-from fxlora.kernels.triton_helpers import multiprocessors, next_power_of_2, next_slot
+from fxlora.kernels.triton_helpers import cdiv, multiprocessors, next_power_of_2, next_slot
 
 HEIGHT = tl.constexpr(64)
 """Rows of a tile."""
@@ -39,9 +39,11 @@ class Lists(NamedTuple):
     groups: Any  # int32 [row tiles, 3 * capacity + 1]
     a_rows: Any  # int32 [row tiles, capacity]: first pool row of A of each group
     capacity: Any
-    h: Any  # [T, 16], like x: MISSING
+    h: Any  # [T, W], like x: MISSING
     scalings: Any  # fp32 [row tiles, capacity]: of each group
     slots: Any  # int32 [T]: of rows that an adapter adds to, -1 of others
+    ranks: Any  # int32 [T]: of those slots, 0 of others
+    width: Any  # W
 
 
 @triton.jit
@@ -72,15 +74,22 @@ def write_groups(tile, expert, slots, lists, pool) -> None:
     of A and B, ranks, scaling."""
     a_start_ptr, a_step_ptr, b_start_ptr, b_step_ptr, rank_ptr, scaling_ptr = pool
     record, first = lists.groups + tile * (FIELDS * lists.capacity + 1), tile * lists.capacity
-    known, number = slots >= 0, tl.arange(0, slots.shape[0])
+    known = slots >= 0
     a_row = tl.load(a_start_ptr + slots, mask=known, other=0) + expert * tl.load(a_step_ptr + slots, known, other=0)
     b_row = tl.load(b_start_ptr + slots, mask=known, other=0) + expert * tl.load(b_step_ptr + slots, known, other=0)
-    tl.store(record + number, slots, mask=known)
-    tl.store(record + lists.capacity + number, b_row, mask=known)
-    tl.store(record + 2 * lists.capacity + number, tl.load(rank_ptr + slots, mask=known, other=0) - 1, mask=known)
-    tl.store(lists.a_rows + first + number, a_row, mask=known)
-    tl.store(lists.scalings + first + number, tl.load(scaling_ptr + slots, mask=known, other=0.0), mask=known)
-    count = tl.sum(known.to(tl.int32), axis=0)
+    rank = tl.load(rank_ptr + slots, mask=known, other=0)
+    scaling = tl.load(scaling_ptr + slots, mask=known, other=0.0)
+    own = (rank + 15) // 16
+    begins = tl.cumsum(own, axis=0) - own
+    for i in range(lists.width // 16):
+        number, is_own = begins + i, i < own
+        tl.store(record + number, slots, mask=is_own)
+        tl.store(record + lists.capacity + number, b_row + 16 * i, mask=is_own)
+        last = 16 * i + tl.minimum(rank - 16 * i, 16) - 1
+        tl.store(record + 2 * lists.capacity + number, last, mask=is_own)
+        tl.store(lists.a_rows + first + number, a_row + 16 * i, mask=is_own)
+        tl.store(lists.scalings + first + number, scaling, mask=is_own)
+    count = tl.sum(own, axis=0)
     after = count + tl.arange(0, MOST)
     tl.store(record + after, tl.full([MOST], -1, tl.int32))
     tl.store(lists.a_rows + first + after, tl.full([MOST], 0, tl.int32))
@@ -103,7 +112,7 @@ def expert_lists_kernel(
     """Row tiles of the batch and their groups, of whose h nothing is there yet."""
     wait_for_earlier(PDL)
     let_later_start(PDL)
-    clear(lists.h, num_rows * 16)
+    clear(lists.h, num_rows * lists.width.to(tl.int64))
     bins = tl.arange(0, BINS)
     starts_ptr = table_ptr + 2 * num_rows + bins
     starts = tl.load(starts_ptr, mask=bins <= num_experts, other=0)
@@ -127,8 +136,10 @@ def expert_lists_kernel(
         rows = start + HEIGHT * (tile - first_tile) + tl.arange(0, HEIGHT)
         found = tl.load(slots_ptr + rows, mask=rows < end, other=-1)
         known = (found >= 0) & (found < max_adapters) & (expert < num_experts)
-        found = tl.where(tl.load(pool[4] + found, mask=known, other=0) > 0, found, -1)
+        rank = tl.load(pool[4] + found, mask=known, other=0)
+        found = tl.where(rank > 0, found, -1)
         tl.store(lists.slots + rows, found, mask=rows < end)
+        tl.store(lists.ranks + rows, rank, mask=rows < end)
         write_groups(tile, expert, find_slots(found, max_adapters, L), lists, pool)
 
 
@@ -137,13 +148,15 @@ _launcher = Launcher(expert_lists_kernel)
 
 def list_slots(call: ExpertCall) -> Lists:
     """The lists of a call with one slot for each row."""
-    capacity = list_capacity(call.site.max_adapters, HEIGHT.value, 16)
+    width = cdiv(call.site.h_width, 16) * 16
+    capacity = list_capacity(call.site.max_adapters, HEIGHT.value, width)
     bound = tile_bound(call.rows, call.num_experts, HEIGHT.value)
     ints = {"dtype": torch.int32}
     lists = Lists(
         call.new_scratch(bound + 1, 4, **ints), call.new_scratch(bound, list_words(capacity), **ints),
-        call.new_scratch(bound, capacity, **ints), capacity, call.new_scratch(call.rows, 16, dtype=call.x.dtype),
+        call.new_scratch(bound, capacity, **ints), capacity, call.new_scratch(call.rows, width, dtype=call.x.dtype),
         call.new_scratch(bound, capacity, dtype=torch.float32), call.new_scratch(call.rows, **ints),
+        call.new_scratch(call.rows, **ints), width,
     )  # fmt: skip
     plan = call.plan(_launcher, None, lambda: _plan(call, bound))
     call.launch(plan, lists, call.site.fixed[2:8], call.row_slots.contiguous(), call.segments, *plan.numbers)

@@ -38,7 +38,7 @@ class ExpertPool:
     rank: int32 [S], per expert, 0 for a slot that adds nothing here. scaling: fp32 [S]. All keep their addresses for
     life and are updated in place.
     max_rank: highest rank that `write` accepts, the smaller pool if None. Device bodies size their intermediate by it.
-    extents: the same table on the host, for CPU bodies.
+    extents: the same table on the host, for CPU bodies. highest_rank: of the slots that add something now.
     """
 
     num_experts: int
@@ -53,6 +53,7 @@ class ExpertPool:
     max_rank: int | None = None
     kind: Literal["experts"] = "experts"
     extents: list[ExpertExtent | None] = field(default_factory=list, repr=False)
+    highest_rank: int = 0
 
     @staticmethod
     def bytes_needed(
@@ -150,12 +151,14 @@ class ExpertPool:
         self.scaling[slot] = scaling
         self.rank[slot] = rank
         self.extents[slot] = ExpertExtent(a_start, a_step, b_start, b_step, rank, float(scaling))
+        self.highest_rank = max(self.highest_rank, rank)
 
     def clear(self, slot: int) -> None:
         """Makes `slot` add nothing here. The rows keep their values until they are written again."""
         check_slot(slot, len(self.extents))
         self.rank[slot] = 0
         self.extents[slot] = None
+        self.highest_rank = max((extent.rank for extent in self.extents if extent), default=0)
 
     def extent(self, slot: int, expert: int) -> Extent | None:
         """What one expert of a slot owns; None for a slot that adds nothing."""

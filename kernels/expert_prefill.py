@@ -298,8 +298,8 @@ def shrinks_beside(call: ExpertCall) -> bool:
 
 
 def runs_in_one(call: ExpertCall) -> bool:
-    """Whether expert_hopper.py serves a call: rows of one slot each, of up to 16 ranks, and TMA moves x, A, W and y."""
-    if not _tma_reads_x_and_a(call) or call.width > 1 or call.site.h_width > 16:
+    """Whether expert_hopper.py serves a call: rows of one slot each, of up to 64 ranks, and TMA moves x, A, W and y."""
+    if not _tma_reads_x_and_a(call) or call.width > 1 or call.site.h_width > 64:
         return False
     return call.columns % 8 == 0 and (_tma_reads(call.weight, call) or _tma_reads(call.weight.mT, call))
 

@@ -113,6 +113,9 @@ class ExpertPrefillTile:
 # 8 adapters 4134 (4648). 32 experts with 4 to a token, 8 adapters, weights transposed: 2880 x 5760 at 1024 tokens
 # 369 (492), 64 rows high 421 (515).
 
+FEW_RANKS = 32
+"""Up to so many ranks of each adapter, expert_hopper.py is faster whatever the number of adapters in a tile."""
+
 _SHRINK_ALONE = ExpertShrinkTile(64, 128, 64, 3, 4, 3, True, 1)
 _SHRINK_DEEP = ExpertShrinkTile(64, 64, 128, 3, 4, 4, True, 2)  # of few rows, each a long way
 _SHRINK_DEEPEST = ExpertShrinkTile(64, 32, 128, 3, 4, 4, True, 4)
@@ -170,16 +173,20 @@ def expert_prefill_tile(
 
 @cache
 def expert_hopper_tile(
-    rows: int, num_experts: int, features: int, columns: int, max_adapters: int
+    rows: int, num_experts: int, features: int, columns: int, highest_rank: int, max_adapters: int
 ) -> ExpertHopperTile | None:
-    """Tile of expert_hopper.py, where that is the faster one: experts that mostly need several tiles of any kernel, not
-    so many that they would better be higher, and enough of them to keep all multiprocessors busy.
+    """Tile of expert_hopper.py, where that is the faster one: experts that mostly need several tiles of any kernel, or
+    few steps for each, not so many that they would better be higher, and enough to keep all multiprocessors busy.
 
-    h of eight slots takes one pass over x; more of it is made beside a tile where a pool has slots for far more.
+    highest_rank: of any adapter loaded; above FEW_RANKS, adapters must not take turns within a tile. h of eight groups
+    of ranks takes one pass over x; more of it is made beside a tile where a pool has slots for far more.
     """
     tiles = (cdiv(rows, 64) + num_experts // 2) * cdiv(columns, 256)
-    is_measured = features >= 512 and columns >= 1024
-    if not is_measured or not ONE_TILE * num_experts < rows <= 1024 * num_experts or tiles < 4 * MULTIPROCESSORS:
+    least = 32 if 512 < features <= 2048 else ONE_TILE
+    is_measured = features >= 512 and columns >= 1024 and least * num_experts < rows <= 1024 * num_experts
+    if not is_measured or tiles < 4 * MULTIPROCESSORS:
+        return None
+    if highest_rank > FEW_RANKS and rows < 256 * num_experts:
         return None
     return ExpertHopperTile(4, 2, 4) if max_adapters > 32 else ExpertHopperTile(4, 3, 2)
 

@@ -1,8 +1,8 @@
 """Triton body of `lora_experts`: which launches serve a call.
 
-Stage: run time. The choice follows from shapes, strides, dtypes and what the pool was allocated for, never from what
-the batch holds or how it is routed: low row tiles (few rows per expert) go through expert_decode.py, high ones through
-expert_prefill.py, or on a Hopper GPU through expert_hopper.py.
+Stage: run time. The choice follows from shapes, strides, dtypes, what the pool was allocated for and the highest rank
+in it, never from what the batch holds or how it is routed: low row tiles (few rows per expert) go through
+expert_decode.py, high ones through expert_prefill.py, or on a Hopper GPU through expert_hopper.py, which has its bits.
 
 At a fixed batch shape a row's bits follow from its own x, expert and adapters alone, on either path, whatever its
 neighbours use or wherever they are routed. A row without an adapter has the bits of the same call with nothing loaded.
@@ -57,7 +57,7 @@ def _run(call: ExpertCall) -> torch.Tensor:
     gluon = has_gluon(call.x.device)
     if gluon and runs_in_one(call):
         sizes = (call.rows, call.num_experts, call.features, call.columns)
-        whole = expert_hopper_tile(*sizes, call.site.max_adapters)
+        whole = expert_hopper_tile(*sizes, call.site.highest_rank, call.site.max_adapters)
         if whole is not None:
             from fxlora.kernels import expert_hopper  # another Triton may not have what it imports
 

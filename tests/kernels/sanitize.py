@@ -87,7 +87,7 @@ def experts_in_one() -> Iterator[Callable[[], object]]:
     """expert_hopper.py: several programs, and one for everything."""
     for tile, programs in ((ExpertHopperTile(4, 3, 2), 6), (ExpertHopperTile(4, 2, 4), 1)) if IS_HOPPER else ():
         for rows, out in ((1000, 264), (600, 1032)):
-            options = {"rows": rows, "features": 264, "out": out, "ranks": (8, 0, 16, 3, *[16] * 8), "bias": True}
+            options = {"rows": rows, "features": 264, "out": out, "ranks": (8, 0, 16, 3, 40, *[16] * 8), "bias": True}
             form = (tile, programs)
             yield lambda options=options, form=form: assert_same_in_one(case_in_one(**options), form)
 

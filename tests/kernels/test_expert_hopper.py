@@ -18,7 +18,7 @@ from tests.kernels.test_expert_hopper_shrink import call_of
 from tests.kernels.test_prefill_hopper import IS_HOPPER
 
 ROWS = {"tiles of 64": 1000, "tiles of 128": 600}  # of seven experts
-RANKS = (8, 16, 0, 3, 12)
+RANKS = (8, 16, 0, 3, 40)
 
 
 def of_every_tile(test: Callable[..., None]) -> Callable[..., None]:
@@ -38,7 +38,9 @@ def run_plain(case: ExpertCase) -> torch.Tensor:
 
     call = call_of(case)
     experts, columns, features = case.weight.shape
-    return prefill(call, expert_prefill_tile(call.rows, experts, True, features, columns, case.x.dtype, 16))
+    return prefill(
+        call, expert_prefill_tile(call.rows, experts, True, features, columns, case.x.dtype, call.site.h_width)
+    )
 
 
 def run(case: ExpertCase, form: tuple[ExpertHopperTile, int]) -> torch.Tensor:
@@ -107,9 +109,9 @@ def test_no_slot_no_adapter(rows: int, form: Any) -> None:
 @of_every_tile
 def test_many_slots(form: Any) -> None:
     """More than one pass over x, more slots than a warp has lanes, or than a tile has rows."""
-    for count in (24, 40, 300):
+    for count, most in ((24, 17), (40, 65), (300, 17), (100, 34)):
         for rows in ROWS.values():
-            assert_same(large_case(rows=rows, ranks=tuple(i % 17 for i in range(count)), features=264), form)
+            assert_same(large_case(rows=rows, ranks=tuple(i % most for i in range(count)), features=264), form)
 
 
 @of_every_tile
@@ -167,14 +169,17 @@ def test_calls_on_other_streams_end_too(form: Any) -> None:
 
 
 def test_it_is_for_experts_that_it_makes_faster() -> None:
-    assert expert_hopper_tile(16384, 128, 2048, 1536, 16) == ExpertHopperTile(4, 3, 2)
-    assert expert_hopper_tile(16384, 128, 2048, 1536, 64) == ExpertHopperTile(4, 2, 4)
-    assert expert_hopper_tile(4096, 8, 4096, 28672, 8) is not None
-    assert expert_hopper_tile(8192, 128, 2048, 1536, 16) is None  # one tile of 128 rows holds most experts
-    assert expert_hopper_tile(1024, 8, 14336, 4096, 16) is None  # few tiles
-    assert expert_hopper_tile(16384, 8, 14336, 4096, 16) is None  # many for each expert
-    assert expert_hopper_tile(16384, 128, 256, 1536, 16) is None
-    assert expert_hopper_tile(16384, 128, 2048, 512, 16) is None
+    assert expert_hopper_tile(16384, 128, 2048, 1536, 16, 16) == ExpertHopperTile(4, 3, 2)
+    assert expert_hopper_tile(16384, 128, 2048, 1536, 16, 64) == ExpertHopperTile(4, 2, 4)
+    assert expert_hopper_tile(4096, 8, 4096, 28672, 16, 8) is not None
+    assert expert_hopper_tile(8192, 128, 2048, 1536, 16, 16) is not None
+    assert expert_hopper_tile(8192, 128, 4096, 1536, 16, 16) is None  # one tile of 128 rows holds most experts
+    assert expert_hopper_tile(16384, 128, 2048, 1536, 64, 16) is None  # many ranks, several adapters in a tile
+    assert expert_hopper_tile(4096, 8, 4096, 28672, 64, 8) is not None
+    assert expert_hopper_tile(1024, 8, 14336, 4096, 16, 16) is None  # few tiles
+    assert expert_hopper_tile(16384, 8, 14336, 4096, 16, 16) is None  # many for each expert
+    assert expert_hopper_tile(16384, 128, 256, 1536, 16, 16) is None
+    assert expert_hopper_tile(16384, 128, 2048, 512, 16, 16) is None
 
 
 def test_it_is_for_rows_weights_and_pools_that_it_can_move(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +196,7 @@ def test_it_is_for_rows_weights_and_pools_that_it_can_move(monkeypatch: pytest.M
     assert serves()
     assert serves(transposed=True)
     assert serves(ranks=(8,) * 300)
-    assert not serves(ranks=(8, 17))
+    assert not serves(ranks=(8, 65))
     assert not serves(in_place=False)
     assert not serves(width=2)
     assert not serves(has_pool=False)
@@ -202,7 +207,7 @@ def test_it_is_for_rows_weights_and_pools_that_it_can_move(monkeypatch: pytest.M
 
 @pytest.mark.skipif(not ops.INTERPRET, reason="needs TRITON_INTERPRET=1")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("ranks", [(8, 16, 0, 3), tuple(i % 5 for i in range(20))], ids=len)
+@pytest.mark.parametrize("ranks", [(8, 16, 0, 3), (40, 0, 17, 64), tuple(i % 5 for i in range(20))], ids=str)
 def test_lists_of_slots(ranks: tuple[int, ...], dtype: torch.dtype) -> None:
     from fxlora.kernels.expert_lists import HEIGHT, list_slots
 
@@ -223,19 +228,22 @@ def test_lists_of_slots(ranks: tuple[int, ...], dtype: torch.dtype) -> None:
             assert lists.tiles[tile + 1].tolist() == [expert, first_tile, start, end]
             own = case.row_slots[rows[first : first + HEIGHT.value], 0].unique().tolist() if expert < 4 else []
             own = [slot for slot in own if 0 <= slot < len(ranks) and ranks[slot] > 0]
-            fields = lists.groups[tile, :-1].view(3, lists.capacity)[:, : len(own)]
-            b_rows = [int(pool.b_start[slot] + expert * pool.b_step[slot]) for slot in own]
-            assert fields.tolist() == [own, b_rows, [ranks[slot] - 1 for slot in own]]
-            assert lists.a_rows[tile, : len(own)].tolist() == [
-                int(pool.a_start[slot] + expert * pool.a_step[slot]) for slot in own
-            ]
-            assert lists.scalings[tile, : len(own)].equal(pool.scaling[own])
-            assert lists.groups[tile, -1] == len(own)
-            assert (lists.groups[tile, len(own) : len(own) + 8] == -1).all()
+            groups = [(slot, first) for slot in own for first in range(0, ranks[slot], 16)]
+            fields = lists.groups[tile, :-1].view(3, lists.capacity)[:, : len(groups)]
+            b_rows = [int(pool.b_start[slot] + expert * pool.b_step[slot]) + first for slot, first in groups]
+            lasts = [min(ranks[slot], first + 16) - 1 for slot, first in groups]
+            assert fields.tolist() == [[slot for slot, _ in groups], b_rows, lasts]
+            a_rows = [int(pool.a_start[slot] + expert * pool.a_step[slot]) + first for slot, first in groups]
+            assert lists.a_rows[tile, : len(groups)].tolist() == a_rows
+            assert lists.scalings[tile, : len(groups)].equal(pool.scaling[[slot for slot, _ in groups]])
+            assert lists.groups[tile, -1] == len(groups)
+            assert (lists.groups[tile, len(groups) : len(groups) + 8] == -1).all()
             tile += 1
     assert lists.tiles[0, 0] == tile
     known = [
         e is not None and slot < len(ranks) and ranks[slot] > 0
         for e, slot in zip(case.row_experts, case.row_slots[:, 0].tolist(), strict=True)
     ]
-    assert lists.slots.tolist() == torch.where(torch.tensor(known), case.row_slots[:, 0], -1).tolist()
+    of_row = torch.where(torch.tensor(known), case.row_slots[:, 0], -1).tolist()
+    assert lists.slots.tolist() == of_row
+    assert lists.ranks.tolist() == [ranks[slot] if slot >= 0 else 0 for slot in of_row]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fxlora.kernels.errors import OpInputError, PoolWriteError
+from fxlora.kernels.expert_call import ExpertSite
 from fxlora.kernels.registry import ExpertPool, SitePool, expert_pool_of, register_runtime, unregister_runtime
 from tests.kernels.cases import DEVICES
 
@@ -123,6 +124,18 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(changes: dict[str, Any
 def test_the_highest_rank_is_that_of_the_smaller_pool_unless_told() -> None:
     assert allocate().rank_bound == 20
     assert allocate(max_rank=8).rank_bound == 8
+
+
+def test_the_highest_rank_loaded_is_known() -> None:
+    """Calls of a site with high ranks are remembered apart from those with low ones."""
+    pool = ExpertPool.allocate(**{**SIZES, "pool_rows_a": 200, "pool_rows_b": 200}, device="cpu")
+    site = ExpertSite(pool)
+    low, found = site.replays, []
+    high = {"rank": 33, "a_step": 33, "b_step": 33, "a_rows": torch.randn(99, 6), "b_rows": torch.randn(99, 5)}
+    for change in (lambda: write(pool), lambda: write(pool, 2, **high), lambda: pool.clear(1), lambda: write(pool, 2)):
+        change()
+        found.append((pool.highest_rank, site.replays is low))
+    assert found == [(2, True), (33, False), (33, False), (2, True)]
 
 
 def test_a_handle_finds_its_pool() -> None:
