@@ -45,7 +45,7 @@ class PlannedCall:
 
     device_index: GPU, -1 for interpreted kernels. overlap: whether that GPU has programmatic dependent launch, and with
     it TMA. plans: of the group that is called. signature: what a plan follows from, beside the launcher and the tile.
-    resident: A of each pool, which never moves.
+    resident: A and B of each pool, which never move.
     """
 
     device_index: int
@@ -120,7 +120,7 @@ class Members:
     def __init__(self, pools: Group) -> None:
         self.pools = pools
         self.owned = [pool for pool in pools if pool is not None]
-        self.resident = [pool.a for pool in self.owned]
+        self.resident = [matrix for pool in self.owned for matrix in (pool.a, pool.b)]
         self.has_pool = tuple(pool is not None for pool in pools)
         self.has_pools = bool(self.owned)
         self.h_width = max((pool.rank_bound for pool in self.owned), default=1)

@@ -95,7 +95,7 @@ def ask(
 @gluon.jit
 def multiply_both(
     acc, stage, phase, steps, ring, next_turn, place, share, own, to_put, lists, coeffs_ptr, SHARE: gl.constexpr,
-    STAGES: gl.constexpr, TRANSPOSED: gl.constexpr, HAS_COEFFS: gl.constexpr,
+    CHUNKS: gl.constexpr, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr, HAS_COEFFS: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
     """acc + x W^T; h of the item's groups is stored. own, to_put: of `ask`."""
     row_tile, _, _, end, _, _, groups = place
@@ -106,14 +106,14 @@ def multiply_both(
     for later in range(first + apart, groups, apart):
         acc, h = warpgroup_mma_wait(num_outstanding=0, deps=(acc, h))
         mbarrier.arrive(ring[4].index(held))
-        put_h(h, own, 0, to_put, end, lists, coeffs_ptr, HAS_COEFFS)
+        put_h(h, own, 0, to_put, end, lists, coeffs_ptr, CHUNKS, HAS_COEFFS)
         own = makers_groups(row_tile, later, lists, SHARE)
         h = gl.zeros([BM, 16 * SHARE], gl.float32, of_h)
         acc, h, held, stage, phase = multiply(acc, h, stage, phase, steps, ring, False, True, STAGES, TRANSPOSED)
     mbarrier.arrive(next_turn)
     acc, h = warpgroup_mma_wait(num_outstanding=0, deps=(acc, h))
     mbarrier.arrive(ring[4].index(held))
-    put_h(h, own, 0, to_put, end, lists, coeffs_ptr, HAS_COEFFS)
+    put_h(h, own, 0, to_put, end, lists, coeffs_ptr, CHUNKS, HAS_COEFFS)
     return acc
 
 
@@ -242,7 +242,7 @@ def compute(
         if share[2] > 0:
             acc = multiply_both(
                 acc, stage, phase, steps, ring, next_turn, place, share, own, to_put, lists, coeffs_ptr, SHARE,
-                STAGES, TRANSPOSED, HAS_COEFFS,
+                CHUNKS, STAGES, TRANSPOSED, HAS_COEFFS,
             )  # fmt: skip
         else:
             acc = multiply_alone(acc, stage, phase, steps, ring, next_turn, STAGES, TRANSPOSED)

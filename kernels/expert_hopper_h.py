@@ -35,12 +35,14 @@ def slots_of(first_row, end, lists, layout: gl.constexpr) -> gl.tensor:
 
 
 @gluon.jit
-def put_h(h, groups, FIRST: gl.constexpr, to_put, end, lists, coeffs_ptr, HAS_COEFFS: gl.constexpr) -> None:
+def put_h(
+    h, groups, FIRST: gl.constexpr, to_put, end, lists, coeffs_ptr, CHUNKS: gl.constexpr, HAS_COEFFS: gl.constexpr
+) -> None:
     """Stores h of a tile's rows, 16 columns for each group: zero beyond the rank."""
     if h.shape[1] > 16:
         left, right = gl.split(gl.permute(gl.reshape(h, [BM, 2, h.shape[1] // 2]), (0, 2, 1)))
-        put_h(left, groups, FIRST, to_put, end, lists, coeffs_ptr, HAS_COEFFS)
-        put_h(right, groups, FIRST + h.shape[1] // 32, to_put, end, lists, coeffs_ptr, HAS_COEFFS)
+        put_h(left, groups, FIRST, to_put, end, lists, coeffs_ptr, CHUNKS, HAS_COEFFS)
+        put_h(right, groups, FIRST + h.shape[1] // 32, to_put, end, lists, coeffs_ptr, CHUNKS, HAS_COEFFS)
     else:
         rows, slots = to_put
         slot, last, scaling = groups[FIRST]
@@ -50,7 +52,7 @@ def put_h(h, groups, FIRST: gl.constexpr, to_put, end, lists, coeffs_ptr, HAS_CO
         if HAS_COEFFS:
             value = value * gl.load(coeffs_ptr + rows, mask=rows < end, other=0.0)[:, None]
         value = gl.where((lanes <= last % 16)[None, :], value, 0.0).to(lists.h.dtype.element_ty)
-        at = lists.h + (rows * lists.width)[:, None] + (last - last % 16 + lanes)[None, :]
+        at = lists.h + (rows * (16 * CHUNKS))[:, None] + (last - last % 16 + lanes)[None, :]
         is_own = ((slots == slot) & (slot >= 0)).to(gl.int32)[:, None] + lanes[None, :] * 0
         gl.inline_asm_elementwise(
             """{
@@ -67,23 +69,24 @@ def put_h(h, groups, FIRST: gl.constexpr, to_put, end, lists, coeffs_ptr, HAS_CO
 def get_h(to_get, lists, CHUNKS: gl.constexpr) -> gl.tensor:
     """h of a tile's rows, [BM, 16] in the dtype of x for each 16 ranks, zero beyond a row's ranks: once all of it is
     there."""
-    parts = (look_at_h(to_get, lists, 0),)
+    parts = (look_at_h(to_get, lists, 0, CHUNKS),)
     for chunk in gl.static_range(1, CHUNKS):
-        parts = parts + (look_at_h(to_get, lists, chunk),)
+        parts = parts + (look_at_h(to_get, lists, chunk, CHUNKS),)
     return parts
 
 
 @gluon.jit
-def look_at_h(to_get, lists, CHUNK: gl.constexpr) -> gl.tensor:
+def look_at_h(to_get, lists, CHUNK: gl.constexpr, CHUNKS: gl.constexpr) -> gl.tensor:
     """Part of `get_h`: every thread waits until no half of its four words is MISSING; first it looks at one alone, as
     looks cost what loads of W do.
 
     After LOOKS of overlap.py the launch ends with an error, a store to nowhere; a trap here would cost all registers.
     """
-    rows, _, ranks = to_get
+    rows, slots, ranks = to_get
     lanes = gl.arange(0, 16, layout=gl.SliceLayout(0, rows.type.layout.parent))
-    at = lists.h + (rows * lists.width)[:, None] + (16 * CHUNK + lanes)[None, :]
-    is_there = (ranks > 16 * CHUNK).to(gl.int32)[:, None] + lanes[None, :] * 0
+    at = lists.h + (rows * (16 * CHUNKS))[:, None] + (16 * CHUNK + lanes)[None, :]
+    is_made = slots >= 0 if CHUNK == 0 else ranks > 16 * CHUNK
+    is_there = is_made.to(gl.int32)[:, None] + lanes[None, :] * 0
     return gl.inline_asm_elementwise(
         """{
         .reg .pred p0, p1, p2, p3, again; .reg .b32 looks, x, t, found; .reg .b64 nowhere;

@@ -5,7 +5,8 @@ holds:
     one row, or a few over few columns     gemv.py      shrink, matrix-vector products
     other fp32                             single.py    shrink, the library's product, expand
     up to DECODE_ROWS rows                 decode.py    base product with the shrink beside it, expand
-        many of them, or many columns      fused.py     shrink, base product that takes the expand along
+        many of them, or many columns      fused.py     shrink, base product that takes the expand along (tiles of
+                                                        one wave on a Hopper GPU: fused_hopper.py)
     more rows, where TMA can read it all   prefill.py   shrink, one persistent launch of base product and expand (large
                                                         calls on a Hopper GPU: prefill_hopper.py)
         other bf16                         fused.py
@@ -40,7 +41,15 @@ from fxlora.kernels.prefill_tiles import (
 )
 from fxlora.kernels.registry import Group, derived_of, pools_of
 from fxlora.kernels.single import single
-from fxlora.kernels.tiles import decode_tiles, fused_tiles, gemv_tile, general_tiles, single_tiles
+from fxlora.kernels.tiles import (
+    FusedHopperTiles,
+    decode_tiles,
+    fused_hopper_tiles,
+    fused_tiles,
+    gemv_tile,
+    general_tiles,
+    single_tiles,
+)
 from fxlora.kernels.triton_helpers import device_of
 
 DECODE_ROWS = 256
@@ -102,6 +111,9 @@ def body_of(call: LinearCall) -> tuple[Body, object]:
     if dtype == torch.float32:
         return single, single_tiles(rows, features)
     ranks, many = call.members.h_width, rows > DECODE_ROWS
+    wave = fused_hopper_tiles(rows, features, call.widths, ranks) if GEMV_ROWS < rows <= DECODE_ROWS else None
+    if wave and dtype == torch.bfloat16 and call.width == 1 and _all_by_tma(call) and has_gluon(call.x.device):
+        return _one_wave, wave
     if (many or (rows > FEW_ROWS and prefers_prefill(rows, features, call.widths, dtype))) and _all_by_tma(call):
         tile_of = hopper_tile if has_gluon(call.x.device) else prefill_tile
         return prefill, tile_of(rows, features, call.widths, ranks)
@@ -114,6 +126,12 @@ def body_of(call: LinearCall) -> tuple[Body, object]:
     aligned = not any([n % 8 for n in call.widths])
     tiles = fused_tiles(rows, features, call.widths, ranks, aligned) if dtype == torch.bfloat16 else None
     return (fused, tiles) if tiles else (decode, decode_tiles(rows, features, columns, ranks, units[0] == 1))
+
+
+def _one_wave(call: LinearCall, tiles: FusedHopperTiles) -> list[torch.Tensor]:
+    from fxlora.kernels.fused_hopper import fused_hopper  # another Triton may not have what it imports
+
+    return fused_hopper(call, tiles)
 
 
 def _all_by_tma(call: LinearCall) -> bool:

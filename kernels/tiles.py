@@ -137,6 +137,15 @@ class FusedTiles:
 
 
 @dataclass(frozen=True)
+class FusedHopperTiles:
+    """The two launches of fused_hopper.py: tiles of 64 rows by BN columns, a ring of so many stages."""
+
+    shrink: ShrinkTile
+    BN: int
+    stages: int
+
+
+@dataclass(frozen=True)
 class GemvTile:
     """Of gemv.py; a program asks for so many blocks [BN, BK] of W at once."""
 
@@ -308,6 +317,28 @@ def _fused_gemm(rows: int, features: int, widths: tuple[int, ...], width: int) -
     if pairs < single or features <= 2048 or large <= 105:
         return GemmTile(64, 128, 64, 1, False, 4, 4)
     return GemmTile(64, 256, 64, 1, False, 8, 4)
+
+
+@cache
+def fused_hopper_tiles(rows: int, features: int, widths: tuple[int, ...], width: int) -> FusedHopperTiles | None:
+    """Tiles of a bf16 linear of 17 to 256 rows of one slot each on a Hopper GPU, None where others serve it better.
+
+    One wave, in which a program has a multiprocessor to itself: enough of them to bring W, and not more. Where those
+    and the shrink's are a wave together, a ring takes so much memory that none shares a multiprocessor with a shrink's,
+    which would be late; where they are more, it leaves room for one.
+    """
+    if width > 16 or features < 2048 or (features == 2048 and rows <= 32):
+        return None
+    count = counter(rows, widths)
+    small, large = count(64, 64), count(64, 128)
+    if rows <= 64:
+        stages = 12 if small <= MULTIPROCESSORS // 2 else 10
+        return FusedHopperTiles(SHRINK_ALONE, 64, stages) if 48 <= small <= 80 else None
+    if 64 <= small <= MULTIPROCESSORS:
+        return FusedHopperTiles(SHRINK_ALONE, 64, 10)
+    if 64 <= large <= MULTIPROCESSORS and (rows <= 128 or len(widths) == 1):
+        return FusedHopperTiles(SHRINK_ALONE, 128, 7)
+    return None
 
 
 @cache

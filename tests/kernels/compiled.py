@@ -106,6 +106,11 @@ CALLS: dict[str, Callable[[], object]] = {
     "in-features of 8 or 4 apart": lambda: [linear(m, k, 1284, rank=64) for k in (3000, 3420) for m in (1, 64, 256)],
     "more rows": lambda: linear(256, 4096, 4096),
     "more rows, tall": lambda: linear(256, 14336, 4096),
+    "more rows, tiles of one wave": lambda: [
+        linear(64, 4096, 4096, own=True),
+        linear(128, 4096, 4096, 1024, 1024, own=True),
+        linear(256, 4096, 4096, transposed=True, own=True),
+    ],
     "many rows": lambda: linear(2048, 4096, 4096),
     "many rows, rank 64": lambda: linear(2048, 4096, 4096, rank=64),
     "many rows, three members": lambda: linear(2048, 4096, 4096, 1024, 1024),
@@ -120,7 +125,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "experts, few rows": lambda: experts(16, 8, 128, 2048, 1536),
     "experts, few rows, tall": lambda: experts(16, 2, 8, 14336, 4096),
     "experts, many rows": lambda: experts(2048, 8, 128, 2048, 1536),
-    "experts, many rows, a shrink beside": lambda: experts(1024, 8, 128, 2048, 1536, own=True),
+    "experts, many rows, a shrink beside": lambda: experts(1024, 8, 128, 4096, 1536, own=True),
     "experts, many rows, in one launch": lambda: [
         experts(2048, 8, 128, 2048, 1536, own=True),
         experts(2048, 8, 64, 2048, 2048, own=True, slots=64),

@@ -14,6 +14,7 @@ import torch
 
 from fxlora.kernels.expert_tiles import ExpertBesideTile, ExpertHopperTile
 from fxlora.kernels.prefill_tiles import BesideTile
+from fxlora.kernels.tiles import SHRINK_ALONE, FusedHopperTiles
 from tests.kernels.cases import HAS_CUDA, assert_right, make_case
 from tests.kernels.expert_cases import assert_experts_right, make_expert_case
 from tests.kernels.test_bodies import BODIES, DECODE, DEVICE, FUSED, GEMV, SINGLE, check, serves, small_case
@@ -21,6 +22,8 @@ from tests.kernels.test_expert_hopper import assert_same as assert_same_in_one
 from tests.kernels.test_expert_hopper import large_case as case_in_one
 from tests.kernels.test_expert_hopper_shrink import assert_same as assert_same_of_experts
 from tests.kernels.test_expert_hopper_shrink import large_case as large_expert_case
+from tests.kernels.test_fused_hopper import assert_same as assert_same_of_a_wave
+from tests.kernels.test_fused_hopper import some_rows
 from tests.kernels.test_prefill_hopper import IS_HOPPER, RANKS, SHARED, TURNS, assert_same_of_few_programs
 from tests.kernels.test_prefill_hopper_shrink import assert_same as assert_same_beside
 
@@ -74,6 +77,15 @@ def hopper_calls() -> Iterator[Callable[[], object]]:
             yield lambda options=options, tile=tile: assert_same_beside(make_case(**options), tile)
 
 
+def one_wave() -> Iterator[Callable[[], object]]:
+    """fused_hopper.py: tiles of either width, few steps and short groups, more groups than the ring has room for."""
+    for tiles in (FusedHopperTiles(SHRINK_ALONE, 64, 10), FusedHopperTiles(SHRINK_ALONE, 128, 7)) if IS_HOPPER else ():
+        for features, ranks in ((200, (8, 0, 40, 3)), (1032, (16,) * 70)):
+            options = {"rows": 150, "features": features, "outs": (264, 72), "ranks": ranks, "bias": True}
+            case = {"order": "shuffled", **options}
+            yield lambda case=case, tiles=tiles: assert_same_of_a_wave(some_rows(**case), tiles)
+
+
 def beside_experts() -> Iterator[Callable[[], object]]:
     """expert_hopper_shrink.py: few programs beside the product, one, all before it."""
     for few, most in ((3, 1000), (1, 1000), (1, 0)) if IS_HOPPER else ():
@@ -113,7 +125,7 @@ def main() -> int:
     if not HAS_CUDA:
         print("skipped: no GPU")
         return 0
-    all_calls = (body_calls, op_calls, hopper_calls, beside_experts, experts_in_one, expert_calls)
+    all_calls = (body_calls, op_calls, hopper_calls, one_wave, beside_experts, experts_in_one, expert_calls)
     calls = [call for some in all_calls for call in some()][part::parts]
     for done, call in enumerate(calls, 1):
         torch.manual_seed(0)

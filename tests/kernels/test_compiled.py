@@ -25,7 +25,7 @@ def test_large_calls_compile_without_spills() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     launches = [json.loads(line) for line in done.stdout.splitlines()]
     kernels = {found["kernel"] for found in launches}
-    assert {"gemv_kernel", "gemm_kernel", "fused_kernel", "prefill_kernel"} <= kernels
+    assert {"gemv_kernel", "gemm_kernel", "fused_kernel", "fused_hopper_kernel", "prefill_kernel"} <= kernels
     assert {"prefill_hopper_kernel", "prefill_hopper_shrink_kernel", "expert_hopper_shrink_kernel"} <= kernels
     assert {"expert_lists_kernel", "expert_hopper_kernel"} <= kernels
     assert not [

@@ -19,6 +19,7 @@ from fxlora.kernels import call as calls
 from fxlora.kernels import expert_call, launch, lora_experts, lora_linear, replay
 from fxlora.kernels.expert_tiles import ExpertBesideTile, ExpertHopperTile, ExpertPrefillTile, expert_prefill_tile
 from fxlora.kernels.prefill_tiles import BesideTile, HopperTile
+from fxlora.kernels.tiles import SHRINK_ALONE, FusedHopperTiles
 from tests.kernels.test_prefill_hopper import IS_HOPPER
 
 pytestmark = pytest.mark.skipif(ops.INTERPRET, reason="interpreted kernels are launched plainly")
@@ -34,6 +35,9 @@ LINEARS: dict[str, dict[str, Any]] = {
     "prefill": {"rows": 300, "outs": (256, 64)},
     "prefill, a member without a pool": {"rows": 300, "outs": (256, 64), "none_members": (0,), "bias": True},
 }
+ONE_WAVE: tuple[dict[str, Any], ...] = (
+    {"rows": 40, "outs": (256,)}, {"rows": 200, "outs": (256, 64), "none_members": (0,), "bias": True},
+)  # fmt: skip
 EXPERTS: dict[str, dict[str, Any]] = {
     "decode": {"rows": 20},
     "decode, any order, bias": {"rows": 20, "in_place": False, "bias": True, "width": 2},
@@ -185,6 +189,20 @@ def in_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora_experts, "expert_hopper_tile", lambda *_: ExpertHopperTile(4, 3, 2))
 
 
+@pytest.fixture
+def one_wave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a Hopper GPU, the tiles of one wave, in calls of any size."""
+    monkeypatch.setattr(lora_linear, "has_gluon", lambda device: True)
+    monkeypatch.setattr(lora_linear, "fused_hopper_tiles", lambda *_: FusedHopperTiles(SHRINK_ALONE, 64, 10))
+
+
+@pytest.mark.usefixtures("one_wave")
+@pytest.mark.parametrize("options", ONE_WAVE, ids=["plain", "members"])
+def test_tiles_of_one_wave_are_entered_as_before(options: dict[str, Any], entries: Entries) -> None:
+    """TMA reads A and B, which stay where they are."""
+    check_replay(make_case(features=64, dtype=BF16, **options), run_linear, entries)
+
+
 @pytest.mark.usefixtures("in_one")
 def test_experts_in_one_launch_are_entered_as_before(entries: Entries) -> None:
     check_replay(make_expert_case(features=64, out=32, dtype=BF16, rows=400), run_experts, entries)
@@ -237,7 +255,10 @@ def test_copies_of_strided_input_are_made_again_each_time(entries: Entries) -> N
 @pytest.mark.skipif(not HAS_CUDA, reason="needs CUDA")
 @pytest.mark.parametrize("name", LINEARS)
 def test_a_replayed_linear_has_the_bits_of_a_prepared_one(name: str) -> None:
-    case = make_case(features=64, dtype=BF16, device="cuda", **LINEARS[name])
+    assert_replayed_linears_have_prepared_bits(make_case(features=64, dtype=BF16, device="cuda", **LINEARS[name]))
+
+
+def assert_replayed_linears_have_prepared_bits(case: Case) -> None:
     with registered(case.pools) as handle:
         results = []
         for _ in range(4):
@@ -280,3 +301,10 @@ def test_replayed_experts_have_the_bits_of_prepared_ones(name: str) -> None:
 def test_replays_of_experts_in_one_launch_have_the_bits_of_prepared_ones() -> None:
     case = make_expert_case(features=64, out=32, dtype=BF16, device="cuda", rows=400)
     assert_replayed_experts_have_prepared_bits(case)
+
+
+@pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of compute capability 9")
+@pytest.mark.usefixtures("one_wave")
+@pytest.mark.parametrize("options", ONE_WAVE, ids=["plain", "members"])
+def test_replays_of_tiles_of_one_wave_have_the_bits_of_prepared_ones(options: dict[str, Any]) -> None:
+    assert_replayed_linears_have_prepared_bits(make_case(features=64, dtype=BF16, device="cuda", **options))

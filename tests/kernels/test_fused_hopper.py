@@ -1,0 +1,138 @@
+"""The kernel that a Hopper GPU has for some rows gives the bits of fused.py, which test_lora_linear.py holds to the
+reference; its tiles keep to what it serves best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fxlora.kernels.tiles import SHRINK_ALONE, FusedHopperTiles, FusedTiles, GemmTile, fused_hopper_tiles
+from tests.kernels.cases import Case, assert_right, equal_bits, linear_call, make_case
+from tests.kernels.test_prefill_hopper import IS_HOPPER
+
+PLAIN = FusedTiles(SHRINK_ALONE, GemmTile(64, 64, 64, 1, False, 4, 4), 16, 3)
+RANKS = (1, 8, 0, 16, 40, 64)
+
+
+def of_every_tile(test: Callable[..., None]) -> Callable[..., None]:
+    """A test on a GPU of compute capability 9, once for each width of a tile."""
+    forms = [FusedHopperTiles(SHRINK_ALONE, 64, 10), FusedHopperTiles(SHRINK_ALONE, 128, 7)]
+    marked = pytest.mark.parametrize("tiles", forms, ids=["narrow", "wide"])(test)
+    return pytest.mark.gpu(pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of compute capability 9")(marked))
+
+
+def some_rows(**options: Any) -> Case:
+    sizes = {"rows": 150, "features": 1032, "outs": (776,), "ranks": RANKS, "dtype": torch.bfloat16, "device": "cuda"}
+    return make_case(**{**sizes, **options})
+
+
+def run(case: Case, tiles: FusedHopperTiles) -> list[torch.Tensor]:
+    from fxlora.kernels.fused_hopper import fused_hopper
+
+    return fused_hopper(linear_call(case), tiles)
+
+
+def assert_same(case: Case, tiles: FusedHopperTiles) -> None:
+    from fxlora.kernels.fused import fused
+
+    assert equal_bits(fused(linear_call(case), PLAIN), run(case, tiles), slice(None))
+
+
+@of_every_tile
+@pytest.mark.parametrize("rows", [17, 32, 64, 65, 200, 256])
+@pytest.mark.parametrize("order", ["runs", "shuffled", "one"])
+def test_orders_mixed_ranks_and_bias(order: str, rows: int, tiles: FusedHopperTiles) -> None:
+    assert_same(some_rows(order=order, rows=rows, bias=order != "runs"), tiles)
+
+
+@of_every_tile
+@pytest.mark.parametrize("features", [8, 64, 200, 640, 4104])
+def test_fewer_steps_than_blocks_and_more(features: int, tiles: FusedHopperTiles) -> None:
+    assert_same(some_rows(features=features, outs=(8, 264), order="shuffled"), tiles)
+
+
+@of_every_tile
+@pytest.mark.parametrize("ranks", [(16,) * 100, tuple(i % 17 for i in range(300)), (48, 64, 0, 33) * 20], ids=len)
+def test_many_groups(ranks: tuple[int, ...], tiles: FusedHopperTiles) -> None:
+    """More than are looked at together, or read together, or than the ring has room for."""
+    assert_same(some_rows(ranks=ranks, order="shuffled", rows=256, features=264), tiles)
+
+
+@of_every_tile
+@pytest.mark.parametrize("none_members", [(), (1,), (0, 3), (0, 1, 2, 3)])
+def test_members_share_a_launch(none_members: tuple[int, ...], tiles: FusedHopperTiles) -> None:
+    outs = (40, 8, 1160, 24)
+    assert_same(some_rows(outs=outs, none_members=none_members, bias=True, order="shuffled"), tiles)
+
+
+@of_every_tile
+def test_transposed_weights(tiles: FusedHopperTiles) -> None:
+    case = some_rows(outs=(776, 264))
+    assert_same(replace(case, weights=[weight.t().contiguous().t() for weight in case.weights]), tiles)
+
+
+@of_every_tile
+def test_coefficients(tiles: FusedHopperTiles) -> None:
+    case = some_rows(order="shuffled")
+    coeffs = torch.rand(case.row_slots.shape, device="cuda")
+    assert_same(replace(case, row_coeffs=coeffs), tiles)
+
+
+@of_every_tile
+def test_no_slot_no_adapter(tiles: FusedHopperTiles) -> None:
+    case = some_rows(order="shuffled")
+    none = case.with_slots(torch.full_like(case.row_slots, -1))
+    assert_same(none, tiles)
+    assert_same(case.with_slots(torch.full_like(case.row_slots, 2)), tiles)  # rank 0
+    assert equal_bits(run(case, tiles), run(none, tiles), (case.row_slots[:, 0] == -1) | (case.row_slots[:, 0] == 2))
+
+
+@of_every_tile
+def test_what_is_wrong_with_one_adapter_stays_in_its_rows(tiles: FusedHopperTiles) -> None:
+    case = some_rows(order="shuffled")
+    clean, (pool,) = run(case, tiles), case.pools
+    assert pool is not None
+    pool.a[int(pool.start[4])] = float("nan")
+    pool.a[int(pool.start[4]) + 1] = float("inf")
+    assert equal_bits(clean, run(case, tiles), (case.row_slots != 4).all(dim=1))
+
+
+@of_every_tile
+@pytest.mark.parametrize("rank", [3, 8, 24])
+def test_pool_rows_beyond_the_rank_add_nothing(rank: int, tiles: FusedHopperTiles) -> None:
+    """B is copied 16 pool rows at a time, of which some are another adapter's."""
+    case = some_rows(ranks=(rank, 8))
+    case = case.with_slots(torch.zeros_like(case.row_slots))
+    clean, (pool,) = run(case, tiles), case.pools
+    assert pool is not None
+    used = range(int(pool.start[0]), int(pool.start[0]) + rank)
+    others = [row for row in range(len(pool.b)) if row not in used]
+    assert others
+    pool.b[others] = float("nan")
+    assert equal_bits(clean, run(case, tiles), slice(None))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of compute capability 9")
+@pytest.mark.parametrize("rows", [40, 64, 100])
+def test_the_op_is_right_where_these_tiles_serve_it(rows: int) -> None:
+    assert fused_hopper_tiles(rows, 2056, (4096,), 16) is not None
+    assert_right(some_rows(rows=rows, features=2056, outs=(4096,), ranks=(8, 16, 0, 3), order="shuffled", bias=True))
+
+
+def test_they_are_for_one_wave() -> None:
+    def kind(rows: int, features: int, *widths: int, width: int = 16) -> tuple[int, int] | None:
+        tiles = fused_hopper_tiles(rows, features, widths, width)
+        return (tiles.BN, tiles.stages) if tiles else None
+
+    assert kind(64, 4096, 4096) == kind(24, 4096, 4096) == kind(64, 2048, 2048, 512, 512) == (64, 12)
+    assert kind(64, 5120, 5120) == kind(64, 3584, 3584, 512, 512) == kind(128, 4096, 4096) == (64, 10)
+    assert kind(128, 4096, 4096, 1024, 1024) == kind(256, 14336, 4096) == kind(200, 2560, 2560) == (128, 7)
+    assert kind(64, 4096, 28672) is kind(256, 5120, 5120) is kind(64, 4096, 4096, 1024, 1024) is None  # more
+    assert kind(64, 8192, 2048) is kind(64, 2560, 2560) is None  # few programs to bring all of W
+    assert kind(64, 1024, 4096) is kind(24, 2048, 4096) is None  # short
+    assert kind(256, 2048, 2048, 512, 512) is kind(64, 4096, 4096, width=64) is None
