@@ -160,9 +160,9 @@ class GemvTile:
 # microseconds behind a kernel that overlaps nothing, beside torch.mm in the same run; NVIDIA H200, torch 2.11.0,
 # triton 3.6.0, 2026-11-30.
 #     K x N            M 1           M 16, 16 adapters   M 64, 8       M 64, 64      M 256, 64     M 2048, 8
-#     4096 x 4096      10.8 (12.4)   14.5 (13.8)         17.1 (12.1)   22.9 (12.2)   27.3 (16.8)    99 (93)
-#     2048 x 4096       7.8 (7.2)     9.5 (7.3)          11.2 (7.3)    18.5 (7.3)    18.1 (9.9)    53 (47)
-#     14336 x 4096     31.8 (32.3)   37.1 (33.4)         38.9 (36.8)   51.2 (36.8)   68.9 (48.5)   337 (330)
+#     4096 x 4096      10.8 (12.4)   14.5 (13.8)         14.6 (11.6)   20.0 (11.6)   22.4 (16.7)    99 (93)
+#     2048 x 4096       7.8 (7.2)     9.5 (7.3)           9.9 (6.8)    15.2 (7.3)    14.5 (9.3)    53 (47)
+#     14336 x 4096     31.8 (32.3)   37.1 (33.4)         36.6 (36.7)   44.4 (36.8)   62.6 (49.3)   337 (330)
 #     4096 x 28672     56.6 (60.1)   63.3 (61.3)         64.5 (65.1)   81.6 (64.3)  128.3 (91.1)   698 (675)
 #     2048 x 128        3.5 (4.9)     5.0 (5.5)           6.7 (5.7)     7.3 (5.5)     9.6 (5.8)     10 (5.9)
 # Vector products ask for eight blocks of W at most: unrolled further they spilled at some widths, 267 us at
@@ -334,9 +334,10 @@ def fused_hopper_tiles(rows: int, features: int, widths: tuple[int, ...], width:
     if rows <= 64:
         stages = 12 if small <= MULTIPROCESSORS // 2 else 10
         return FusedHopperTiles(SHRINK_ALONE, 64, stages) if 48 <= small <= 80 else None
-    if 64 <= small <= MULTIPROCESSORS:
+    least = 64 if features <= 4096 else 96
+    if least <= small <= MULTIPROCESSORS:
         return FusedHopperTiles(SHRINK_ALONE, 64, 10)
-    if 64 <= large <= MULTIPROCESSORS and (rows <= 128 or len(widths) == 1):
+    if least <= large <= MULTIPROCESSORS and (rows <= 128 or len(widths) == 1):
         return FusedHopperTiles(SHRINK_ALONE, 128, 7)
     return None
 
