@@ -21,6 +21,7 @@ from fxlora.passes.rows.labels import Label, Mixed, RowMap
 from fxlora.passes.rows.masked import Guard
 from fxlora.passes.rows.propagate import Prover
 from fxlora.passes.sites import Role, Site, Skipped
+from fxlora.passes.zeros import is_zero
 
 Targets = None | str | Sequence[str]
 
@@ -225,6 +226,8 @@ def _plan_uses(prover: Prover, site: Site, reader: Reader) -> tuple[list[Planned
         lead = prover.ndim(read.x) - (site.role is not Role.EMBEDDING)
         if isinstance(rows, Label) and read.x_order is not None and not alone:
             rows = moves.permute(prover, read.x, rows, read.x_order)
+        if rows is None and site.kind == "linear" and is_zero(read.x):
+            continue
         if rows is None:
             return [], _no_request(prover, read.x)
         if isinstance(rows, Mixed):
@@ -233,7 +236,7 @@ def _plan_uses(prover: Prover, site: Site, reader: Reader) -> tuple[list[Planned
             return [], "requests run along the dim that the weight sums over"
         flat = moves.flat_rows(prover, read.x, rows, lead, read.x_order)
         planned.append(PlannedUse(node, site, flat, tuple(node.users)))
-    return planned, ""
+    return planned, "" if planned or not site.uses else "it reads zeros alone, to which no adapter adds anything"
 
 
 def _no_request(prover: Prover, x: fx.Node) -> str:

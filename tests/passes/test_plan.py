@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from fxlora.passes.errors import RowsNotProvenError, TargetError
 from fxlora.passes.plan import AdapterShape, Plan, Targets, digest_of
@@ -247,3 +248,37 @@ def test_an_empty_list_is_an_error() -> None:
 def test_a_broken_regex_is_a_target_error() -> None:
     with pytest.raises(TargetError):
         planned("(q_proj")
+
+
+def zeros(kind: str) -> Any:
+    """A weight that reads x and a row of zeros, or what is none."""
+
+    def body(self: Any, x: torch.Tensor) -> torch.Tensor:
+        row = x.new_full((1, 1, 6), 0.5 if kind == "full" else 0.0)
+        if kind == "written":
+            row.add_(1.0)
+        if kind == "written through a view":
+            row.view(-1).fill_(1.0)
+        first = F.linear(row.expand(1, 2, 6).to(x.dtype), self.w)
+        return first if kind == "alone" else torch.cat([first + 0 * x[:, :2], F.linear(x, self.w)], 1)
+
+    return holder(body, w=weight(6, 6))
+
+
+def test_a_call_on_zeros_needs_no_adapter() -> None:
+    plan = analysed(zeros("zero"), torch.randn(3, 5, 6)).plan
+    assert [use.rows.text for use in plan.uses] == ["flatten"]
+    assert len(plan.sites[0].uses) == 2
+
+
+@pytest.mark.parametrize("kind", ["full", "written", "written through a view"])
+def test_what_only_looks_like_zeros_is_refused(kind: str) -> None:
+    refused = analysed(zeros(kind), torch.randn(3, 5, 6)).plan
+    assert not refused.uses
+    assert any("carry no request (positions, constants)" in skip.reason for skip in refused.skipped)
+
+
+def test_a_weight_that_reads_zeros_alone_is_no_site() -> None:
+    refused = analysed(zeros("alone"), torch.randn(3, 5, 6)).plan
+    assert not refused.sites
+    assert any("reads zeros alone" in skip.reason for skip in refused.skipped)

@@ -59,6 +59,13 @@ def plain_rows(self: Self, x: Tensor) -> Tensor:
     return self.proj(x)
 
 
+@register(POSITIVE, ROWS)
+def shifted_projection(self: Self, x: Tensor) -> Tensor:
+    """The token before the first is zeros, to which no adapter adds anything."""
+    before = self.proj(x.new_zeros(x.shape[0], 1, x.shape[2]))
+    return torch.cat([before, self.proj(x)[:, :-1]], dim=1)
+
+
 @register(POSITIVE, ROWS, inputs_of=flat_tokens)
 def one_token_each(self: Self, x: Tensor) -> Tensor:
     return self.proj(self.norm(x).tanh())
