@@ -325,20 +325,23 @@ def fused_hopper_tiles(rows: int, features: int, widths: tuple[int, ...], width:
 
     One wave, in which a program has a multiprocessor to itself: enough of them to bring W, and not more. Where those
     and the shrink's are a wave together, a ring takes so much memory that none shares a multiprocessor with a shrink's,
-    which would be late; where they are more, it leaves room for one.
+    which would be late; where they are more, it leaves room for one. Where many adapters of many ranks may meet in a
+    tile, which takes them one after another, others are faster at 64 rows, and where a tile is wide.
     """
-    if width > 16 or features < 2048 or (features == 2048 and rows <= 32):
+    many_ranks = width > 16
+    if width > 64 or (many_ranks and not 64 < rows <= 128) or features < 2048 or (features == 2048 and rows <= 32):
         return None
+    shrink = _SHRINK_SHARED_RANKS if many_ranks else SHRINK_ALONE
     count = counter(rows, widths)
     small, large = count(64, 64), count(64, 128)
     if rows <= 64:
         stages = 12 if small <= MULTIPROCESSORS // 2 else 10
-        return FusedHopperTiles(SHRINK_ALONE, 64, stages) if 48 <= small <= 80 else None
+        return FusedHopperTiles(shrink, 64, stages) if 48 <= small <= 80 else None
     least = 64 if features <= 4096 else 96
     if least <= small <= MULTIPROCESSORS:
-        return FusedHopperTiles(SHRINK_ALONE, 64, 10)
+        return FusedHopperTiles(shrink, 64, 10)
     if least <= large <= MULTIPROCESSORS and (rows <= 128 or len(widths) == 1):
-        return FusedHopperTiles(SHRINK_ALONE, 128, 7)
+        return FusedHopperTiles(shrink, 128, 7)
     return None
 
 

@@ -110,6 +110,7 @@ CALLS: dict[str, Callable[[], object]] = {
         linear(64, 4096, 4096, own=True),
         linear(128, 4096, 4096, 1024, 1024, own=True),
         linear(256, 4096, 4096, transposed=True, own=True),
+        linear(128, 4096, 4096, rank=64, own=True),
     ],
     "many rows": lambda: linear(2048, 4096, 4096),
     "many rows, rank 64": lambda: linear(2048, 4096, 4096, rank=64),

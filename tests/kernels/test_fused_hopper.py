@@ -135,4 +135,6 @@ def test_they_are_for_one_wave() -> None:
     assert kind(64, 4096, 28672) is kind(256, 5120, 5120) is kind(64, 4096, 4096, 1024, 1024) is None  # more
     assert kind(64, 8192, 2048) is kind(64, 2560, 2560) is kind(128, 8192, 2048) is None  # few to bring all of W
     assert kind(64, 1024, 4096) is kind(24, 2048, 4096) is None  # short
-    assert kind(256, 2048, 2048, 512, 512) is kind(64, 4096, 4096, width=64) is None
+    assert kind(256, 2048, 2048, 512, 512) is kind(64, 4096, 4096, width=64) is kind(256, 4096, 4096, width=64) is None
+    assert kind(128, 4096, 4096, width=64) == (64, 10)
+    assert kind(128, 4096, 4096, width=65) is None
