@@ -337,7 +337,7 @@ def fused_hopper_tiles(rows: int, features: int, widths: tuple[int, ...], width:
     if rows <= 64:
         stages = 12 if small <= MULTIPROCESSORS // 2 else 10
         return FusedHopperTiles(shrink, 64, stages) if 48 <= small <= 80 else None
-    least = 64 if features <= 4096 else 96
+    least = 64 if features < TALL else 96
     if least <= small <= MULTIPROCESSORS:
         return FusedHopperTiles(shrink, 64, 10)
     if least <= large <= MULTIPROCESSORS and (rows <= 128 or len(widths) == 1):

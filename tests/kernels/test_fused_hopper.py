@@ -131,7 +131,7 @@ def test_they_are_for_one_wave() -> None:
 
     assert kind(64, 4096, 4096) == kind(24, 4096, 4096) == kind(64, 2048, 2048, 512, 512) == (64, 12)
     assert kind(64, 5120, 5120) == kind(64, 3584, 3584, 512, 512) == kind(128, 4096, 4096) == (64, 10)
-    assert kind(128, 4096, 4096, 1024, 1024) == kind(256, 14336, 4096) == kind(200, 2560, 2560) == (128, 7)
+    assert kind(128, 4096, 4096, 1024, 1024) == kind(256, 14336, 4096) == kind(128, 5120, 5120) == (128, 7)
     assert kind(64, 4096, 28672) is kind(256, 5120, 5120) is kind(64, 4096, 4096, 1024, 1024) is None  # more
     assert kind(64, 8192, 2048) is kind(64, 2560, 2560) is kind(128, 8192, 2048) is None  # few to bring all of W
     assert kind(64, 1024, 4096) is kind(24, 2048, 4096) is None  # short
