@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from difflib import get_close_matches
+from functools import cache
 
 from torch import fx
 
@@ -21,7 +22,7 @@ from fxlora.passes.rows.labels import Label, Mixed, RowMap
 from fxlora.passes.rows.masked import Guard
 from fxlora.passes.rows.propagate import Prover
 from fxlora.passes.sites import Role, Site, Skipped
-from fxlora.passes.zeros import is_zero
+from fxlora.passes.zeros import are_zero, zeros_behind
 
 Targets = None | str | Sequence[str]
 
@@ -118,12 +119,13 @@ def plan_graph(
     uses: list[PlannedUse] = []
     left = list(skipped)
     wanted = _Targets(targets)
-    rewritten = _rewritten_routings(prover, sites, reader)
+    memory = cache(lambda: Memory(prover.graph, reader))
+    rewritten = _rewritten_routings(sites, reader, memory)
     for site in sites:
         if not wanted.takes(site):
             left.append(Skipped(site.parameter, wanted.why_not(site), site.aliases))
             continue
-        planned, reason = _plan_uses(prover, site, reader)
+        planned, reason = _plan_uses(prover, site, reader, memory)
         reason = reason or next((rewritten[node] for node in site.uses if node in rewritten), "")
         if reason:
             if wanted.explicit:
@@ -185,12 +187,11 @@ def _misplaced(prover: Prover, path: str, node: fx.Node) -> str:
     return "" if rows == own else f"output {path}: its rows are not those of the requests in order"
 
 
-def _rewritten_routings(prover: Prover, sites: Sequence[Site], reader: Reader) -> dict[fx.Node, str]:
+def _rewritten_routings(sites: Sequence[Site], reader: Reader, memory: Callable[[], Memory]) -> dict[fx.Node, str]:
     calls = [node for site in sites if site.role is Role.EXPERTS for node in site.uses]
     if not calls:
         return {}
-    memory = Memory(prover.graph, reader)
-    return experts.rewritten_routings([(node, reader.read_as(node, "experts")) for node in calls], memory)
+    return experts.rewritten_routings([(node, reader.read_as(node, "experts")) for node in calls], memory())
 
 
 def _is_alone(prover: Prover) -> bool:
@@ -207,7 +208,9 @@ def _of_the_one_request(prover: Prover, node: fx.Node) -> Label:
     return rows
 
 
-def _plan_uses(prover: Prover, site: Site, reader: Reader) -> tuple[list[PlannedUse], str]:
+def _plan_uses(
+    prover: Prover, site: Site, reader: Reader, memory: Callable[[], Memory]
+) -> tuple[list[PlannedUse], str]:
     planned = []
     for node in site.uses:
         if node in prover.vmapped:
@@ -226,9 +229,10 @@ def _plan_uses(prover: Prover, site: Site, reader: Reader) -> tuple[list[Planned
         lead = prover.ndim(read.x) - (site.role is not Role.EMBEDDING)
         if isinstance(rows, Label) and read.x_order is not None and not alone:
             rows = moves.permute(prover, read.x, rows, read.x_order)
-        if rows is None and site.kind == "linear" and is_zero(read.x):
-            continue
         if rows is None:
+            zeros = zeros_behind(read.x) if site.kind == "linear" else []
+            if zeros and are_zero(zeros, node, memory()):
+                continue
             return [], _no_request(prover, read.x)
         if isinstance(rows, Mixed):
             return [], f"its rows mix requests: {rows.reason}"

@@ -9,8 +9,8 @@ from __future__ import annotations
 from torch import fx
 
 from fxlora.passes.graph import argument, op_name, operand
+from fxlora.passes.memory import Memory
 from fxlora.passes.rows.families import MAY_RETURN_OPERAND, VIEWS
-from fxlora.passes.rows.writes import is_write
 
 _ZEROS = {"zeros", "new_zeros", "zeros_like"}
 _FILL = {"full": 1, "full_like": 1, "new_full": 2}
@@ -21,16 +21,18 @@ _MOVES = (VIEWS - MAY_RETURN_OPERAND) | {
 }  # fmt: skip
 
 
-def is_zero(node: object) -> bool:
-    """Whether a value of the graph is zeros, made here, looked at or cast, and never written to."""
-    if not isinstance(node, fx.Node):
-        return False
-    name = op_name(node)
-    if name in _ZEROS or (name in _FILL and argument(node, _FILL[name], "fill_value") == 0):
-        return not _is_written(node)
-    return name in _MOVES and is_zero(operand(node))
+def zeros_behind(value: object) -> list[fx.Node]:
+    """A value, what it is a copy, cast or view of, and so on, up to the zeros that all of these are if nothing is
+    written to them; none for another value."""
+    if not isinstance(value, fx.Node):
+        return []
+    name = op_name(value)
+    if name in _ZEROS or (name in _FILL and argument(value, _FILL[name], "fill_value") == 0):
+        return [value]
+    behind = zeros_behind(operand(value)) if name in _MOVES else []
+    return [value, *behind] if behind else []
 
 
-def _is_written(node: fx.Node) -> bool:
-    """Whether a tensor, or one that may share its memory, is changed in place."""
-    return any(is_write(user) or (op_name(user) in VIEWS and _is_written(user)) for user in node.users)
+def are_zero(values: list[fx.Node], call: fx.Node, memory: Memory) -> bool:
+    """Whether nothing was written to these values of `zeros_behind` when a call reads the first."""
+    return memory.write_between(values, memory.order[values[-1]], memory.order[call]) is None

@@ -259,19 +259,27 @@ def zeros(kind: str) -> Any:
             row.add_(1.0)
         if kind == "written through a view":
             row.view(-1).fill_(1.0)
+        if kind == "a copy, written":
+            row = row.clone()
+            row.fill_(1.0)
+        if kind == "out":
+            torch.add(row, 1.0, out=row)
         first = F.linear(row.expand(1, 2, 6).to(x.dtype), self.w)
+        if kind == "written later":
+            row.add_(1.0)
         return first if kind == "alone" else torch.cat([first + 0 * x[:, :2], F.linear(x, self.w)], 1)
 
     return holder(body, w=weight(6, 6))
 
 
-def test_a_call_on_zeros_needs_no_adapter() -> None:
-    plan = analysed(zeros("zero"), torch.randn(3, 5, 6)).plan
+@pytest.mark.parametrize("kind", ["zero", "written later"])
+def test_a_call_on_zeros_needs_no_adapter(kind: str) -> None:
+    plan = analysed(zeros(kind), torch.randn(3, 5, 6)).plan
     assert [use.rows.text for use in plan.uses] == ["flatten"]
     assert len(plan.sites[0].uses) == 2
 
 
-@pytest.mark.parametrize("kind", ["full", "written", "written through a view"])
+@pytest.mark.parametrize("kind", ["full", "written", "written through a view", "a copy, written", "out"])
 def test_what_only_looks_like_zeros_is_refused(kind: str) -> None:
     refused = analysed(zeros(kind), torch.randn(3, 5, 6)).plan
     assert not refused.uses
