@@ -46,7 +46,7 @@ def load_h(rows, h_ptr, h_width, num_rows, CHUNKS: gl.constexpr) -> gl.tensor:
     """h of these rows, [BM, 16] for each 16 columns; anything beyond a row's ranks."""
     lanes = gl.arange(0, 16, layout=gl.SliceLayout(0, rows.type.layout.parent))
     at = h_ptr + (rows.to(gl.int64) * h_width)[:, None] + lanes[None, :]
-    inside = (rows < num_rows)[:, None] & (lanes < 16)[None, :]
+    inside = (rows < num_rows)[:, None]
     hs = (gl.load(at, mask=inside, other=0.0, cache_modifier=".cg"),)
     for i in gl.static_range(1, CHUNKS):
         hs = hs + (gl.load(at + 16 * i, mask=inside, other=0.0, cache_modifier=".cg"),)
@@ -296,7 +296,7 @@ def fused_hopper(call: LinearCall, tiles: FusedHopperTiles) -> list[torch.Tensor
     b_descs = [None if pool is None else describe(pool.b, b_block) for pool in call.members.pools]
     call.launch(
         plan,
-        describe(call.x, (16 if call.rows <= 16 else 32 if call.rows <= 32 else BM.value, BK.value)),
+        describe(call.x, (32 if call.rows <= 32 else BM.value, BK.value)),
         *call.described_weights((tiles.BN, BK.value), transposed=transposed, describe=describe),
         *b_descs,
         *[None] * (MOST_MEMBERS - len(b_descs)),
