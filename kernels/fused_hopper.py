@@ -25,70 +25,53 @@ from triton.language import debug_barrier
 from triton.language.extra.cuda import gdc_wait
 
 from fxlora.kernels.call import MOST_MEMBERS, LinearCall, Plan
-from fxlora.kernels.fused_hopper_loads import BK, BM, EACH, NOWHERE, list_of, load, load_bs, tile_of
+from fxlora.kernels.fused_hopper_loads import BM, groups_in, list_of, load, load_bs, tile_of
 from fxlora.kernels.group_shrink import Scratch, scratch_of, shrink_groups
-from fxlora.kernels.groups import FIELDS
 from fxlora.kernels.launch import Launcher
 from fxlora.kernels.prefill import lie_transposed
 from fxlora.kernels.prefill_hopper import block_after, describe, multiply
 from fxlora.kernels.tiles import FusedHopperTiles
-from fxlora.kernels.triton_helpers import cdiv
+from fxlora.kernels.triton_helpers import cdiv, next_power_of_2
 
-AHEAD = gl.constexpr(4)
-"""Steps before the last at which what is listed is looked at; it and h are asked for as many earlier."""
-
-LOOKED_AT = gl.constexpr(64)
-"""Groups of a list that are looked at together."""
+AHEAD = gl.constexpr(512)
+"""In-features before the last at which h is asked for."""
 
 
 @gluon.jit
-def load_h(rows, h_ptr, h_width, num_rows, CHUNKS: gl.constexpr) -> gl.tensor:
-    """h of these rows, [BM, 16] for each 16 columns; anything beyond a row's ranks."""
+def load_h(rows, h, num_rows, dtype: gl.constexpr, CHUNKS: gl.constexpr, PARTS: gl.constexpr) -> gl.tensor:
+    """h of these rows, [BM, 16] for each 16 columns; anything beyond a row's ranks. h: pointer to the member's, W."""
     lanes = gl.arange(0, 16, layout=gl.SliceLayout(0, rows.type.layout.parent))
-    at = h_ptr + (rows.to(gl.int64) * h_width)[:, None] + lanes[None, :]
+    at = h[0] + (rows.to(gl.int64) * h[1])[:, None] + lanes[None, :]
     inside = (rows < num_rows)[:, None]
-    hs = (gl.load(at, mask=inside, other=0.0, cache_modifier=".cg"),)
-    for i in gl.static_range(1, CHUNKS):
-        hs = hs + (gl.load(at + 16 * i, mask=inside, other=0.0, cache_modifier=".cg"),)
+    size = num_rows.to(gl.int64) * h[1]
+    hs = ()
+    for i in gl.static_range(CHUNKS):
+        value = gl.load(at + 16 * i, mask=inside, other=0.0, cache_modifier=".cg")
+        for part in gl.static_range(1, PARTS):
+            value += gl.load(at + 16 * i + part * size, mask=inside, other=0.0, cache_modifier=".cg")
+        hs = hs + (value.to(dtype),)
     return hs
 
 
 @gluon.jit
-def fields_from(first, listed) -> gl.tensor:
-    """Slots, and numbers of ranks - 1, over 16 the rest, of LOOKED_AT groups of a list; anything past the last."""
-    of_fields: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    numbers = first + gl.arange(0, LOOKED_AT, layout=of_fields)
-    record, capacity = listed
-    slots = gl.load(record + numbers, mask=numbers < capacity, other=-1, cache_modifier=".cg")
-    lasts = gl.load(record + 2 * capacity + numbers, mask=numbers < capacity, other=-1, cache_modifier=".cg")
-    return slots, lasts % 16
+def places_of(rows, row_tile, slots_ptr, site, max_adapters, num_rows, SLOTS: gl.constexpr) -> gl.tensor:
+    """Of each row: which of a tile's groups is the first of its slot, and how many there are, none without a slot. How
+    many the tile has, and whether any has less than 16 ranks.
 
-
-@gluon.jit
-def places_of(slots, fields, listed, count) -> gl.tensor:
-    """Of each row: which of a tile's groups is the first of its slot, and how many there are, none without a slot. And
-    how many groups have less than 16 ranks. fields: of `fields_from`, the first.
-
-    The list tells it all at once; to look a group up for every product would take longer than the product.
+    To look a group up for every product would take longer than the product.
     """
-    of_pairs: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
-    own = gl.convert_layout(slots, gl.SliceLayout(1, of_pairs))
-    before, same, short = own * 0, own * 0, 0
-    for first in range(0, count, LOOKED_AT):
-        found, lasts = fields
-        inside = first + gl.arange(0, LOOKED_AT, layout=found.type.layout) < count
-        short += gl.sum((inside & (lasts < 15)).to(gl.int32), axis=0)
-        found = gl.convert_layout(gl.where(inside, found, NOWHERE), gl.SliceLayout(0, of_pairs))
-        before += gl.sum((found[None, :] < own[:, None]).to(gl.int32), axis=1)
-        same += gl.sum((found[None, :] == own[:, None]).to(gl.int32), axis=1)
-        fields = fields_from(gl.where(first + LOOKED_AT < count, first + LOOKED_AT, 0), listed)
-    return gl.convert_layout(before, slots.type.layout), gl.convert_layout(same, slots.type.layout), short
+    _, first, end, rank, count = groups_in(row_tile, slots_ptr, site, max_adapters, num_rows, SLOTS, 4)
+    slots = gl.load(slots_ptr + rows, mask=rows < num_rows, other=-1)
+    known = (slots >= 0) & (slots < max_adapters)
+    own = gl.where(known, slots, 0)
+    place = gl.gather(first, own, 0)
+    return place, gl.where(known, gl.gather(end, own, 0) - place, 0), count, gl.max(rank % 16, axis=0) > 0
 
 
 @gluon.jit
 def h_of(hs, group, places) -> gl.tensor:
     """What a group's ranks make of each row, [BM, 16]; zero for rows of other slots."""
-    first, many, _ = places
+    first, many, _, _ = places
     h = gl.where(((group == first) & (many > 0))[:, None], hs[0], gl.zeros_like(hs[0]))
     for i in gl.static_range(1, len(hs)):
         h = gl.where(((group == first + i) & (many > i))[:, None], hs[i], h)
@@ -96,39 +79,39 @@ def h_of(hs, group, places) -> gl.tensor:
 
 
 @gluon.jit
-def lasts_from(first, listed, layout: gl.constexpr) -> gl.tensor:
-    """Number of ranks - 1, over 16 the rest, of the groups from `first` on, for each row of EACH Bs."""
-    rows = gl.arange(0, 16 * EACH, layout=layout)
+def lasts_from(first, listed, ROWS: gl.constexpr, layout: gl.constexpr) -> gl.tensor:
+    """Number of ranks - 1, over 16 the rest, of the groups from `first` on, for each row of their Bs."""
+    rows = gl.arange(0, ROWS, layout=layout)
     return gl.load(listed[0] + 2 * listed[1] + first + rows // 16, cache_modifier=".cg") % 16
 
 
 @gluon.jit
 def clean(b, lasts) -> None:
-    """Zero beyond the ranks of EACH groups, where B of others lies."""
+    """Zero beyond the ranks of these groups, where B of others lies."""
     of_b: gl.constexpr = lasts.type.layout.parent
     value = b.load(of_b)
-    own = gl.arange(0, 16 * EACH, layout=lasts.type.layout) % 16 <= lasts
+    own = gl.arange(0, b.shape[0], layout=lasts.type.layout) % 16 <= lasts
     b.store(gl.where(own[:, None], value, gl.zeros_like(value)))
     fence_async_shared()
     debug_barrier()
 
 
 @gluon.jit
-def expand(
-    acc, stage, phase, hs, places, listed, count, ring, bs, STAGES: gl.constexpr, SHORT: gl.constexpr
-) -> gl.tensor:
+def expand(acc, stage, phase, hs, places, listed, ring, bs, STAGES: gl.constexpr, SHORT: gl.constexpr) -> gl.tensor:
     """acc + h B of all groups, some of which may have less than 16 ranks (SHORT)."""
+    ROWS: gl.constexpr = bs.shape[1]
+    EACH: gl.constexpr = ROWS // 16
     BN: gl.constexpr = bs.shape[2]
     of_b: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BN, BN // 8], [4, 1], [1, 0])
-    full, empty = ring[2], ring[3]
-    lasts = lasts_from(0, listed, gl.SliceLayout(1, of_b)) if SHORT else 0
+    full, empty, count = ring[2], ring[3], places[2]
+    lasts = lasts_from(0, listed, ROWS, gl.SliceLayout(1, of_b)) if SHORT else 0
     for first in range(0, count, EACH):
         parts = (h_of(hs, first, places),)
         for i in gl.static_range(1, EACH):
             parts = parts + (h_of(hs, first + i, places),)
         mbarrier.wait(full.index(stage), phase)
         if SHORT:
-            coming = lasts_from(gl.minimum(first + EACH, count), listed, gl.SliceLayout(1, of_b))
+            coming = lasts_from(gl.minimum(first + EACH, count), listed, ROWS, gl.SliceLayout(1, of_b))
             clean(bs.index(stage), lasts)
             lasts = coming
         for i in gl.static_range(EACH):
@@ -151,33 +134,34 @@ def add_bias(acc, bias, HAS_BIAS: gl.constexpr) -> gl.tensor:
 
 @gluon.jit
 def adapted(
-    acc, row_tile, member, steps, ring, bs, bias, lists, scratch, num_rows, CHUNKS: gl.constexpr, STAGES: gl.constexpr,
-    TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
+    acc, row_tile, member, steps, ring, bs, bias, lists, scratch, site, max_adapters, num_rows, CHUNKS: gl.constexpr,
+    PARTS: gl.constexpr, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr, SLOTS: gl.constexpr,
+    PDL: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
-    """acc + x W^T + bias + h B. bias: of `add_bias`. scratch: h of all members, its width, the row map."""
+    """acc + x W^T + bias + h B. bias: of `add_bias`. scratch: h of all members, its width, the row map.
+
+    Whatever does not come from the shrink is looked up while the first block of W is on its way.
+    """
     h_ptr, h_width, slots_ptr = scratch
     of_h: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
     rows = row_tile * BM + gl.arange(0, BM, layout=gl.SliceLayout(1, of_h))
-    late, none, zero = gl.minimum(steps, AHEAD), gl.to_tensor(-1), gl.to_tensor(0)
-    soon = gl.minimum(steps, 2 * AHEAD)
-    acc, held, stage, phase = multiply(acc, none, zero, zero, steps - soon, ring, STAGES, TRANSPOSED, -1)
+    places = places_of(rows, row_tile, slots_ptr, site, max_adapters, num_rows, SLOTS)
+    none, zero = gl.to_tensor(-1), gl.to_tensor(0)
+    late = gl.minimum(steps, AHEAD // ring[0].shape[2])
+    acc, held, stage, phase = multiply(acc, none, zero, zero, steps - late, ring, STAGES, TRANSPOSED, -1)
     if PDL:
         gdc_wait()
-    listed = list_of(row_tile, member, lists, num_rows)
-    count = gl.load(listed[0] + FIELDS * listed[1], cache_modifier=".cg")
-    fields = fields_from(0, listed)
-    slots = gl.load(slots_ptr + rows, mask=rows < num_rows, other=-1)
-    hs = load_h(rows, h_ptr + member * num_rows.to(gl.int64) * h_width, h_width, num_rows, CHUNKS)
-    acc, held, stage, phase = multiply(acc, held, stage, phase, soon - late, ring, STAGES, TRANSPOSED, -1)
-    places = places_of(slots, fields, listed, count)
+    h = (h_ptr + member * num_rows.to(gl.int64) * h_width * PARTS, h_width)
+    hs = load_h(rows, h, num_rows, bs.dtype, CHUNKS, PARTS)
     acc, held, stage, phase = multiply(acc, held, stage, phase, late, ring, STAGES, TRANSPOSED, -1)
     acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
     mbarrier.arrive(ring[3].index(held))
     acc = add_bias(acc, bias, HAS_BIAS)
-    if places[2] > 0:
-        acc = expand(acc, stage, phase, hs, places, listed, count, ring, bs, STAGES, True)
+    listed = list_of(row_tile, member, lists, num_rows)
+    if places[3]:
+        acc = expand(acc, stage, phase, hs, places, listed, ring, bs, STAGES, True)
     else:
-        acc = expand(acc, stage, phase, hs, places, listed, count, ring, bs, STAGES, False)
+        acc = expand(acc, stage, phase, hs, places, listed, ring, bs, STAGES, False)
     return acc
 
 
@@ -195,8 +179,9 @@ def store(acc, row_tile, col_tile, y_ptr, num_rows, num_cols) -> None:
 
 @gluon.jit
 def compute(
-    ring, bs, ys, biases, lists, scratch, num_rows, widths, steps, CHUNKS: gl.constexpr, STAGES: gl.constexpr,
-    TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_POOL: gl.constexpr, PDL: gl.constexpr,
+    ring, bs, ys, biases, lists, scratch, sites, max_adapters, num_rows, widths, steps, CHUNKS: gl.constexpr,
+    PARTS: gl.constexpr, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr,
+    HAS_POOL: gl.constexpr, SLOTS: gl.constexpr, PDL: gl.constexpr,
 ) -> None:  # fmt: skip
     """Product, adapters, bias and store of this program's tile."""
     BN: gl.constexpr = bs.shape[2]
@@ -211,8 +196,8 @@ def compute(
             bias = (biases[member][0], biases[member][1], col_tile * BN, num_cols)
             if HAS_POOL[member]:
                 acc = adapted(
-                    acc, row_tile, member, steps, ring, bs, bias, lists, scratch, num_rows, CHUNKS, STAGES, TRANSPOSED,
-                    HAS_BIAS[member], PDL,
+                    acc, row_tile, member, steps, ring, bs, bias, lists, scratch, sites[member], max_adapters, num_rows,
+                    CHUNKS, PARTS, STAGES, TRANSPOSED, HAS_BIAS[member], SLOTS, PDL,
                 )  # fmt: skip
             else:
                 none, zero = gl.to_tensor(-1), gl.to_tensor(0)
@@ -224,21 +209,24 @@ def compute(
         begin = end
 
 
-@gluon.jit(do_not_specialize=["num_rows"])
+@gluon.jit(do_not_specialize=["num_rows", "max_adapters"])
 def fused_hopper_kernel(
     x_desc, w0_desc, w1_desc, w2_desc, w3_desc, b0_desc, b1_desc, b2_desc, b3_desc, biases, ys, lists, scratch,
-    num_rows, feature_octets, col_octets,
-    BN: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr, TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr,
-    HAS_POOL: gl.constexpr, PDL: gl.constexpr, FIRST: gl.constexpr,
+    sites, num_rows, feature_octets, col_octets, max_adapters,
+    BN: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr, PARTS: gl.constexpr, TRANSPOSED: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_POOL: gl.constexpr, SLOTS: gl.constexpr, PDL: gl.constexpr, FIRST: gl.constexpr,
 ) -> None:  # fmt: skip
     """The members' tiles, one after another; row tiles first.
 
-    x_desc: x [T, K] in blocks of up to BM rows; w0_desc, ..: W [N, K] of each member in blocks [BN, BK], or [K, N] if
-    TRANSPOSED, None past the last; b0_desc, ..: B [P, N] in blocks [16, BN or 64], None without a pool; biases: pointer
-    to [N] and stride; ys: [T, N], contiguous; lists: of group_shrink.py, with their capacity; scratch: h [members, T,
-    W] like x, W, int32 slots [T].
+    x_desc: x [T, K] in blocks of up to BM rows and BK in-features; w0_desc, ..: W [N, K] of each member in blocks
+    [BN, BK], or [K, N] if TRANSPOSED, None past the last; b0_desc, ..: B [P, N] in blocks [16, BN or 64], None without
+    a pool; biases: pointer to [N] and stride; ys: [T, N], contiguous; lists: of group_shrink.py, with their capacity;
+    scratch: h [members, T, W] like x, of several parts [members, PARTS, T, W] in fp32, W, int32 slots [T]; sites: of
+    each member A [P, K], start, rank, scaling. SLOTS: a power of two of at least 32 and max_adapters.
     """
     dtype: gl.constexpr = x_desc.dtype
+    BK: gl.constexpr = x_desc.block_type.shape[1]
+    EACH: gl.constexpr = BK // 16
     PART: gl.constexpr = min(64, BN)
     of_x: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], dtype)
     of_b: gl.constexpr = gl.NVMMASharedLayout.get_default_for([16 * EACH, BN], dtype)
@@ -264,8 +252,8 @@ def fused_hopper_kernel(
             (
                 compute,
                 (
-                    ring, bs, ys, biases, lists, scratch, num_rows, widths, steps, CHUNKS, STAGES, TRANSPOSED, HAS_BIAS,
-                    HAS_POOL, PDL,
+                    ring, bs, ys, biases, lists, scratch, sites, max_adapters, num_rows, widths, steps, CHUNKS, PARTS,
+                    STAGES, TRANSPOSED, HAS_BIAS, HAS_POOL, SLOTS, PDL,
                 ),
             ),
             (
@@ -274,7 +262,13 @@ def fused_hopper_kernel(
                     ring, b_ring, x_desc, w_descs, num_rows, widths, steps, STAGES, TRANSPOSED, PDL, FIRST,
                 ),
             ),
-            (load_bs, (ring, b_ring, b_descs, lists, num_rows, widths, steps, STAGES, HAS_POOL, PDL)),
+            (
+                load_bs,
+                (
+                    ring, b_ring, b_descs, scratch[2], sites, max_adapters, num_rows, widths, steps, STAGES, HAS_POOL,
+                    SLOTS, PDL,
+                ),
+            ),
         ],
         [1, 1],
         [48, 48],
@@ -287,7 +281,7 @@ _launcher = Launcher(fused_hopper_kernel)
 def fused_hopper(call: LinearCall, tiles: FusedHopperTiles) -> list[torch.Tensor]:
     """-> [..., N] of each member, for rows of one slot each. TMA reads x, the weights and every B."""
     outputs = tuple(call.new_outputs())
-    scratch = scratch_of(call, BM.value, sorts=False)
+    scratch = scratch_of(call, BM.value, sorts=False, parts=tiles.shrink.parts)
     if call.members.has_pools:
         shrink_groups(call, scratch, tiles.shrink)
     transposed = lie_transposed(call)
@@ -296,32 +290,40 @@ def fused_hopper(call: LinearCall, tiles: FusedHopperTiles) -> list[torch.Tensor
     b_descs = [None if pool is None else describe(pool.b, b_block) for pool in call.members.pools]
     call.launch(
         plan,
-        describe(call.x, (32 if call.rows <= 32 else BM.value, BK.value)),
-        *call.described_weights((tiles.BN, BK.value), transposed=transposed, describe=describe),
+        describe(call.x, (_box_rows(call.rows), tiles.BK)),
+        *call.described_weights((tiles.BN, tiles.BK), transposed=transposed, describe=describe),
         *b_descs,
         *[None] * (MOST_MEMBERS - len(b_descs)),
         call.strided_biases,
         outputs,
         (scratch.groups, scratch.capacity),
         (scratch.h, scratch.width, scratch.slots),
+        call.members.a_pools,
         *plan.numbers,
     )
     return list(outputs)
+
+
+def _box_rows(rows: int) -> int:
+    """Rows of x that are copied at once. What lies in the rest of a tile of BM rows is multiplied and never read."""
+    return min(BM.value, max(16, next_power_of_2(rows)))
 
 
 def _plan(call: LinearCall, scratch: Scratch, tiles: FusedHopperTiles, transposed: bool) -> Plan:
     return call.planned(
         _launcher,
         (sum([cdiv(n, tiles.BN) for n in call.widths]) * cdiv(call.rows, BM.value),),
-        (call.rows, call.features // 8, tuple([n // 8 for n in call.widths])),
+        (call.rows, call.features // 8, tuple([n // 8 for n in call.widths]), call.members.max_adapters),
         4,
         registers=128,
         BN=tiles.BN,
         STAGES=tiles.stages,
         CHUNKS=scratch.width // 16,
+        PARTS=tiles.shrink.parts,
         TRANSPOSED=transposed,
         HAS_BIAS=call.has_bias,
         HAS_POOL=call.members.has_pool,
+        SLOTS=max(32, next_power_of_2(call.members.max_adapters)),
         PDL=call.overlap,
         FIRST=not call.members.has_pools,
     )

@@ -18,15 +18,6 @@ from fxlora.kernels.prefill_hopper import block_after
 BM = gl.constexpr(64)
 """Rows of a tile."""
 
-BK = gl.constexpr(64)
-"""In-features of a block."""
-
-EACH = gl.constexpr(4)
-"""Groups whose Bs fill the memory of a block of W."""
-
-LISTED = gl.constexpr(32)
-"""Groups whose pool rows are read at once."""
-
 NOWHERE = gl.constexpr(1 << 30)
 """A row past every matrix, from which TMA brings zeros."""
 
@@ -51,6 +42,7 @@ def ask_w(w_desc, step, col, ring, stage, x_desc, TRANSPOSED: gl.constexpr) -> N
     """Asks for a block of W, and lets its barrier expect one of x too."""
     there = ring[2].index(stage)
     mbarrier.expect(there, x_desc.block_type.nbytes + w_desc.block_type.nbytes)
+    BK: gl.constexpr = x_desc.block_type.shape[1]
     at = [step * BK, col] if TRANSPOSED else [col, step * BK]
     tma.async_copy_global_to_shared(w_desc, at, there, ring[1].index(stage))
 
@@ -59,42 +51,57 @@ def ask_w(w_desc, step, col, ring, stage, x_desc, TRANSPOSED: gl.constexpr) -> N
 def ask_x(x_desc, step, row, ring, stage) -> None:
     """Asks for a block of x, of no more rows than there are."""
     to = ring[0].index(stage).slice(0, x_desc.block_type.shape[0])
-    tma.async_copy_global_to_shared(x_desc, [row, step * BK], ring[2].index(stage), to)
+    tma.async_copy_global_to_shared(x_desc, [row, step * x_desc.block_type.shape[1]], ring[2].index(stage), to)
 
 
 @gluon.jit
-def ask_bs(rows, block, first, count, col, b_desc, there, bs, pieces, stage) -> None:
-    """Asks for B of EACH groups, 16 ranks of each, zero past the last group. rows: first pool rows of the groups from
-    `first` on, of which these are the block-th."""
+def add(a, b) -> gl.tensor:
+    """Their sum."""
+    return a + b
+
+
+@gluon.jit
+def groups_in(row_tile, slots_ptr, site, max_adapters, num_rows, SLOTS: gl.constexpr, WARPS: gl.constexpr) -> gl.tensor:
+    """Of each slot: its first pool row, the number of its first group among those of a row tile, one past its last, and
+    its ranks. And how many there are. Groups are numbered as in the list, which is made while this is needed."""
+    of_slots: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    rows, ids = row_tile * BM + gl.arange(0, BM, layout=of_slots), gl.arange(0, SLOTS, layout=of_slots)
+    slots = gl.load(slots_ptr + rows, mask=rows < num_rows, other=-1)
+    start = gl.load(site[1] + ids, mask=ids < max_adapters, other=0)
+    rank = gl.load(site[2] + ids, mask=ids < max_adapters, other=0)
+    known = (slots >= 0) & (slots < max_adapters)
+    present = gl.histogram(gl.where(known, slots, 0), SLOTS, mask=known, layout=of_slots) > 0
+    rank = gl.where(present, rank, 0)
+    end = gl.associative_scan((rank + 15) // 16, 0, add)
+    return start, end - (rank + 15) // 16, end, rank, gl.sum((rank + 15) // 16, axis=0)
+
+
+@gluon.jit
+def ask_bs(groups, block, col, b_desc, there, bs, pieces, stage) -> None:
+    """Asks for B of as many groups as have room, 16 ranks of each, zero past the last. groups: of `groups_in`."""
     PARTS: gl.constexpr = bs.shape[2] // pieces.shape[2]
-    numbers = gl.arange(0, LISTED, layout=rows.type.layout)
+    EACH: gl.constexpr = bs.shape[1] // 16
+    start, first, end, _, count = groups
     mbarrier.expect(there, EACH * PARTS * b_desc.block_type.nbytes)
     for i in gl.static_range(EACH):
         number = EACH * block + i
-        row = gl.sum(gl.where(numbers == number, rows, 0), axis=0)
-        row = gl.where(first + number < count, row, NOWHERE)
+        row = gl.sum(gl.where((number >= first) & (number < end), start + 16 * (number - first), 0), axis=0)
+        row = gl.where(number < count, row, NOWHERE)
         for part in gl.static_range(PARTS):
             to = pieces.index((stage * PARTS + part) * EACH + i)
             tma.async_copy_global_to_shared(b_desc, [row, col + part * pieces.shape[2]], there, to)
 
 
 @gluon.jit
-def rows_from(first, listed) -> gl.tensor:
-    """First pool rows of LISTED groups; anything past the last."""
-    record, capacity = listed
-    numbers = first + gl.arange(0, LISTED, layout=gl.BlockedLayout([1], [32], [1], [0]))
-    return gl.load(record + capacity + numbers, mask=numbers < capacity, other=0, cache_modifier=".cg")
-
-
-@gluon.jit
 def load_bs(
-    ring, b_ring, b_descs, lists, num_rows, widths, steps, STAGES: gl.constexpr, HAS_POOL: gl.constexpr,
-    PDL: gl.constexpr,
+    ring, b_ring, b_descs, slots_ptr, sites, max_adapters, num_rows, widths, steps, STAGES: gl.constexpr,
+    HAS_POOL: gl.constexpr, SLOTS: gl.constexpr, PDL: gl.constexpr,
 ) -> None:  # fmt: skip
-    """Every B of this program's tile, EACH groups to a block, behind the last block of W.
+    """Every B of this program's tile, behind the last block of W.
 
-    A warp of its own looks up where they lie, as that takes round trips, and h may be late. It uses the ring when
-    the other one has asked for everything: a block's barrier tells one phase from the next, not from one further on.
+    A warp of its own looks up where they lie, as that takes round trips; it does not wait for the shrink. It uses the
+    ring when the other one has asked for everything: a block's barrier tells one phase from the next, not from one
+    further on.
     """
     full, empty = ring[2], ring[3]
     bs, pieces, asked = b_ring
@@ -105,24 +112,16 @@ def load_bs(
         if HAS_POOL[member]:  # noqa: SIM102 (a choice at compile time is an `if` of its own)
             if (program >= begin) & (program < end):
                 row_tile, col_tile = tile_of(program - begin, num_rows)
-                if PDL:
-                    gdc_wait()
-                listed = list_of(row_tile, member, lists, num_rows)
-                count = gl.load(listed[0] + FIELDS * listed[1], cache_modifier=".cg")
-                rows = rows_from(0, listed)
+                groups = groups_in(row_tile, slots_ptr, sites[member], max_adapters, num_rows, SLOTS, 1)
                 mbarrier.wait(asked, 0)
                 stage, phase = steps % STAGES, (steps // STAGES & 1) ^ 1
-                for first in range(0, count, LISTED):
-                    coming = rows_from(gl.minimum(first + LISTED, count), listed)
-                    for block in range(gl.cdiv(gl.minimum(count - first, LISTED), EACH)):
-                        mbarrier.wait(empty.index(stage), phase)
-                        ask_bs(
-                            rows, block, first, count, col_tile * BN, b_descs[member], full.index(stage), bs, pieces,
-                            stage,
-                        )  # fmt: skip
-                        stage, phase = block_after(stage, phase, STAGES)
-                    rows = coming
+                for block in range(gl.cdiv(groups[4], bs.shape[1] // 16)):
+                    mbarrier.wait(empty.index(stage), phase)
+                    ask_bs(groups, block, col_tile * BN, b_descs[member], full.index(stage), bs, pieces, stage)
+                    stage, phase = block_after(stage, phase, STAGES)
         begin = end
+    if PDL:
+        gdc_wait()
 
 
 @gluon.jit

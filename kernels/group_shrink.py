@@ -34,7 +34,7 @@ EACH = tl.constexpr(3)
 class Scratch(NamedTuple):
     """What the two launches share, uninitialised, and the row map as they read it."""
 
-    h: torch.Tensor  # [members, E, W], like x
+    h: torch.Tensor  # [members, E, W], like x; of several parts [members, parts, E, W], fp32
     width: int  # W
     groups: torch.Tensor  # int32 [members, row tiles, list_words(capacity)]
     capacity: int
@@ -43,13 +43,13 @@ class Scratch(NamedTuple):
     is_sorted: bool  # rows are taken in the order of their slots
 
 
-def scratch_of(call: LinearCall, block_rows: int, sorts: bool) -> Scratch:
+def scratch_of(call: LinearCall, block_rows: int, sorts: bool, parts: int = 1) -> Scratch:
     """New scratch of a call. sorts: rows are taken in the order of their slots, where there are several tiles of rows,
-    and each row has one slot."""
+    and each row has one slot. parts: of h, to be added up."""
     width = max(16, next_power_of_2(call.members.h_width))
     capacity = list_capacity(call.members.max_adapters, block_rows * call.width, width)
     members = len(call.widths)
-    h = call.new_scratch(members, call.entries, width, dtype=call.x.dtype)
+    h = call.new_scratch(members * parts, call.entries, width, dtype=call.x.dtype if parts == 1 else torch.float32)
     groups = call.new_scratch(members, cdiv(call.rows, block_rows), list_words(capacity), dtype=torch.int32)
     is_sorted = sorts and call.width == 1 and call.rows > block_rows
     return Scratch(h, width, groups, capacity, call.row_slots.contiguous(), block_rows, is_sorted)
@@ -80,7 +80,7 @@ def share_of(items, few) -> tl.tensor:
 @triton.jit(do_not_specialize=["num_rows", "max_adapters", "few"])
 def group_shrink_kernel(
     x,  # [T, K]: pointer, strides
-    h_ptr,  # [members, E, W], like x
+    h_ptr,  # [members, E, W], like x; of several parts [members, PARTS, E, W], fp32
     h_width,  # W
     groups_ptr,  # int32 [members, row tiles, list_words(capacity)]
     capacity,
@@ -99,6 +99,7 @@ def group_shrink_kernel(
     BINS: tl.constexpr,  # power of two above S
     SORTED: tl.constexpr,
     HEIGHT: tl.constexpr,
+    PARTS: tl.constexpr,  # programs that share the in-features of a tile
     SHARES: tl.constexpr,  # programs that share the ranks of a tile
     BR: tl.constexpr,
     BK: tl.constexpr,
@@ -118,6 +119,7 @@ def group_shrink_kernel(
         if HAS_POOL[member]:
             if tl.program_id(1) == member:
                 site = sites[member]
+                h_at = h_ptr + member * num_entries.to(tl.int64) * h_width * PARTS
                 adapters = adapters_of(  # A stands in for B, which nothing here reads
                     member, site[0], site, max_adapters, slots_ptr, h_ptr, h_width, groups_ptr, capacity, num_entries,
                     tiles_m,
@@ -129,15 +131,16 @@ def group_shrink_kernel(
                 if HEIGHT > TILE:
                     ends = tile_ends(segments_ptr, num_entries, max_adapters, HEIGHT, BINS)
                     count = tl.max(ends, axis=0)
-                begin, step = share_of(count * SHARES, few)
-                for item in tl.range(begin, count * SHARES, step, num_stages=1):
+                items = count * (PARTS * SHARES)
+                begin, step = share_of(items, few)
+                for item in tl.range(begin, items, step, num_stages=1):
                     if HEIGHT == TILE:
-                        tile = tile_of(item // SHARES, segments_ptr, num_entries, max_adapters)
+                        tile = tile_of(item // (PARTS * SHARES), segments_ptr, num_entries, max_adapters)
                     else:
-                        tile = tall_tile_of(item // SHARES, ends, segments_ptr, num_entries, HEIGHT)
+                        tile = tall_tile_of(item // (PARTS * SHARES), ends, segments_ptr, num_entries, HEIGHT)
                     shrink_tile(
-                        tile, 0, item % SHARES, x, adapters.h, h_width, coeffs, segments_ptr, site, num_entries,
-                        num_features, J, 1, SHARES, HEIGHT, BR, BK, SLICES, STAGES, HAS_COEFFS,
+                        tile, item % PARTS, item // PARTS % SHARES, x, h_at, h_width, coeffs, segments_ptr, site,
+                        num_entries, num_features, J, PARTS, SHARES, HEIGHT, BR, BK, SLICES, STAGES, HAS_COEFFS,
                     )  # fmt: skip
 
 
@@ -145,7 +148,7 @@ _launcher = Launcher(group_shrink_kernel)
 
 
 def shrink_groups(call: LinearCall, scratch: Scratch, tile: ShrinkTile) -> None:
-    """Fills the lists of groups, and h of each entry: whole groups, zero beyond the rank. tile: of one part."""
+    """Fills the lists of groups, and h of each entry: whole groups, zero beyond the rank."""
     plan = call.plan(_launcher, tile, lambda: _plan(call, scratch, tile), step=(scratch.block_rows, scratch.is_sorted))
     call.launch(
         plan,
@@ -165,7 +168,7 @@ def shrink_groups(call: LinearCall, scratch: Scratch, tile: ShrinkTile) -> None:
 def _plan(call: LinearCall, scratch: Scratch, tile: ShrinkTile) -> Plan:
     members = call.members
     shares = tile.shares_of(members.h_width)
-    items = min(call.entries, tile_bound(call.entries, members.max_adapters, tile.BM)) * shares
+    items = min(call.entries, tile_bound(call.entries, members.max_adapters, tile.BM)) * tile.parts * shares
     return call.planned(
         _launcher,
         (min(items, tile.programs), len(call.widths)),
@@ -178,6 +181,7 @@ def _plan(call: LinearCall, scratch: Scratch, tile: ShrinkTile) -> Plan:
         BINS=max(32, next_power_of_2(members.max_adapters + 1)),
         SORTED=scratch.is_sorted,
         HEIGHT=tile.BM,
+        PARTS=tile.parts,
         SHARES=shares,
         BR=max(16, min(tile.BR, scratch.width)),
         BK=tile.BK,

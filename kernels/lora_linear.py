@@ -61,6 +61,9 @@ FEW_ROWS = 64
 GEMV_ROWS, GEMV_COLUMNS = 16, 512
 """Most rows and columns of a batch that matrix-vector products serve; one row is served whatever its columns."""
 
+WAVE_SLOTS = 512
+"""Most slots of a pool whose table a warp of fused_hopper.py holds."""
+
 Body = Callable[[LinearCall, Any], list[torch.Tensor]]
 """(call, its tiles) -> the members' outputs."""
 
@@ -111,8 +114,8 @@ def body_of(call: LinearCall) -> tuple[Body, object]:
     if dtype == torch.float32:
         return single, single_tiles(rows, features)
     ranks, many = call.members.h_width, rows > DECODE_ROWS
-    wave = fused_hopper_tiles(rows, features, call.widths, ranks) if GEMV_ROWS < rows <= DECODE_ROWS else None
-    if wave and dtype == torch.bfloat16 and call.width == 1 and _all_by_tma(call) and has_gluon(call.x.device):
+    wave = None if many else fused_hopper_tiles(rows, features, call.widths, ranks)
+    if wave and _serves_a_wave(call):
         return _one_wave, wave
     if (many or (rows > FEW_ROWS and prefers_prefill(rows, features, call.widths, dtype))) and _all_by_tma(call):
         tile_of = hopper_tile if has_gluon(call.x.device) else prefill_tile
@@ -126,6 +129,12 @@ def body_of(call: LinearCall) -> tuple[Body, object]:
     aligned = not any([n % 8 for n in call.widths])
     tiles = fused_tiles(rows, features, call.widths, ranks, aligned) if dtype == torch.bfloat16 else None
     return (fused, tiles) if tiles else (decode, decode_tiles(rows, features, columns, ranks, units[0] == 1))
+
+
+def _serves_a_wave(call: LinearCall) -> bool:
+    """fused_hopper.py can take the call."""
+    is_one = call.width == 1 and call.x.dtype == torch.bfloat16
+    return is_one and call.members.max_adapters <= WAVE_SLOTS and _all_by_tma(call) and has_gluon(call.x.device)
 
 
 def _one_wave(call: LinearCall, tiles: FusedHopperTiles) -> list[torch.Tensor]:

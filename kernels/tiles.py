@@ -138,10 +138,12 @@ class FusedTiles:
 
 @dataclass(frozen=True)
 class FusedHopperTiles:
-    """The two launches of fused_hopper.py: tiles of 64 rows by BN columns, a ring of so many stages."""
+    """The two launches of fused_hopper.py: tiles of 64 rows by BN columns, a ring of so many stages of BK
+    in-features."""
 
     shrink: ShrinkTile
     BN: int
+    BK: int
     stages: int
 
 
@@ -180,6 +182,8 @@ _SHRINK_HALVES = ShrinkTile(16, 64, 256, 2, 264, 4, 3, 4)
 _SHRINK_HALVES_RANKS = ShrinkTile(16, 64, 256, 2, 264, 4, 3, 1)
 _SHRINK_QUARTERS_RANKS = ShrinkTile(16, 64, 128, 4, 264, 4, 3, 1)
 SHRINK_ALONE = ShrinkTile(16, 64, 256, 1, 264, 4, 4, 4)
+_SHRINK_APART = replace(SHRINK_ALONE, num_stages=6)
+_SHRINK_BESIDE = replace(SHRINK_ALONE, parts=2)
 _SHRINK_ALONE_RANKS = ShrinkTile(16, 32, 256, 1, 264, 4, 3, 4, 16)
 _SHRINK_SHARED_RANKS = ShrinkTile(16, 16, 256, 1, 528, 4, 4, 4, 16)
 _GEMV_SHORT, _GEMV_ODD = GemvTile(4, 512, 1, 8, _VECTOR), GemvTile(8, 512, 2, 8, _VECTOR)
@@ -321,28 +325,34 @@ def _fused_gemm(rows: int, features: int, widths: tuple[int, ...], width: int) -
 
 @cache
 def fused_hopper_tiles(rows: int, features: int, widths: tuple[int, ...], width: int) -> FusedHopperTiles | None:
-    """Tiles of a bf16 linear of 17 to 256 rows of one slot each on a Hopper GPU, None where others serve it better.
+    """Tiles of a bf16 linear of up to 256 rows of one slot each on a Hopper GPU, None where others serve it better.
 
     One wave, in which a program has a multiprocessor to itself: enough of them to bring W, and not more. Where those
-    and the shrink's are a wave together, a ring takes so much memory that none shares a multiprocessor with a shrink's,
-    which would be late; where they are more, it leaves room for one. Where many adapters of many ranks may meet in a
-    tile, which takes them one after another, others are faster at 64 rows, and where a tile is wide.
+    and the shrink's are a wave together, both take so much memory that none share a multiprocessor, which would make
+    the shrink late; where they are more, rings leave it room. Where many adapters of many ranks may meet in a tile,
+    which takes them one after another, others are faster at 64 rows, and where a tile is wide.
     """
-    many_ranks = width > 16
-    if width > 64 or (many_ranks and not 64 < rows <= 128) or features < 2048 or (features == 2048 and rows <= 32):
+    if width > 64 or (width > 16 and not 64 < rows <= 128) or features < 2048:
         return None
-    shrink = _SHRINK_SHARED_RANKS if many_ranks else SHRINK_ALONE
     count = counter(rows, widths)
     small, large = count(64, 64), count(64, 128)
+    apart = small + min(rows, 64) * len(widths) <= MULTIPROCESSORS and sum(widths) >= 2048
+    if rows <= 16 and not (apart and rows > 8 and features > 4096 and small >= 56):
+        return None
+    if apart and width <= 16:
+        return FusedHopperTiles(_SHRINK_APART, 64, 128, 6)
     if rows <= 64:
-        stages = 12 if small <= MULTIPROCESSORS // 2 else 10
-        return FusedHopperTiles(shrink, 64, stages) if 48 <= small <= 80 else None
+        return FusedHopperTiles(SHRINK_ALONE, 64, 128, 5) if 48 <= small <= MULTIPROCESSORS else None
     least = 64 if features < TALL else 96
+    beside = replace(_SHRINK_BESIDE, programs=MULTIPROCESSORS // len(widths))
     if least <= small <= MULTIPROCESSORS:
-        return FusedHopperTiles(shrink, 64, 10)
-    if least <= large <= MULTIPROCESSORS and (rows <= 128 or len(widths) == 1):
-        return FusedHopperTiles(shrink, 128, 7)
-    return None
+        return (
+            FusedHopperTiles(_SHRINK_SHARED_RANKS, 64, 64, 10) if width > 16 else FusedHopperTiles(beside, 64, 128, 5)
+        )
+    if not least <= large <= MULTIPROCESSORS:
+        return None
+    shrink = _SHRINK_SHARED_RANKS if width > 16 else SHRINK_ALONE if rows > 128 and len(widths) > 1 else beside
+    return FusedHopperTiles(shrink, 128, 64, 7)
 
 
 @cache

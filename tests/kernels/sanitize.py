@@ -14,7 +14,6 @@ import torch
 
 from fxlora.kernels.expert_tiles import ExpertBesideTile, ExpertHopperTile
 from fxlora.kernels.prefill_tiles import BesideTile
-from fxlora.kernels.tiles import SHRINK_ALONE, FusedHopperTiles
 from tests.kernels.cases import HAS_CUDA, assert_right, make_case
 from tests.kernels.expert_cases import assert_experts_right, make_expert_case
 from tests.kernels.test_bodies import BODIES, DECODE, DEVICE, FUSED, GEMV, SINGLE, check, serves, small_case
@@ -22,6 +21,7 @@ from tests.kernels.test_expert_hopper import assert_same as assert_same_in_one
 from tests.kernels.test_expert_hopper import large_case as case_in_one
 from tests.kernels.test_expert_hopper_shrink import assert_same as assert_same_of_experts
 from tests.kernels.test_expert_hopper_shrink import large_case as large_expert_case
+from tests.kernels.test_fused_hopper import FORMS as WAVE_FORMS
 from tests.kernels.test_fused_hopper import assert_same as assert_same_of_a_wave
 from tests.kernels.test_fused_hopper import some_rows
 from tests.kernels.test_prefill_hopper import IS_HOPPER, RANKS, SHARED, TURNS, assert_same_of_few_programs
@@ -78,8 +78,8 @@ def hopper_calls() -> Iterator[Callable[[], object]]:
 
 
 def one_wave() -> Iterator[Callable[[], object]]:
-    """fused_hopper.py: tiles of either width, few steps and short groups, more groups than the ring has room for."""
-    for tiles in (FusedHopperTiles(SHRINK_ALONE, 64, 10), FusedHopperTiles(SHRINK_ALONE, 128, 7)) if IS_HOPPER else ():
+    """fused_hopper.py: every form of a tile, few steps and short groups, more groups than the ring has room for."""
+    for tiles in WAVE_FORMS.values() if IS_HOPPER else ():
         for features, ranks in ((200, (8, 0, 40, 3)), (1032, (16,) * 70)):
             options = {"rows": 150, "features": features, "outs": (264, 72), "ranks": ranks, "bias": True}
             case = {"order": "shuffled", **options}

@@ -252,6 +252,23 @@ def test_fused_tiles(rows: int, tiles: str) -> None:
     check("fused", case, tile, bare=rows < 64)
 
 
+@pytest.mark.parametrize("parts", [2, 3])
+def test_parts_of_a_shrink_add_up(parts: int) -> None:
+    """group_shrink.py: several programs share the in-features of a tile, of which the last may get none."""
+    from fxlora.kernels.group_shrink import scratch_of, shrink_groups
+
+    case = small_case(rows=40, features=200, outs=(24, 40), ranks=(3, 0, 70, 16), none_members=(0,), order="shuffled")
+    call = linear_call(case)
+    whole, shared = scratch_of(call, 64, sorts=False), scratch_of(call, 64, sorts=False, parts=parts)
+    shrink_groups(call, whole, ALONE)
+    shrink_groups(call, shared, replace(ALONE, parts=parts))
+    assert torch.equal(whole.groups[1, 0, -1], shared.groups[1, 0, -1])
+    found, expected = shared.h.view(2, parts, 40, -1)[1].sum(0), whole.h[1].float()
+    for row, slot in enumerate(case.row_slots[:, 0].tolist()):
+        rank = (3, 0, 70, 16)[slot] if slot >= 0 else 0
+        torch.testing.assert_close(found[row, :rank], expected[row, :rank], rtol=1e-2, atol=1e-2)
+
+
 def test_weights_that_tma_does_not_read() -> None:
     """In-features of which rows are not 16 bytes apart, weights with strides, fp32: through pointers."""
     tile = FUSED["W by TMA"]
