@@ -77,6 +77,30 @@ def share_of(items, few) -> tl.tensor:
     return tl.where(program < programs, program, items), programs
 
 
+@triton.jit
+def make_h(
+    x, h_ptr, h_width, coeffs, segments_ptr, site, num_entries, num_features, max_adapters, few, J: tl.constexpr,
+    BINS: tl.constexpr, HEIGHT: tl.constexpr, PARTS: tl.constexpr, SHARES: tl.constexpr, BR: tl.constexpr,
+    BK: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr, HAS_COEFFS: tl.constexpr,
+) -> None:  # fmt: skip
+    """This program's share of one member's h."""
+    ends, count = None, count_tiles(segments_ptr, num_entries, max_adapters)
+    if HEIGHT > TILE:
+        ends = tile_ends(segments_ptr, num_entries, max_adapters, HEIGHT, BINS)
+        count = tl.max(ends, axis=0)
+    items = count * (PARTS * SHARES)
+    begin, step = share_of(items, few)
+    for item in tl.range(begin, items, step, num_stages=1):
+        if HEIGHT == TILE:
+            tile = tile_of(item // (PARTS * SHARES), segments_ptr, num_entries, max_adapters)
+        else:
+            tile = tall_tile_of(item // (PARTS * SHARES), ends, segments_ptr, num_entries, HEIGHT)
+        shrink_tile(
+            tile, item % PARTS, item // PARTS % SHARES, x, h_ptr, h_width, coeffs, segments_ptr, site, num_entries,
+            num_features, J, PARTS, SHARES, HEIGHT, BR, BK, SLICES, STAGES, HAS_COEFFS,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["num_rows", "max_adapters", "few"])
 def group_shrink_kernel(
     x,  # [T, K]: pointer, strides
@@ -127,21 +151,10 @@ def group_shrink_kernel(
                 first = tl.num_programs(0) - 1 - tl.program_id(0)
                 for row_tile in tl.range(first, tiles_m, tl.num_programs(0), num_stages=1):
                     list_tile(row_tile, adapters, segments_ptr, num_rows, J, JP, BM, BINS, SORTED)
-                ends, count = None, count_tiles(segments_ptr, num_entries, max_adapters)
-                if HEIGHT > TILE:
-                    ends = tile_ends(segments_ptr, num_entries, max_adapters, HEIGHT, BINS)
-                    count = tl.max(ends, axis=0)
-                items = count * (PARTS * SHARES)
-                begin, step = share_of(items, few)
-                for item in tl.range(begin, items, step, num_stages=1):
-                    if HEIGHT == TILE:
-                        tile = tile_of(item // (PARTS * SHARES), segments_ptr, num_entries, max_adapters)
-                    else:
-                        tile = tall_tile_of(item // (PARTS * SHARES), ends, segments_ptr, num_entries, HEIGHT)
-                    shrink_tile(
-                        tile, item % PARTS, item // PARTS % SHARES, x, h_at, h_width, coeffs, segments_ptr, site,
-                        num_entries, num_features, J, PARTS, SHARES, HEIGHT, BR, BK, SLICES, STAGES, HAS_COEFFS,
-                    )  # fmt: skip
+                make_h(
+                    x, h_at, h_width, coeffs, segments_ptr, site, num_entries, num_features, max_adapters, few, J, BINS,
+                    HEIGHT, PARTS, SHARES, BR, BK, SLICES, STAGES, HAS_COEFFS,
+                )  # fmt: skip
 
 
 _launcher = Launcher(group_shrink_kernel)
