@@ -1,9 +1,11 @@
 """A linear of some rows on a Hopper GPU: y = x W^T + bias + h B, in which the ranks of adapters are in-features more.
 
-Stage: run time, in place of the product of fused.py where its tiles are one wave; the arithmetic is that one's.
-group_shrink.py lists the groups of each row tile and makes h beside it. One warp brings blocks of x and W through TMA
-to a ring in shared memory, and behind the last of them another one the Bs of the row tile's groups, so that these are
-there when they are needed (fused_hopper_loads.py); four warps multiply. A program makes one tile of y.
+Stage: run time, in place of the product of fused.py where its tiles are one wave; the arithmetic is that one's, but
+for h where it comes in parts, which are added up in fp32 before it is rounded. group_shrink.py makes h beside this
+launch, and lists the groups of each row tile, of which little is left to ask when it ends: they follow from the row map
+and are numbered here too. One warp brings blocks of x and W through TMA to a ring in shared memory, and behind the last
+of them another one the Bs of the row tile's groups, so that these are there when they are needed
+(fused_hopper_loads.py); four warps multiply. A program makes one tile of y.
 
 Letters: T rows of one slot each, K in-features, N out-features, P pool rows, W columns of h.
 """

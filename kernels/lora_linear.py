@@ -5,8 +5,8 @@ holds:
     one row, or a few over few columns     gemv.py      shrink, matrix-vector products
     other fp32                             single.py    shrink, the library's product, expand
     up to DECODE_ROWS rows                 decode.py    base product with the shrink beside it, expand
-        many of them, or many columns      fused.py     shrink, base product that takes the expand along (tiles of
-                                                        one wave on a Hopper GPU: fused_hopper.py)
+        many of them, or many columns      fused.py     shrink, base product that takes the expand along
+        tiles of one wave, on Hopper       fused_hopper.py  the same
     more rows, where TMA can read it all   prefill.py   shrink, one persistent launch of base product and expand (large
                                                         calls on a Hopper GPU: prefill_hopper.py)
         other bf16                         fused.py
