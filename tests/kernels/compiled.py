@@ -107,7 +107,9 @@ CALLS: dict[str, Callable[[], object]] = {
     "more rows": lambda: linear(256, 4096, 4096),
     "more rows, tall": lambda: linear(256, 14336, 4096),
     "more rows, tiles of one wave": lambda: [
+        linear(12, 5120, 5120, own=True),
         linear(64, 4096, 4096, own=True),
+        linear(128, 4096, 4096, own=True),
         linear(128, 4096, 4096, 1024, 1024, own=True),
         linear(256, 4096, 4096, transposed=True, own=True),
         linear(128, 4096, 4096, rank=64, own=True),

@@ -18,7 +18,7 @@ from fxlora.kernels.tiles import (
     GemmTile,
     fused_hopper_tiles,
 )
-from tests.kernels.cases import Case, assert_near, assert_right, equal_bits, linear_call, make_case
+from tests.kernels.cases import Case, assert_near, assert_right, draw_slots, equal_bits, linear_call, make_case
 from tests.kernels.test_prefill_hopper import IS_HOPPER
 
 PLAIN = FusedTiles(SHRINK_ALONE, GemmTile(64, 64, 64, 1, False, 4, 4), 16, 3)
@@ -104,6 +104,16 @@ def test_no_slot_no_adapter(tiles: FusedHopperTiles) -> None:
     assert_same(none, tiles)
     assert_same(case.with_slots(torch.full_like(case.row_slots, 2)), tiles)  # rank 0
     assert equal_bits(run(case, tiles), run(none, tiles), (case.row_slots[:, 0] == -1) | (case.row_slots[:, 0] == 2))
+
+
+@of_every_tile
+def test_a_row_keeps_its_bits_whatever_the_others_use(tiles: FusedHopperTiles) -> None:
+    case = some_rows(order="shuffled")
+    first, kept = run(case, tiles), torch.arange(0, len(case.row_slots), 9, device="cuda")
+    for order in ("runs", "one", "shuffled"):
+        slots = draw_slots(*case.row_slots.shape, case.max_adapters, order).to("cuda")
+        slots[kept] = case.row_slots[kept]
+        assert equal_bits(run(case.with_slots(slots), tiles), first, kept)
 
 
 @of_every_tile
