@@ -336,7 +336,8 @@ def fused_hopper_tiles(rows: int, features: int, widths: tuple[int, ...], width:
         return None
     count = counter(rows, widths)
     small, large = count(64, 64), count(64, 128)
-    apart = small + min(rows, 64) * len(widths) <= MULTIPROCESSORS and sum(widths) >= 2048
+    enough = sum(widths) >= (2048 if features <= TALL else 3072)  # tiles, to bring so much
+    apart = enough and small + min(rows, 64) * len(widths) <= MULTIPROCESSORS
     if rows <= 16 and not (apart and rows > 8 and features > 4096 and small >= 56):
         return None
     if apart and width <= 16:

@@ -161,7 +161,7 @@ def test_they_are_for_one_wave() -> None:
     assert kind(128, 4096, 4096, 1024, 1024) == kind(256, 14336, 4096) == kind(128, 5120, 5120) == (128, 7, 2)
     assert kind(256, 2048, 2048, 512, 512) == (128, 7, 1)
     assert kind(64, 4096, 28672) is kind(256, 5120, 5120) is kind(16, 8192, 8192) is None  # more
-    assert kind(64, 8192, 1024) is kind(64, 1024, 4096) is None  # few to bring all of W; short
+    assert kind(64, 8192, 1024) is kind(64, 11008, 2048) is kind(64, 1024, 4096) is None  # few to bring all of W; short
     assert kind(8, 5120, 5120) is kind(16, 4096, 4096) is None  # few rows
     assert kind(64, 4096, 4096, width=64) is kind(256, 4096, 4096, width=64) is None
     assert kind(128, 4096, 4096, width=64) == (64, 10, 1)
