@@ -228,15 +228,14 @@ def fused_hopper_kernel(
     """
     dtype: gl.constexpr = x_desc.dtype
     BK: gl.constexpr = x_desc.block_type.shape[1]
-    EACH: gl.constexpr = BK // 16
     PART: gl.constexpr = min(64, BN)
     of_x: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], dtype)
-    of_b: gl.constexpr = gl.NVMMASharedLayout.get_default_for([16 * EACH, BN], dtype)
+    of_b: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BK, BN], dtype)
     of_piece: gl.constexpr = gl.NVMMASharedLayout.get_default_for([16, PART], dtype)
     xs = gl.allocate_shared_memory(dtype, [STAGES, BM, BK], of_x)
     ws = gl.allocate_shared_memory(dtype, [STAGES, BK if TRANSPOSED else BN, BN if TRANSPOSED else BK], w0_desc.layout)
-    bs = ws._reinterpret(dtype, [STAGES, 16 * EACH, BN], of_b)
-    pieces = ws._reinterpret(dtype, [STAGES * (BN // PART) * EACH, 16, PART], of_piece)
+    bs = ws._reinterpret(dtype, [STAGES, BK, BN], of_b)
+    pieces = ws._reinterpret(dtype, [STAGES * (BN // PART) * (BK // 16), 16, PART], of_piece)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):

@@ -72,8 +72,9 @@ def groups_in(row_tile, slots_ptr, site, max_adapters, num_rows, SLOTS: gl.const
     known = (slots >= 0) & (slots < max_adapters)
     present = gl.histogram(gl.where(known, slots, 0), SLOTS, mask=known, layout=of_slots) > 0
     rank = gl.where(present, rank, 0)
-    end = gl.associative_scan((rank + 15) // 16, 0, add)
-    return start, end - (rank + 15) // 16, end, rank, gl.sum((rank + 15) // 16, axis=0)
+    groups = (rank + 15) // 16
+    end = gl.associative_scan(groups, 0, add)
+    return start, end - groups, end, rank, gl.sum(groups, axis=0)
 
 
 @gluon.jit

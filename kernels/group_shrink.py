@@ -161,7 +161,8 @@ _launcher = Launcher(group_shrink_kernel)
 
 
 def shrink_groups(call: LinearCall, scratch: Scratch, tile: ShrinkTile) -> None:
-    """Fills the lists of groups, and h of each entry: whole groups, zero beyond the rank."""
+    """Fills the lists of groups, and h of each entry: whole groups, zero beyond the rank. tile: of as many parts as
+    `scratch`."""
     plan = call.plan(_launcher, tile, lambda: _plan(call, scratch, tile), step=(scratch.block_rows, scratch.is_sorted))
     call.launch(
         plan,

@@ -183,7 +183,6 @@ _SHRINK_HALVES_RANKS = ShrinkTile(16, 64, 256, 2, 264, 4, 3, 1)
 _SHRINK_QUARTERS_RANKS = ShrinkTile(16, 64, 128, 4, 264, 4, 3, 1)
 SHRINK_ALONE = ShrinkTile(16, 64, 256, 1, 264, 4, 4, 4)
 _SHRINK_APART = replace(SHRINK_ALONE, num_stages=6)
-_SHRINK_BESIDE = replace(SHRINK_ALONE, parts=2)
 _SHRINK_ALONE_RANKS = ShrinkTile(16, 32, 256, 1, 264, 4, 3, 4, 16)
 _SHRINK_SHARED_RANKS = ShrinkTile(16, 16, 256, 1, 528, 4, 4, 4, 16)
 _GEMV_SHORT, _GEMV_ODD = GemvTile(4, 512, 1, 8, _VECTOR), GemvTile(8, 512, 2, 8, _VECTOR)
@@ -344,16 +343,15 @@ def fused_hopper_tiles(rows: int, features: int, widths: tuple[int, ...], width:
         return FusedHopperTiles(_SHRINK_APART, 64, 128, 6)
     if rows <= 64:
         return FusedHopperTiles(SHRINK_ALONE, 64, 128, 5) if 48 <= small <= MULTIPROCESSORS else None
-    least = 64 if features < TALL else 96
-    beside = replace(_SHRINK_BESIDE, programs=MULTIPROCESSORS // len(widths))
+    least, ring = 64 if features < TALL else 96, (128, 5)
+    beside = replace(SHRINK_ALONE, parts=2, programs=MULTIPROCESSORS // len(widths))
+    if width > 16:
+        beside, ring = _SHRINK_SHARED_RANKS, (64, 10)
     if least <= small <= MULTIPROCESSORS:
-        return (
-            FusedHopperTiles(_SHRINK_SHARED_RANKS, 64, 64, 10) if width > 16 else FusedHopperTiles(beside, 64, 128, 5)
-        )
-    if not least <= large <= MULTIPROCESSORS:
-        return None
-    shrink = _SHRINK_SHARED_RANKS if width > 16 else SHRINK_ALONE if rows > 128 and len(widths) > 1 else beside
-    return FusedHopperTiles(shrink, 128, 64, 7)
+        return FusedHopperTiles(beside, 64, *ring)
+    if least <= large <= MULTIPROCESSORS:
+        return FusedHopperTiles(beside if rows <= 128 or len(widths) == 1 else SHRINK_ALONE, 128, 64, 7)
+    return None
 
 
 @cache

@@ -1,5 +1,5 @@
-"""The kernel that a Hopper GPU has for some rows gives the bits of fused.py, which test_lora_linear.py holds to the
-reference; its tiles keep to what it serves best."""
+"""The kernel that a Hopper GPU has for some rows gives the bits of fused.py where both add in one order, which
+test_lora_linear.py holds to the reference; its tiles keep to what it serves best."""
 
 from __future__ import annotations
 
