@@ -1,8 +1,8 @@
 """The launch before fused.py's and prefill.py's: groups of each row tile, h = coeff * scaling * (x A^T) of each entry.
 
-Stage: run time, beside the base product of the launch after it. Groups are listed by groups.py; h is made by the
-matrix unit, tiles of up to HEIGHT entries of one slot: each A is read once for each tile, and only if its adapter is in
-the batch. An entry's bits follow from its own x and adapter alone.
+Stage: run time, beside the base product of the launch after it. Groups are listed by groups.py (fused_hopper.py finds them
+itself); h is made by the matrix unit, tiles of up to HEIGHT entries of one slot: each A is read once for each tile, and
+only if its adapter is in the batch. An entry's bits follow from its own x and adapter alone.
 
 Letters: T rows, J slots per row, E = T * J entries, K in-features, W words of an entry's h, S slots.
 """
@@ -36,21 +36,23 @@ class Scratch(NamedTuple):
 
     h: torch.Tensor  # [members, E, W], like x; of several parts [members, parts, E, W], fp32
     width: int  # W
-    groups: torch.Tensor  # int32 [members, row tiles, list_words(capacity)]
+    groups: torch.Tensor | None  # int32 [members, row tiles, list_words(capacity)], None where nobody reads lists
     capacity: int
     slots: torch.Tensor  # int32 [T, J], contiguous
     block_rows: int  # rows of a tile
     is_sorted: bool  # rows are taken in the order of their slots
 
 
-def scratch_of(call: LinearCall, block_rows: int, sorts: bool, parts: int = 1) -> Scratch:
+def scratch_of(call: LinearCall, block_rows: int, sorts: bool, parts: int = 1, lists: bool = True) -> Scratch:
     """New scratch of a call. sorts: rows are taken in the order of their slots, where there are several tiles of rows,
-    and each row has one slot. parts: of h, to be added up."""
+    and each row has one slot. parts: of h, to be added up. lists: whether groups are to be listed."""
     width = max(16, next_power_of_2(call.members.h_width))
     capacity = list_capacity(call.members.max_adapters, block_rows * call.width, width)
     members = len(call.widths)
     h = call.new_scratch(members * parts, call.entries, width, dtype=call.x.dtype if parts == 1 else torch.float32)
-    groups = call.new_scratch(members, cdiv(call.rows, block_rows), list_words(capacity), dtype=torch.int32)
+    groups = None
+    if lists:
+        groups = call.new_scratch(members, cdiv(call.rows, block_rows), list_words(capacity), dtype=torch.int32)
     is_sorted = sorts and call.width == 1 and call.rows > block_rows
     return Scratch(h, width, groups, capacity, call.row_slots.contiguous(), block_rows, is_sorted)
 
@@ -106,7 +108,7 @@ def group_shrink_kernel(
     x,  # [T, K]: pointer, strides
     h_ptr,  # [members, E, W], like x; of several parts [members, PARTS, E, W], fp32
     h_width,  # W
-    groups_ptr,  # int32 [members, row tiles, list_words(capacity)]
+    groups_ptr,  # int32 [members, row tiles, list_words(capacity)], None for no lists
     capacity,
     coeffs,  # fp32 [T, J]: pointer, strides
     segments_ptr,
@@ -144,13 +146,14 @@ def group_shrink_kernel(
             if tl.program_id(1) == member:
                 site = sites[member]
                 h_at = h_ptr + member * num_entries.to(tl.int64) * h_width * PARTS
-                adapters = adapters_of(  # A stands in for B, which nothing here reads
-                    member, site[0], site, max_adapters, slots_ptr, h_ptr, h_width, groups_ptr, capacity, num_entries,
-                    tiles_m,
-                )  # fmt: skip
-                first = tl.num_programs(0) - 1 - tl.program_id(0)
-                for row_tile in tl.range(first, tiles_m, tl.num_programs(0), num_stages=1):
-                    list_tile(row_tile, adapters, segments_ptr, num_rows, J, JP, BM, BINS, SORTED)
+                if groups_ptr is not None:
+                    adapters = adapters_of(  # A stands in for B, which nothing here reads
+                        member, site[0], site, max_adapters, slots_ptr, h_ptr, h_width, groups_ptr, capacity,
+                        num_entries, tiles_m,
+                    )  # fmt: skip
+                    first = tl.num_programs(0) - 1 - tl.program_id(0)
+                    for row_tile in tl.range(first, tiles_m, tl.num_programs(0), num_stages=1):
+                        list_tile(row_tile, adapters, segments_ptr, num_rows, J, JP, BM, BINS, SORTED)
                 make_h(
                     x, h_at, h_width, coeffs, segments_ptr, site, num_entries, num_features, max_adapters, few, J, BINS,
                     HEIGHT, PARTS, SHARES, BR, BK, SLICES, STAGES, HAS_COEFFS,

@@ -162,9 +162,9 @@ class GemvTile:
 # microseconds behind a kernel that overlaps nothing, beside torch.mm in the same run; NVIDIA H200, torch 2.11.0,
 # triton 3.6.0, 2026-11-30.
 #     K x N            M 1           M 16, 16 adapters   M 64, 8       M 64, 64      M 256, 64     M 2048, 8
-#     4096 x 4096      10.8 (12.4)   14.5 (13.8)         13.3 (11.6)   18.0 (11.6)   20.6 (17.3)    99 (93)
-#     2048 x 4096       7.8 (7.2)     9.5 (7.3)           8.5 (6.7)    13.1 (7.2)    13.8 (9.3)    53 (47)
-#     14336 x 4096     31.8 (32.3)   35.2 (32.4)         35.1 (36.2)   42.8 (36.3)   56.2 (48.6)   337 (330)
+#     4096 x 4096      10.8 (12.4)   14.5 (13.8)         13.1 (11.4)   17.1 (11.5)   20.1 (17.0)    99 (93)
+#     2048 x 4096       7.8 (7.2)     9.5 (7.3)           8.3 (6.7)    11.9 (7.2)    13.1 (9.3)    53 (47)
+#     14336 x 4096     31.8 (32.3)   35.4 (32.9)         35.1 (36.1)   42.2 (36.4)   54.6 (48.1)   337 (330)
 #     4096 x 28672     56.6 (60.1)   63.3 (61.3)         64.5 (65.1)   81.6 (64.3)  128.3 (91.1)   698 (675)
 #     2048 x 128        3.5 (4.9)     5.0 (5.5)           6.7 (5.7)     7.3 (5.5)     9.6 (5.8)     10 (5.9)
 # Vector products ask for eight blocks of W at most: unrolled further they spilled at some widths, 267 us at
@@ -183,6 +183,8 @@ _SHRINK_HALVES_RANKS = ShrinkTile(16, 64, 256, 2, 264, 4, 3, 1)
 _SHRINK_QUARTERS_RANKS = ShrinkTile(16, 64, 128, 4, 264, 4, 3, 1)
 SHRINK_ALONE = ShrinkTile(16, 64, 256, 1, 264, 4, 4, 4)
 _SHRINK_APART = replace(SHRINK_ALONE, num_stages=6)
+_SHRINK_APART_RANKS = ShrinkTile(16, 32, 256, 1, 264, 4, 5, 4, 2)
+_SHRINK_BESIDE_RANKS = replace(_SHRINK_APART_RANKS, num_stages=3)
 _SHRINK_ALONE_RANKS = ShrinkTile(16, 32, 256, 1, 264, 4, 3, 4, 16)
 _SHRINK_SHARED_RANKS = ShrinkTile(16, 16, 256, 1, 528, 4, 4, 4, 16)
 _GEMV_SHORT, _GEMV_ODD = GemvTile(4, 512, 1, 8, _VECTOR), GemvTile(8, 512, 2, 8, _VECTOR)
@@ -328,30 +330,41 @@ def fused_hopper_tiles(rows: int, features: int, widths: tuple[int, ...], width:
 
     One wave, in which a program has a multiprocessor to itself: enough of them to bring W, and not more. Where those
     and the shrink's are a wave together, both take so much memory that none share a multiprocessor, which would make
-    the shrink late; where they are more, rings leave it room. Where many adapters of many ranks may meet in a tile,
-    which takes them one after another, others are faster at 64 rows, and where a tile is wide.
+    the shrink late; where they are more, rings leave it room.
     """
-    if width > 64 or (width > 16 and not 64 < rows <= 128) or features < 2048:
+    few_ranks, members = width <= 16, len(widths)
+    if width > 64 or features < 2048:
         return None
     count = counter(rows, widths)
     small, large = count(64, 64), count(64, 128)
     enough = sum(widths) >= (2048 if features <= TALL else 3072)  # tiles, to bring so much
-    apart = enough and small + min(rows, 64) * len(widths) <= MULTIPROCESSORS
-    if rows <= 16 and not (apart and rows > 8 and features > 4096 and small >= 56):
+    apart = enough and small + min(rows, 64) * members <= MULTIPROCESSORS
+    if rows <= 16 and not (few_ranks and apart and rows > 8 and features > 4096 and small >= 56):
         return None
-    if apart and width <= 16:
-        return FusedHopperTiles(_SHRINK_APART, 64, 128, 6)
+    if apart and (few_ranks or rows <= 64):
+        return FusedHopperTiles(_SHRINK_APART if few_ranks else _SHRINK_APART_RANKS, 64, 128, 6)
     if rows <= 64:
-        return FusedHopperTiles(SHRINK_ALONE, 64, 128, 5) if 48 <= small <= MULTIPROCESSORS else None
-    least, ring = 64 if features < TALL else 96, (128, 5)
-    beside = replace(SHRINK_ALONE, parts=2, programs=MULTIPROCESSORS // len(widths))
-    if width > 16:
-        beside, ring = _SHRINK_SHARED_RANKS, (64, 10)
+        shrink = SHRINK_ALONE if few_ranks else _SHRINK_SHARED_RANKS
+        return FusedHopperTiles(shrink, 64, 128, 5) if 48 <= small <= MULTIPROCESSORS else None
+    beside = _beside_one_wave(rows, members, few_ranks)
+    if beside is None:
+        return None
+    least = 64 if features < TALL else 96
     if least <= small <= MULTIPROCESSORS:
-        return FusedHopperTiles(beside, 64, *ring)
+        return FusedHopperTiles(beside, 64, 128, 5)
     if least <= large <= MULTIPROCESSORS:
-        return FusedHopperTiles(beside if rows <= 128 or len(widths) == 1 else SHRINK_ALONE, 128, 64, 7)
+        is_late = few_ranks and rows > 128 and members > 1
+        return FusedHopperTiles(SHRINK_ALONE if is_late else beside, 128, 64, 7)
     return None
+
+
+def _beside_one_wave(rows: int, members: int, few_ranks: bool) -> ShrinkTile | None:
+    """The shrink of 65 to 256 rows; None where other bodies serve them better."""
+    if few_ranks:
+        return replace(SHRINK_ALONE, parts=2, programs=MULTIPROCESSORS // members)
+    if rows <= 128:
+        return _SHRINK_SHARED_RANKS
+    return _SHRINK_BESIDE_RANKS if members == 1 else None
 
 
 @cache

@@ -60,8 +60,11 @@ def assert_same(case: Case, tiles: FusedHopperTiles) -> None:
 @of_every_tile
 @pytest.mark.parametrize("rows", [9, 16, 17, 32, 64, 65, 200, 256])
 @pytest.mark.parametrize("order", ["runs", "shuffled", "one"])
-def test_orders_mixed_ranks_and_bias(order: str, rows: int, tiles: FusedHopperTiles) -> None:
-    assert_same(some_rows(order=order, rows=rows, bias=order != "runs"), tiles)
+@pytest.mark.parametrize("most", [16, 64])
+def test_orders_mixed_ranks_and_bias(most: int, order: str, rows: int, tiles: FusedHopperTiles) -> None:
+    """Where no rank is above 16, h is kept in registers."""
+    ranks = tuple(min(rank, most) for rank in RANKS)
+    assert_same(some_rows(ranks=ranks, order=order, rows=rows, bias=order != "runs"), tiles)
 
 
 @of_every_tile
@@ -163,9 +166,11 @@ def test_they_are_for_one_wave() -> None:
     assert kind(64, 4096, 28672) is kind(256, 5120, 5120) is kind(16, 8192, 8192) is None  # more
     assert kind(64, 8192, 1024) is kind(64, 11008, 2048) is kind(64, 1024, 4096) is None  # few to bring all of W; short
     assert kind(8, 5120, 5120) is kind(16, 4096, 4096) is None  # few rows
-    assert kind(64, 4096, 4096, width=64) is kind(256, 4096, 4096, width=64) is None
-    assert kind(128, 4096, 4096, width=64) == (64, 10, 1)
-    assert kind(128, 4096, 4096, width=65) is None
+    assert kind(64, 4096, 4096, width=64) == (64, 6, 1)
+    assert kind(64, 4096, 4096, 1024, 1024, width=64) == kind(128, 4096, 4096, width=64) == (64, 5, 1)
+    assert kind(256, 4096, 4096, width=64) == (128, 7, 1)
+    assert kind(256, 2048, 2048, 512, 512, width=64) is kind(16, 5120, 5120, width=64) is None
+    assert kind(64, 4096, 4096, width=65) is None
 
 
 def test_programs_of_a_shrink_of_members_are_one_wave() -> None:
