@@ -79,9 +79,13 @@ def lora_linear(
 ) -> list[torch.Tensor]:
     """See `ops.lora_linear`."""
     check_members(weights, pools_of(group))
-    outputs: list[torch.Tensor] = []
     with device_of(x):
-        for members in derived_of(group, _runs_of):
+        runs = derived_of(group, _runs_of)
+        if len(runs) == 1:
+            inputs = (x, row_slots, row_coeffs, segments, weights, biases)
+            return runs[0].replays.run(*inputs) or _run(inputs, runs[0])
+        outputs: list[torch.Tensor] = []
+        for members in runs:
             part = slice(len(outputs), len(outputs) + len(members.pools))
             inputs = (x, row_slots, row_coeffs, segments, weights[part], biases[part])
             outputs += members.replays.run(*inputs) or _run(inputs, members)

@@ -36,6 +36,10 @@ _EMPTY: dict[str, Callable[..., torch.Tensor]] = {
     if (found := getattr(torch._C._dynamo.guards, f"_empty_strided_{kind}", None))
 }
 
+# What dynamo checks the tensors of a compiled graph with, all of them in one call: type, dtype, device, sizes, strides,
+# whether they require grad.
+_Guards: Callable[..., Any] | None = getattr(torch._C._dynamo.guards, "TensorGuards", None)
+
 _ROOM = 512
 """Bytes that parts of the scratch begin at multiples of."""
 
@@ -45,6 +49,7 @@ class Replays:
 
     def __init__(self) -> None:
         self._functions: dict[object, Replay | bool] = {}  # True: seen once, False: nothing repeats it
+        self._last: Replay | None = None  # calls of one kind mostly follow each other
         self._left = MOST_MADE
 
     def run(
@@ -57,10 +62,17 @@ class Replays:
         biases: Sequence[torch.Tensor | None],
     ) -> Outputs | None:
         """The outputs of a call whose kind is known, else None."""
+        last = self._last
+        outputs = last(x, row_slots, row_coeffs, segments, weights, biases) if last is not None else None
+        if outputs is not None or not self._functions:
+            return outputs
         function = self._functions.get((x.shape, x.stride(), row_slots.shape, row_slots.stride()))
-        if function is None or isinstance(function, bool):
+        if function is None or function is last or isinstance(function, bool):
             return None
-        return function(x, row_slots, row_coeffs, segments, weights, biases)
+        outputs = function(x, row_slots, row_coeffs, segments, weights, biases)
+        if outputs is not None:
+            self._last = function
+        return outputs
 
     def learn(self, inputs: tuple[Any, ...], call: PlannedCall, outputs: Outputs) -> None:
         """Remember a call that was made, with the arguments of `run`; the second one of a kind is kept."""
@@ -126,32 +138,25 @@ class _Writer:
 
     def _unpacked(self) -> list[str]:
         lines = [f"p_{name} = {name}.data_ptr()" for name, tensor in self._moving.items() if tensor is not None]
-        names = [f"w{i}" for i in range(len(self._weights))], [f"b{i}" for i in range(len(self._biases))]
-        return [*lines, f"{', '.join(names[0])}, = weights", f"{', '.join(names[1])}, = biases"]
+        for names, letter, expected in (("weights", "w", self._weights), ("biases", "b", self._biases)):
+            lines.append(f"{', '.join(f'{letter}{i}' for i in range(len(expected)))}, = {names}")
+        return lines
 
     def _guards(self) -> list[str]:
         """What differs from call to call of one kind is addresses of aligned tensors, nothing else."""
-        tests = [f"x.get_device() != {self._constant(self._x.get_device())}"]
-        tests.append(f"segments.shape != {self._constant(self._segments.shape)}")
-        if self._coeffs is not None:
-            tests.append(f"row_coeffs.shape != {self._constant(self._coeffs.shape)}")
-            tests.append(f"row_coeffs.stride() != {self._constant(self._coeffs.stride())}")
-        for name, tensor in self._moving.items():
-            if tensor is not None:
-                tests.append(f"p_{name} & 15 != {self._constant(tensor.data_ptr() & 15)}")
-                tests.append(f"{name}.dtype is not {self._constant(tensor.dtype)}")
+        tests = []
+        moving = {name: tensor for name, tensor in self._moving.items() if tensor is not None}
         fixed = [(f"w{i}", weight) for i, weight in enumerate(self._weights)]
-        for name, tensor in [*fixed, *((f"b{i}", bias) for i, bias in enumerate(self._biases))]:
-            if tensor is None:
+        for name, bias in [(f"b{i}", bias) for i, bias in enumerate(self._biases)]:
+            if bias is None:
                 tests.append(f"{name} is not None")
-                continue
-            tests += [] if name[0] == "w" else [f"{name} is None"]
-            tests += [
-                f"{name}.data_ptr() != {self._constant(tensor.data_ptr())}",
-                f"{name}.shape != {self._constant(tensor.shape)}",
-                f"{name}.stride() != {self._constant(tensor.stride())}",
-                f"{name}.dtype is not {self._constant(tensor.dtype)}",
-            ]
+            else:
+                tests.append(f"{name} is None")
+                fixed.append((name, bias))
+        checked = {**moving, **dict(fixed)}
+        tests.append(f"not {self._constant(_check_of(list(checked.values())))}({', '.join(checked)})")
+        tests += [f"p_{name} & 15 != {self._constant(tensor.data_ptr() & 15)}" for name, tensor in moving.items()]
+        tests += [f"{name}.data_ptr() != {self._constant(tensor.data_ptr())}" for name, tensor in fixed]
         return [f"if {' or '.join([*tests, 'hooked()'])}:", "    return None"]
 
     def _allocations(self) -> list[str]:
@@ -226,6 +231,18 @@ class _Writer:
             begin += _room(part)
         moving, name = self._owner(tensor)
         return (True, f"p_{name}") if moving else (False, tensor.data_ptr())
+
+
+def _check_of(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
+    """Whether tensors are like these in all but address and content."""
+    if _Guards is not None:
+        return _Guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    expected = [_form(tensor) for tensor in tensors]
+    return lambda *found: [_form(tensor) for tensor in found] == expected
+
+
+def _form(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
 
 
 class _Address:

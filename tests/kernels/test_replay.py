@@ -238,9 +238,14 @@ def test_what_is_not_of_the_kind_goes_the_long_way(entries: Entries) -> None:
             run_linear(other, handle)
             assert entries.long == 3 + number
         run_linear(case, handle)
-        assert entries.long == 3 + len(others)  # of calls that look alike from afar the last one is known
         run_linear(replace(case, row_slots=case.row_slots.flip(0)), handle)
+        assert entries.long == 2 + len(others)  # what was replayed last is still known
+        other = replace(case, x=case.x[:5], row_slots=case.row_slots[:5])
+        for _ in range(2):
+            run_linear(other, handle)
         assert entries.long == 3 + len(others)
+        run_linear(case, handle)
+        assert entries.long == 4 + len(others)  # of calls that look alike from afar only one is
 
 
 def test_copies_of_strided_input_are_made_again_each_time(entries: Entries) -> None:
