@@ -1,8 +1,8 @@
 """The launch before fused.py's and prefill.py's: groups of each row tile, h = coeff * scaling * (x A^T) of each entry.
 
-Stage: run time, beside the base product of the launch after it. Groups are listed by groups.py (fused_hopper.py finds them
-itself); h is made by the matrix unit, tiles of up to HEIGHT entries of one slot: each A is read once for each tile, and
-only if its adapter is in the batch. An entry's bits follow from its own x and adapter alone.
+Stage: run time, beside the base product of the launch after it. Groups are listed by groups.py (fused_hopper.py finds
+them itself); h is made by the matrix unit, tiles of up to HEIGHT entries of one slot: each A is read once for each
+tile, and only if its adapter is in the batch. An entry's bits follow from its own x and adapter alone.
 
 Letters: T rows, J slots per row, E = T * J entries, K in-features, W words of an entry's h, S slots.
 """
