@@ -218,7 +218,13 @@ def test_shrinks_beside_the_product_are_entered_as_before(entries: Entries) -> N
     check_replay(make_expert_case(features=64, out=32, dtype=BF16, rows=400), run_experts, entries)
 
 
-def test_what_is_not_of_the_kind_goes_the_long_way(entries: Entries) -> None:
+@pytest.mark.parametrize("has_guards", [True, False])
+def test_what_is_not_of_the_kind_goes_the_long_way(
+    has_guards: bool, entries: Entries, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with a torch whose dynamo does not check tensors for us."""
+    assert replay._Guards is not None
+    monkeypatch.setattr(replay, "_Guards", replay._Guards if has_guards else None)
     case = make_case(rows=16, features=64, outs=(1024,), dtype=BF16, bias=True)
     with registered(case.pools) as handle:
         for _ in range(3):
