@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import subprocess
 import sys
@@ -109,10 +110,15 @@ CALLS: dict[str, Callable[[], object]] = {
     "more rows, tiles of one wave": lambda: [
         linear(12, 5120, 5120, own=True),
         linear(64, 4096, 4096, own=True),
+        linear(64, 4096, 4096, rank=64, own=True),
+    ],
+    "more rows, tiles of one wave beside their shrink": lambda: [
+        linear(64, 4096, 4096, 1024, 1024, rank=64, own=True),
         linear(128, 4096, 4096, own=True),
         linear(128, 4096, 4096, 1024, 1024, own=True),
         linear(256, 4096, 4096, transposed=True, own=True),
         linear(128, 4096, 4096, rank=64, own=True),
+        linear(256, 4096, 4096, rank=64, own=True),
     ],
     "many rows": lambda: linear(2048, 4096, 4096),
     "many rows, rank 64": lambda: linear(2048, 4096, 4096, rank=64),
@@ -160,7 +166,8 @@ def launches(names: list[str]) -> Iterator[dict[str, Any]]:
 
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> object:
         compiled = run(kernel, *args, grid=grid, warmup=True, **options)
-        needs = {"kernel": kernel.fn.__name__, "shared_bytes": compiled.metadata.shared}
+        threads = math.prod(map(int, re.findall(r"\.reqntid (\d+)", compiled.asm["ptx"])))
+        needs = {"kernel": kernel.fn.__name__, "shared_bytes": compiled.metadata.shared, "threads": threads}
         found.append({**needs, **resources(compiled.asm["cubin"])})
         return object()
 

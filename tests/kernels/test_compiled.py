@@ -1,4 +1,5 @@
-"""The kernels of large calls, compiled for a Hopper GPU that is not there: none spills, all fit its shared memory."""
+"""The kernels of large calls, compiled for a Hopper GPU that is not there: none spills, all fit its shared memory, and
+those that should share a multiprocessor do, others do not."""
 
 from __future__ import annotations
 
@@ -7,12 +8,15 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 MOST_SHARED_BYTES = 227 << 10
+MULTIPROCESSOR = {"shared_bytes": 228 << 10, "registers": 64 << 10}
+RESERVED_BYTES = 1024  # of shared memory, for each program
 MOST_STACK_BYTES = 64
 """A few addresses; a kernel that keeps its sums there takes several times as long."""
 
@@ -33,3 +37,10 @@ def test_large_calls_compile_without_spills() -> None:
         for found in launches
         if found["stack_bytes"] > MOST_STACK_BYTES or found["shared_bytes"] > MOST_SHARED_BYTES
     ]
+    waves = [pair for pair in pairwise(launches) if pair[1]["kernel"] == "fused_hopper_kernel"]
+    assert len(waves) == 9
+    for shrink, product in waves:
+        shared = shrink["shared_bytes"] + product["shared_bytes"] + 2 * RESERVED_BYTES
+        registers = sum(found["threads"] * found["registers"] for found in (shrink, product))
+        fits = shared <= MULTIPROCESSOR["shared_bytes"] and registers <= MULTIPROCESSOR["registers"]
+        assert fits == ("beside" in product["call"]), f"{shrink} and {product} share a multiprocessor: {fits}"
