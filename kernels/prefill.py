@@ -323,7 +323,7 @@ def lie_transposed(call: LinearCall) -> bool:
 
 @cache
 def has_gluon(device: torch.device) -> bool:
-    """Whether prefill_hopper.py serves this GPU: one of compute capability 9, and a Triton whose Gluon is known.
+    """Whether kernels in Gluon serve this GPU: one of compute capability 9, and a Triton whose Gluon is known.
 
     Gluon is experimental, and Triton 3.9 renames parts of it. What it makes faster is as right without it.
     """
@@ -331,5 +331,5 @@ def has_gluon(device: torch.device) -> bool:
         return False
     known = release() in ((3, 6), (3, 7), (3, 8))
     if not known:
-        logger.warning("triton %s has no Gluon that fxlora knows: prefill costs up to 15%% more", triton.__version__)
+        logger.warning("triton %s has no Gluon that fxlora knows: many rows cost up to a third more", triton.__version__)
     return known
