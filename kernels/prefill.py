@@ -331,5 +331,5 @@ def has_gluon(device: torch.device) -> bool:
         return False
     known = release() in ((3, 6), (3, 7), (3, 8))
     if not known:
-        logger.warning("triton %s has no Gluon that fxlora knows: many rows cost up to a third more", triton.__version__)
+        logger.warning("triton %s has no Gluon that fxlora knows: most calls cost more", triton.__version__)
     return known
