@@ -50,6 +50,7 @@ class Replays:
     def __init__(self) -> None:
         self._functions: dict[object, Replay | bool] = {}  # True: seen once, False: nothing repeats it
         self._last: Replay | None = None  # calls of one kind mostly follow each other
+        self._last_key: object = None
         self._left = MOST_MADE
 
     def run(
@@ -66,12 +67,15 @@ class Replays:
         outputs = last(x, row_slots, row_coeffs, segments, weights, biases) if last is not None else None
         if outputs is not None or not self._functions:
             return outputs
-        function = self._functions.get((x.shape, x.stride(), row_slots.shape, row_slots.stride()))
+        key = (x.shape, x.stride(), row_slots.shape, row_slots.stride())
+        function = self._functions.get(key)
         if function is None or function is last or isinstance(function, bool):
             return None
         outputs = function(x, row_slots, row_coeffs, segments, weights, biases)
         if outputs is not None:
-            self._last = function
+            if last is not None and key == self._last_key:
+                self._functions[key] = last  # two kinds under one key may take turns
+            self._last, self._last_key = function, key
         return outputs
 
     def learn(self, inputs: tuple[Any, ...], call: PlannedCall, outputs: Outputs) -> None:

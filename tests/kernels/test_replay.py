@@ -246,12 +246,10 @@ def test_what_is_not_of_the_kind_goes_the_long_way(
         run_linear(case, handle)
         run_linear(replace(case, row_slots=case.row_slots.flip(0)), handle)
         assert entries.long == 2 + len(others)  # what was replayed last is still known
-        other = replace(case, x=case.x[:5], row_slots=case.row_slots[:5])
-        for _ in range(2):
-            run_linear(other, handle)
-        assert entries.long == 3 + len(others)
-        run_linear(case, handle)
-        assert entries.long == 4 + len(others)  # of calls that look alike from afar only one is
+        for _ in range(3):  # and takes turns with what looks like it from afar
+            run_linear(others[5], handle)
+            run_linear(case, handle)
+        assert entries.long == 2 + len(others)
 
 
 def test_copies_of_strided_input_are_made_again_each_time(entries: Entries) -> None:
