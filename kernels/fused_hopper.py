@@ -51,18 +51,22 @@ def clear_rest(b, ranks) -> None:
 
 
 @gluon.jit
-def expand(acc, held, stage, phase, listed, ring, bs, STAGES: gl.constexpr, SHORT: gl.constexpr) -> gl.tensor:
-    """acc + h B of all groups, behind the blocks of W; some may have less than 16 ranks (SHORT)."""
-    xs, _, full, empty = ring
-    for block in range(number_of(listed, 0, 4)):
-        mbarrier.wait(full.index(stage), phase)
-        if SHORT:
+def expand(acc, held, stage, phase, listed, ring, STAGES: gl.constexpr, SHORT: gl.constexpr) -> gl.tensor:
+    """acc + h B of all groups, behind the blocks of W; some may have less than 16 ranks (SHORT). ring: h and Bs lie in
+    it as x and W do."""
+    xs, bs, full, empty = ring
+    blocks = number_of(listed, 0, 4)
+    if SHORT:
+        for block in range(blocks):
+            mbarrier.wait(full.index(stage), phase)
             clear_rest(bs.index(stage), listed[1].index(block))
-        acc = warpgroup_mma(xs.index(stage), bs.index(stage), acc, is_async=True)
-        acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
-        mbarrier.arrive(empty.index(gl.maximum(held, 0)), pred=held >= 0)
-        held = stage
-        stage, phase = block_after(stage, phase, STAGES)
+            acc = warpgroup_mma(xs.index(stage), bs.index(stage), acc, is_async=True)
+            acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
+            mbarrier.arrive(empty.index(gl.maximum(held, 0)), pred=held >= 0)
+            held = stage
+            stage, phase = block_after(stage, phase, STAGES)
+    else:
+        acc, held, stage, phase = multiply(acc, held, stage, phase, blocks, ring, STAGES, True, -1)
     return warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
 
 
@@ -98,6 +102,7 @@ def compute(
     of_acc: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     of_tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BN], bs.dtype)
     tiles = bs._reinterpret(bs.dtype, [STAGES * bs.shape[1] // BM, BM, BN], of_tile)
+    h_ring = (ring[0], bs, ring[2], ring[3])
     program, begin = gl.program_id(0), 0
     for member in gl.static_range(len(HAS_POOL)):
         num_cols = widths[member]
@@ -115,9 +120,9 @@ def compute(
             if HAS_POOL[member]:
                 mbarrier.wait(asked, 0)
                 if number_of(listed, 1, 4) < 16:
-                    acc = expand(acc, held, stage, phase, listed, ring, bs, STAGES, True)
+                    acc = expand(acc, held, stage, phase, listed, h_ring, STAGES, True)
                 else:
-                    acc = expand(acc, held, stage, phase, listed, ring, bs, STAGES, False)
+                    acc = expand(acc, held, stage, phase, listed, h_ring, STAGES, False)
             acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
             store(acc, row_tile, col_tile, ys[member], num_rows, num_cols, tiles.index(0))
         begin = end

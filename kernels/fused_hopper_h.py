@@ -16,6 +16,7 @@ from triton.language import debug_barrier
 from triton.language.extra.cuda import gdc_wait
 
 from fxlora.kernels.fused_hopper_loads import BM, NOWHERE, tile_of
+from fxlora.kernels.groups_hopper import add
 from fxlora.kernels.prefill_hopper import block_after
 
 WORDS = gl.constexpr(8)
@@ -43,12 +44,6 @@ OF_PAIRS = gl.constexpr(gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0]))
 
 OF_SLOTS = gl.constexpr(gl.SliceLayout(0, OF_PAIRS))
 """Of [SLOTS]."""
-
-
-@gluon.jit
-def add(a, b) -> gl.tensor:
-    """Their sum."""
-    return a + b
 
 
 @gluon.jit

@@ -65,7 +65,7 @@ class Replays:
         """The outputs of a call whose kind is known, else None."""
         last = self._last
         outputs = last(x, row_slots, row_coeffs, segments, weights, biases) if last is not None else None
-        if outputs is not None or not self._functions:
+        if outputs is not None:
             return outputs
         key = (x.shape, x.stride(), row_slots.shape, row_slots.stride())
         function = self._functions.get(key)
@@ -142,21 +142,17 @@ class _Writer:
 
     def _unpacked(self) -> list[str]:
         lines = [f"p_{name} = {name}.data_ptr()" for name, tensor in self._moving.items() if tensor is not None]
-        for names, letter, expected in (("weights", "w", self._weights), ("biases", "b", self._biases)):
-            lines.append(f"{', '.join(f'{letter}{i}' for i in range(len(expected)))}, = {names}")
-        return lines
+        names = [f"w{i}" for i in range(len(self._weights))], [f"b{i}" for i in range(len(self._biases))]
+        return [*lines, f"{', '.join(names[0])}, = weights", f"{', '.join(names[1])}, = biases"]
 
     def _guards(self) -> list[str]:
         """What differs from call to call of one kind is addresses of aligned tensors, nothing else."""
         tests = []
         moving = {name: tensor for name, tensor in self._moving.items() if tensor is not None}
         fixed = [(f"w{i}", weight) for i, weight in enumerate(self._weights)]
-        for name, bias in [(f"b{i}", bias) for i, bias in enumerate(self._biases)]:
-            if bias is None:
-                tests.append(f"{name} is not None")
-            else:
-                tests.append(f"{name} is None")
-                fixed.append((name, bias))
+        for i, bias in enumerate(self._biases):
+            tests.append(f"b{i} is {'not ' if bias is None else ''}None")
+            fixed += [] if bias is None else [(f"b{i}", bias)]
         checked = {**moving, **dict(fixed)}
         tests.append(f"not {self._constant(_check_of(list(checked.values())))}({', '.join(checked)})")
         tests += [f"p_{name} & 15 != {self._constant(tensor.data_ptr() & 15)}" for name, tensor in moving.items()]

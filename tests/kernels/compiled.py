@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 import subprocess
 import sys
@@ -166,8 +165,8 @@ def launches(names: list[str]) -> Iterator[dict[str, Any]]:
 
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> object:
         compiled = run(kernel, *args, grid=grid, warmup=True, **options)
-        threads = math.prod(map(int, re.findall(r"\.reqntid (\d+)", compiled.asm["ptx"])))
-        needs = {"kernel": kernel.fn.__name__, "shared_bytes": compiled.metadata.shared, "threads": threads}
+        (threads,) = re.findall(r"\.reqntid (\d+)", compiled.asm["ptx"])
+        needs = {"kernel": kernel.fn.__name__, "shared_bytes": compiled.metadata.shared, "threads": int(threads)}
         found.append({**needs, **resources(compiled.asm["cubin"])})
         return object()
 
