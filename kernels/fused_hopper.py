@@ -19,18 +19,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.language import debug_barrier
 
 from fxlora.kernels.call import MOST_MEMBERS, LinearCall, Plan
 from fxlora.kernels.fused_hopper_h import make_h
-from fxlora.kernels.fused_hopper_loads import BM, load, load_bs, number_of, tile_of
+from fxlora.kernels.fused_hopper_loads import load, load_bs, number_of, tile_of
 from fxlora.kernels.group_shrink import Scratch, scratch_of, shrink_groups
 from fxlora.kernels.launch import Launcher
 from fxlora.kernels.prefill import lie_transposed
-from fxlora.kernels.prefill_hopper import block_after, describe, multiply
+from fxlora.kernels.prefill_hopper import describe, multiply
 from fxlora.kernels.tiles import FusedHopperTiles
 from fxlora.kernels.triton_helpers import cdiv, next_power_of_2
 
@@ -54,36 +53,39 @@ def clear_rest(b, ranks) -> None:
 def expand(acc, held, stage, phase, listed, ring, STAGES: gl.constexpr, SHORT: gl.constexpr) -> gl.tensor:
     """acc + h B of all groups, behind the blocks of W; some may have less than 16 ranks (SHORT). ring: h and Bs lie in
     it as x and W do."""
-    xs, bs, full, empty = ring
+    _, bs, full, _ = ring
     blocks = number_of(listed, 0, 4)
     if SHORT:
         for block in range(blocks):
             mbarrier.wait(full.index(stage), phase)
             clear_rest(bs.index(stage), listed[1].index(block))
-            acc = warpgroup_mma(xs.index(stage), bs.index(stage), acc, is_async=True)
-            acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
-            mbarrier.arrive(empty.index(gl.maximum(held, 0)), pred=held >= 0)
-            held = stage
-            stage, phase = block_after(stage, phase, STAGES)
+            acc, held, stage, phase = multiply(acc, held, stage, phase, 1, ring, STAGES, True, -1)
     else:
         acc, held, stage, phase = multiply(acc, held, stage, phase, blocks, ring, STAGES, True, -1)
     return warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
 
 
 @gluon.jit
-def add_bias(acc, bias) -> gl.tensor:
-    """acc and the bias, which is in its place before adapters are. bias: pointer, stride, first column, N."""
+def add_bias(acc, bias, FEW: gl.constexpr) -> gl.tensor:
+    """acc and the bias, which is in its place before adapters are. bias: pointer, stride, first column, N. FEW: acc is
+    [BN, BM]."""
     ptr, stride, first_col, num_cols = bias
-    cols = first_col + gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, acc.type.layout))
-    return acc + gl.load(ptr + cols * stride, mask=cols < num_cols, other=0.0).to(gl.float32)[None, :]
+    AXIS: gl.constexpr = 0 if FEW else 1
+    cols = first_col + gl.arange(0, acc.shape[AXIS], layout=gl.SliceLayout(1 - AXIS, acc.type.layout))
+    values = gl.load(ptr + cols * stride, mask=cols < num_cols, other=0.0).to(gl.float32)
+    return acc + gl.expand_dims(values, 1 - AXIS)
 
 
 @gluon.jit
 def store(acc, row_tile, col_tile, y_ptr, num_rows, num_cols, tile) -> None:
     """A tile of y. tile: shared memory [BM, BN] that nobody uses any more."""
-    BN: gl.constexpr = acc.shape[1]
+    BM: gl.constexpr = tile.shape[0]
+    BN: gl.constexpr = tile.shape[1]
     of_y: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BN, BN // 8], [4, 1], [1, 0])
-    tile.store(acc.to(y_ptr.dtype.element_ty))
+    if BM < 64:
+        tile.permute((1, 0)).store(acc.to(y_ptr.dtype.element_ty))
+    else:
+        tile.store(acc.to(y_ptr.dtype.element_ty))
     y = tile.load(of_y)
     rows = row_tile * BM + gl.arange(0, BM, layout=gl.SliceLayout(1, of_y))
     cols = col_tile * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, of_y))
@@ -98,8 +100,11 @@ def compute(
 ) -> None:  # fmt: skip
     """Product, bias, adapters and store of this program's tile."""
     bs, _, asked = b_ring
+    BM: gl.constexpr = ring[0].shape[1]
     BN: gl.constexpr = bs.shape[2]
-    of_acc: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    FEW: gl.constexpr = BM < 64
+    shape: gl.constexpr = [BN, BM] if FEW else [BM, BN]
+    of_acc: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, shape[1], 16])
     of_tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BN], bs.dtype)
     tiles = bs._reinterpret(bs.dtype, [STAGES * bs.shape[1] // BM, BM, BN], of_tile)
     h_ring = (ring[0], bs, ring[2], ring[3])
@@ -108,15 +113,15 @@ def compute(
         num_cols = widths[member]
         end = begin + gl.cdiv(num_cols, BN) * gl.cdiv(num_rows, BM)
         if (program >= begin) & (program < end):
-            row_tile, col_tile = tile_of(program - begin, num_rows)
-            acc = gl.zeros([BM, BN], gl.float32, of_acc)
+            row_tile, col_tile = tile_of(program - begin, num_rows, BM)
+            acc = gl.zeros(shape, gl.float32, of_acc)
             none, zero = gl.to_tensor(-1), gl.to_tensor(0)
             acc, held, stage, phase = multiply(acc, none, zero, zero, steps, ring, STAGES, TRANSPOSED, -1)
             if HAS_BIAS[member]:
                 acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
                 mbarrier.arrive(ring[3].index(held))
                 held = none
-                acc = add_bias(acc, (biases[member][0], biases[member][1], col_tile * BN, num_cols))
+                acc = add_bias(acc, (biases[member][0], biases[member][1], col_tile * BN, num_cols), FEW)
             if HAS_POOL[member]:
                 mbarrier.wait(asked, 0)
                 if number_of(listed, 1, 4) < 16:
@@ -132,7 +137,7 @@ def compute(
 def fused_hopper_kernel(
     x_desc, w0_desc, w1_desc, w2_desc, w3_desc, b0_desc, b1_desc, b2_desc, b3_desc, biases, ys, scratch,
     sites, num_rows, feature_octets, col_octets, max_adapters,
-    BN: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr, PARTS: gl.constexpr, TRANSPOSED: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr, PARTS: gl.constexpr, TRANSPOSED: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_POOL: gl.constexpr, SLOTS: gl.constexpr, PDL: gl.constexpr, FIRST: gl.constexpr,
 ) -> None:  # fmt: skip
     """The members' tiles, one after another; row tiles first.
@@ -201,7 +206,7 @@ _launcher = Launcher(fused_hopper_kernel)
 def fused_hopper(call: LinearCall, tiles: FusedHopperTiles) -> list[torch.Tensor]:
     """-> [..., N] of each member, for rows of one slot each. TMA reads x, the weights and every B."""
     outputs = tuple(call.new_outputs())
-    scratch = scratch_of(call, BM.value, sorts=False, parts=tiles.shrink.parts, lists=False)
+    scratch = scratch_of(call, tiles.BM, sorts=False, parts=tiles.shrink.parts, lists=False)
     if call.members.has_pools:
         shrink_groups(call, scratch, tiles.shrink)
     transposed = lie_transposed(call)
@@ -211,7 +216,7 @@ def fused_hopper(call: LinearCall, tiles: FusedHopperTiles) -> list[torch.Tensor
     h = scratch.h.view(torch.int32) if tiles.shrink.parts == 1 else scratch.h
     call.launch(
         plan,
-        describe(call.x, (_box_rows(call.rows), tiles.BK)),
+        describe(call.x, (_box_rows(call.rows, tiles.BM), tiles.BK)),
         *call.described_weights((tiles.BN, tiles.BK), transposed=transposed, describe=describe),
         *b_descs,
         *[None] * (MOST_MEMBERS - len(b_descs)),
@@ -224,18 +229,19 @@ def fused_hopper(call: LinearCall, tiles: FusedHopperTiles) -> list[torch.Tensor
     return list(outputs)
 
 
-def _box_rows(rows: int) -> int:
+def _box_rows(rows: int, block_rows: int) -> int:
     """Rows of x that are copied at once. What lies in the rest of a tile of BM rows is multiplied and never read."""
-    return min(BM.value, max(16, next_power_of_2(rows)))
+    return min(block_rows, max(16, next_power_of_2(rows)))
 
 
 def _plan(call: LinearCall, scratch: Scratch, tiles: FusedHopperTiles, transposed: bool) -> Plan:
     return call.planned(
         _launcher,
-        (sum([cdiv(n, tiles.BN) for n in call.widths]) * cdiv(call.rows, BM.value),),
+        (sum([cdiv(n, tiles.BN) for n in call.widths]) * cdiv(call.rows, tiles.BM),),
         (call.rows, call.features // 8, tuple([n // 8 for n in call.widths]), call.members.max_adapters),
         4,
         registers=112,
+        BM=tiles.BM,
         BN=tiles.BN,
         STAGES=tiles.stages,
         CHUNKS=scratch.width // 16,

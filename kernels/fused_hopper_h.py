@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language import debug_barrier
 from triton.language.extra.cuda import gdc_wait
 
-from fxlora.kernels.fused_hopper_loads import BM, NOWHERE, tile_of
+from fxlora.kernels.fused_hopper_loads import NOWHERE, tile_of
 from fxlora.kernels.groups_hopper import add
 from fxlora.kernels.prefill_hopper import block_after
 
@@ -28,17 +28,6 @@ OF_BLOCK = gl.constexpr(gl.BlockedLayout([1, 1, 4], [4, 4, 2], [4, 1, 1], [2, 1,
 OF_ROWS = gl.constexpr(gl.SliceLayout(1, gl.SliceLayout(2, OF_BLOCK)))
 """Of [BM] beside it."""
 
-OF_PARTS = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 0, 1], [0, 1, 0], [0, 2, 0], [16, 0, 0], [32, 0, 0]],
-        [[0, 4, 0], [0, 0, 0], [0, 0, 0], [1, 0, 0], [2, 0, 0]],
-        [[4, 0, 0], [8, 0, 0]],
-        [],
-        [64, 8, 2],
-    )
-)
-"""Of [BM, WORDS, 2]: each thread has both halves of the words that it writes."""
-
 OF_PAIRS = gl.constexpr(gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0]))
 """Of [groups, SLOTS]: every warp has all slots."""
 
@@ -46,12 +35,27 @@ OF_SLOTS = gl.constexpr(gl.SliceLayout(0, OF_PAIRS))
 """Of [SLOTS]."""
 
 
+@gluon.constexpr_function
+def of_parts(block_rows: int) -> gl.DistributedLinearLayout:
+    """Of [BM, WORDS, 2]: each thread has both halves of the words that it writes."""
+    return gl.DistributedLinearLayout(
+        [[0, 0, 1], [0, 1, 0], [0, 2, 0], *([rows, 0, 0] for rows in (16, 32) if rows < block_rows)],
+        [[0, 4, 0], [0, 0, 0], [0, 0, 0], [1, 0, 0], [2, 0, 0]],
+        [[4, 0, 0], [8, 0, 0]],
+        [],
+        [block_rows, 8, 2],
+    )
+
+
 @gluon.jit
-def groups_in(row_tile, slots_ptr, site, max_adapters, num_rows, SLOTS: gl.constexpr) -> gl.tensor:
+def groups_in(
+    row_tile, slots_ptr, site, max_adapters, num_rows, BM: gl.constexpr, SLOTS: gl.constexpr
+) -> gl.tensor:
     """Of each slot: its first pool row, the number of its first group among those of a row tile, one past its last, and
     its ranks, none where no row has it. And how many groups there are."""
-    rows, ids = row_tile * BM + gl.arange(0, BM, layout=OF_SLOTS), gl.arange(0, SLOTS, layout=OF_SLOTS)
-    slots = gl.load(slots_ptr + rows, mask=rows < num_rows, other=-1)
+    places, ids = gl.arange(0, max(32, BM), layout=OF_SLOTS), gl.arange(0, SLOTS, layout=OF_SLOTS)
+    rows = row_tile * BM + places  # a histogram counts what several lanes have several times
+    slots = gl.load(slots_ptr + rows, mask=(places < BM) & (rows < num_rows), other=-1)
     start = gl.load(site[1] + ids, mask=ids < max_adapters, other=0)
     rank = gl.load(site[2] + ids, mask=ids < max_adapters, other=0)
     known = (slots >= 0) & (slots < max_adapters)
@@ -86,7 +90,7 @@ def list_groups(groups, listed, asked) -> None:
 
 
 @gluon.jit
-def places_of(row_tile, groups, slots_ptr, max_adapters, num_rows) -> gl.tensor:
+def places_of(row_tile, groups, slots_ptr, max_adapters, num_rows, BM: gl.constexpr) -> gl.tensor:
     """Of each row: which of a tile's groups is the first of its slot, and how many there are, none without a slot."""
     rows = row_tile * BM + gl.arange(0, BM, layout=OF_ROWS)
     slots = gl.load(slots_ptr + rows, mask=rows < num_rows, other=-1)
@@ -97,11 +101,12 @@ def places_of(row_tile, groups, slots_ptr, max_adapters, num_rows) -> gl.tensor:
 
 
 @gluon.jit
-def h_of_parts(row_tile, h, num_rows, PARTS: gl.constexpr) -> gl.tensor:
+def h_of_parts(row_tile, h, num_rows, BM: gl.constexpr, PARTS: gl.constexpr) -> gl.tensor:
     """16 columns of h of a tile's rows, [BM, 1, WORDS]: parts in fp32 are added up and rounded to bf16.
 
     h: pointer to the first of them, W.
     """
+    OF_PARTS: gl.constexpr = of_parts(BM)
     rows = row_tile * BM + gl.arange(0, BM, layout=gl.SliceLayout(1, gl.SliceLayout(2, OF_PARTS)))
     words = gl.arange(0, WORDS, layout=gl.SliceLayout(0, gl.SliceLayout(2, OF_PARTS)))
     halves = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, OF_PARTS)))
@@ -115,13 +120,13 @@ def h_of_parts(row_tile, h, num_rows, PARTS: gl.constexpr) -> gl.tensor:
 
 
 @gluon.jit
-def kept_h(row_tile, h, num_rows, CHUNKS: gl.constexpr, PARTS: gl.constexpr) -> gl.tensor:
+def kept_h(row_tile, h, num_rows, BM: gl.constexpr, CHUNKS: gl.constexpr, PARTS: gl.constexpr) -> gl.tensor:
     """All h of a tile's rows, [BM, 1, WORDS] for each 16 columns, anything beyond a row's ranks; () to leave it in
     memory, as no element is needed twice and registers are few."""
     hs = ()
     if PARTS > 1:
         for i in gl.static_range(CHUNKS):
-            hs = hs + (h_of_parts(row_tile, (h[0] + 16 * i, h[1]), num_rows, PARTS),)
+            hs = hs + (h_of_parts(row_tile, (h[0] + 16 * i, h[1]), num_rows, BM, PARTS),)
     elif CHUNKS == 1:
         of_words: gl.constexpr = gl.SliceLayout(1, OF_BLOCK)
         rows = row_tile * BM + gl.arange(0, BM, layout=gl.SliceLayout(1, of_words))
@@ -131,7 +136,7 @@ def kept_h(row_tile, h, num_rows, CHUNKS: gl.constexpr, PARTS: gl.constexpr) -> 
 
 
 @gluon.jit
-def h_of(block, row_tile, h, kept, places, EACH: gl.constexpr) -> gl.tensor:
+def h_of(block, row_tile, h, kept, places, BM: gl.constexpr, EACH: gl.constexpr) -> gl.tensor:
     """What each row contributes to the groups of a block, [BM, EACH, WORDS]: its h at groups of its slot, else zero."""
     numbers = block * EACH + gl.arange(0, EACH, layout=gl.SliceLayout(0, gl.SliceLayout(2, OF_BLOCK)))
     chunk = numbers[None, :] - places[0][:, None]
@@ -153,8 +158,9 @@ def h_of(block, row_tile, h, kept, places, EACH: gl.constexpr) -> gl.tensor:
 def make_blocks(row_tile, groups, h, kept, places, steps, ring, asked, words, STAGES: gl.constexpr) -> None:
     """h of every block of a tile's groups."""
     full, empty = ring[2], ring[3]
+    BM: gl.constexpr = words.shape[1]
     EACH: gl.constexpr = words.shape[2] // WORDS
-    value = h_of(0, row_tile, h, kept, places, EACH)
+    value = h_of(0, row_tile, h, kept, places, BM, EACH)
     mbarrier.wait(asked, 0)
     stage, phase = steps % STAGES, (steps // STAGES & 1) ^ 1
     for block in range(gl.cdiv(groups[4], EACH)):
@@ -163,7 +169,7 @@ def make_blocks(row_tile, groups, h, kept, places, steps, ring, asked, words, ST
         fence_async_shared()
         debug_barrier()
         mbarrier.arrive(full.index(stage))
-        value = h_of(block + 1, row_tile, h, kept, places, EACH)
+        value = h_of(block + 1, row_tile, h, kept, places, BM, EACH)
         stage, phase = block_after(stage, phase, STAGES)
 
 
@@ -174,21 +180,22 @@ def make_h(
 ) -> None:  # fmt: skip
     """What a program's rows contribute to all groups of its tile. scratch: h of all members, its width, the row map."""
     h_ptr, h_width, slots_ptr = scratch
+    BM: gl.constexpr = words.shape[1]
     BN: gl.constexpr = b_ring[0].shape[2]
     program, begin = gl.program_id(0), 0
     for member in gl.static_range(len(HAS_POOL)):
         end = begin + gl.cdiv(widths[member], BN) * gl.cdiv(num_rows, BM)
         if HAS_POOL[member]:  # noqa: SIM102 (a choice at compile time is an `if` of its own)
             if (program >= begin) & (program < end):
-                row_tile, _ = tile_of(program - begin, num_rows)
-                groups = groups_in(row_tile, slots_ptr, sites[member], max_adapters, num_rows, SLOTS)
+                row_tile, _ = tile_of(program - begin, num_rows, BM)
+                groups = groups_in(row_tile, slots_ptr, sites[member], max_adapters, num_rows, BM, SLOTS)
                 list_groups(groups, listed, b_ring[2])
-                places = places_of(row_tile, groups, slots_ptr, max_adapters, num_rows)
+                places = places_of(row_tile, groups, slots_ptr, max_adapters, num_rows, BM)
                 if PDL:
                     gdc_wait()
                 width = h_width if PARTS > 1 else h_width // 2
                 h = (h_ptr + member * num_rows * width * PARTS, h_width)
-                kept = kept_h(row_tile, h, num_rows, CHUNKS, PARTS)
+                kept = kept_h(row_tile, h, num_rows, BM, CHUNKS, PARTS)
                 make_blocks(row_tile, groups, h, kept, places, steps, ring, b_ring[2], words, STAGES)
         begin = end
     if PDL:

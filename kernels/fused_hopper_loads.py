@@ -14,16 +14,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fxlora.kernels.prefill_hopper import block_after
 
-BM = gl.constexpr(64)
-"""Rows of a tile."""
-
 NOWHERE = gl.constexpr(1 << 30)
 """A row past every matrix, from which TMA brings zeros."""
 
 
 @gluon.jit
-def tile_of(item, num_rows) -> gl.tensor:
-    """Row tile and column tile of a member's item."""
+def tile_of(item, num_rows, BM: gl.constexpr) -> gl.tensor:
+    """Row tile, of BM rows, and column tile of a member's item."""
     tiles_m = gl.cdiv(num_rows, BM)
     return item % tiles_m, item // tiles_m
 
@@ -79,13 +76,14 @@ def load_bs(
     full, empty = ring[2], ring[3]
     bs, pieces, asked = b_ring
     BN: gl.constexpr = bs.shape[2]
+    BM: gl.constexpr = ring[0].shape[1]
     EACH: gl.constexpr = bs.shape[1] // 16
     program, begin = gl.program_id(0), 0
     for member in gl.static_range(len(HAS_POOL)):
         end = begin + gl.cdiv(widths[member], BN) * gl.cdiv(num_rows, BM)
         if HAS_POOL[member]:  # noqa: SIM102 (a choice at compile time is an `if` of its own)
             if (program >= begin) & (program < end):
-                _, col_tile = tile_of(program - begin, num_rows)
+                _, col_tile = tile_of(program - begin, num_rows, BM)
                 mbarrier.wait(asked, 0)
                 stage, phase = steps % STAGES, (steps // STAGES & 1) ^ 1
                 for block in range(number_of(listed, 0, 1)):
@@ -104,6 +102,7 @@ def load(
     PDL: gl.constexpr, FIRST: gl.constexpr,
 ) -> None:  # fmt: skip
     """Every block of x and W of this program's tile. W is asked for before the kernels ahead have made x."""
+    BM: gl.constexpr = ring[0].shape[1]
     BN: gl.constexpr = b_ring[0].shape[2]
     program, begin = gl.program_id(0), 0
     if PDL and not FIRST:
@@ -111,7 +110,7 @@ def load(
     for member in gl.static_range(len(widths)):
         end = begin + gl.cdiv(widths[member], BN) * gl.cdiv(num_rows, BM)
         if (program >= begin) & (program < end):
-            row_tile, col_tile = tile_of(program - begin, num_rows)
+            row_tile, col_tile = tile_of(program - begin, num_rows, BM)
             row, col, w_desc = row_tile * BM, col_tile * BN, w_descs[member]
             begun, stage, phase = 0, 0, 1
             if PDL and FIRST:

@@ -77,15 +77,21 @@ def multiply(
 ) -> gl.tensor:
     """acc + x W^T over so many steps, of which the last is not awaited. held: the block it reads, -1 where none is.
 
-    HALF: which half of the rows of x is meant, -1 for all.
+    HALF: which half of the rows of x is meant, -1 for all. x of fewer rows than the operand has that goes first takes
+    the place of the other one, and acc is W x^T.
     """
     xs, ws, full, empty = ring
+    FEW: gl.constexpr = xs.shape[1] < 64
     for _ in range(steps):
         mbarrier.wait(full.index(stage), phase)
         x, w = xs.index(stage), ws.index(stage)
         if HALF >= 0:
             x = x.slice(HALF * acc.shape[0], acc.shape[0])
-        acc = warpgroup_mma(x, w if TRANSPOSED else w.permute((1, 0)), acc, is_async=True)
+        w = w if TRANSPOSED else w.permute((1, 0))
+        if FEW:
+            acc = warpgroup_mma(w.permute((1, 0)), x.permute((1, 0)), acc, is_async=True)
+        else:
+            acc = warpgroup_mma(x, w, acc, is_async=True)
         acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
         mbarrier.arrive(empty.index(gl.maximum(held, 0)), pred=held >= 0)
         held = stage

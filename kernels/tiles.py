@@ -138,10 +138,11 @@ class FusedTiles:
 
 @dataclass(frozen=True)
 class FusedHopperTiles:
-    """The two launches of fused_hopper.py: tiles of 64 rows by BN columns, a ring of so many stages of BK
-    in-features."""
+    """The two launches of fused_hopper.py: tiles of BM rows, 16, 32 or 64, by BN columns, a ring of so many stages of
+    BK in-features."""
 
     shrink: ShrinkTile
+    BM: int
     BN: int
     BK: int
     stages: int
@@ -342,19 +343,19 @@ def fused_hopper_tiles(rows: int, features: int, widths: tuple[int, ...], width:
     if rows <= 16 and not (few_ranks and apart and rows > 8 and features > 4096 and small >= 56):
         return None
     if apart and (few_ranks or rows <= 64):
-        return FusedHopperTiles(_SHRINK_APART if few_ranks else _SHRINK_APART_RANKS, 64, 128, 6)
+        return FusedHopperTiles(_SHRINK_APART if few_ranks else _SHRINK_APART_RANKS, 64, 64, 128, 6)
     if rows <= 64:
         shrink = SHRINK_ALONE if few_ranks else _SHRINK_SHARED_RANKS
-        return FusedHopperTiles(shrink, 64, 128, 5) if 48 <= small <= MULTIPROCESSORS else None
+        return FusedHopperTiles(shrink, 64, 64, 128, 5) if 48 <= small <= MULTIPROCESSORS else None
     beside = _beside_one_wave(rows, members, few_ranks)
     if beside is None:
         return None
     least = 64 if features < TALL else 96
     if least <= small <= MULTIPROCESSORS:
-        return FusedHopperTiles(beside, 64, 128, 5)
+        return FusedHopperTiles(beside, 64, 64, 128, 5)
     if least <= large <= MULTIPROCESSORS:
         is_late = few_ranks and rows > 128 and members > 1
-        return FusedHopperTiles(SHRINK_ALONE if is_late else beside, 128, 64, 7)
+        return FusedHopperTiles(SHRINK_ALONE if is_late else beside, 64, 128, 64, 7)
     return None
 
 

@@ -24,9 +24,12 @@ from tests.kernels.test_prefill_hopper import IS_HOPPER
 PLAIN = FusedTiles(SHRINK_ALONE, GemmTile(64, 64, 64, 1, False, 4, 4), 16, 3)
 RANKS = (1, 8, 0, 16, 40, 64)
 FORMS = {
-    "narrow": FusedHopperTiles(SHRINK_ALONE, 64, 128, 5),
-    "wide": FusedHopperTiles(SHRINK_ALONE, 128, 64, 7),
-    "shrink in parts": FusedHopperTiles(replace(SHRINK_ALONE, parts=3), 64, 128, 5),
+    "narrow": FusedHopperTiles(SHRINK_ALONE, 64, 64, 128, 5),
+    "wide": FusedHopperTiles(SHRINK_ALONE, 64, 128, 64, 7),
+    "shrink in parts": FusedHopperTiles(replace(SHRINK_ALONE, parts=3), 64, 64, 128, 5),
+    "few rows": FusedHopperTiles(SHRINK_ALONE, 16, 64, 128, 9),
+    "few rows, wide": FusedHopperTiles(SHRINK_ALONE, 16, 256, 64, 4),
+    "32 rows, shrink in parts": FusedHopperTiles(replace(SHRINK_ALONE, parts=2), 32, 128, 128, 4),
 }
 
 

@@ -193,7 +193,7 @@ def in_one(monkeypatch: pytest.MonkeyPatch) -> None:
 def one_wave(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a Hopper GPU, the tiles of one wave, in calls of any size."""
     monkeypatch.setattr(lora_linear, "has_gluon", lambda device: True)
-    monkeypatch.setattr(lora_linear, "fused_hopper_tiles", lambda *_: FusedHopperTiles(SHRINK_ALONE, 64, 128, 5))
+    monkeypatch.setattr(lora_linear, "fused_hopper_tiles", lambda *_: FusedHopperTiles(SHRINK_ALONE, 64, 64, 128, 5))
 
 
 @pytest.mark.usefixtures("one_wave")
