@@ -30,8 +30,8 @@ from fxlora.kernels.group_shrink import Scratch, scratch_of, shrink_groups
 from fxlora.kernels.launch import Launcher
 from fxlora.kernels.prefill import lie_transposed
 from fxlora.kernels.prefill_hopper import describe, multiply
-from fxlora.kernels.tiles import FusedHopperTiles
 from fxlora.kernels.triton_helpers import cdiv, next_power_of_2
+from fxlora.kernels.wave_tiles import FusedHopperTiles
 
 
 @gluon.jit
@@ -137,8 +137,9 @@ def compute(
 def fused_hopper_kernel(
     x_desc, w0_desc, w1_desc, w2_desc, w3_desc, b0_desc, b1_desc, b2_desc, b3_desc, biases, ys, scratch,
     sites, num_rows, feature_octets, col_octets, max_adapters,
-    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr, PARTS: gl.constexpr, TRANSPOSED: gl.constexpr,
-    HAS_BIAS: gl.constexpr, HAS_POOL: gl.constexpr, SLOTS: gl.constexpr, PDL: gl.constexpr, FIRST: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr, PARTS: gl.constexpr,
+    TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_POOL: gl.constexpr, SLOTS: gl.constexpr, PDL: gl.constexpr,
+    FIRST: gl.constexpr,
 ) -> None:  # fmt: skip
     """The members' tiles, one after another; row tiles first.
 

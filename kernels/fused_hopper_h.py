@@ -48,9 +48,7 @@ def of_parts(block_rows: int) -> gl.DistributedLinearLayout:
 
 
 @gluon.jit
-def groups_in(
-    row_tile, slots_ptr, site, max_adapters, num_rows, BM: gl.constexpr, SLOTS: gl.constexpr
-) -> gl.tensor:
+def groups_in(row_tile, slots_ptr, site, max_adapters, num_rows, BM: gl.constexpr, SLOTS: gl.constexpr) -> gl.tensor:
     """Of each slot: its first pool row, the number of its first group among those of a row tile, one past its last, and
     its ranks, none where no row has it. And how many groups there are."""
     places, ids = gl.arange(0, max(32, BM), layout=OF_SLOTS), gl.arange(0, SLOTS, layout=OF_SLOTS)

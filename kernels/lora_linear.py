@@ -42,15 +42,14 @@ from fxlora.kernels.prefill_tiles import (
 from fxlora.kernels.registry import Group, derived_of, pools_of
 from fxlora.kernels.single import single
 from fxlora.kernels.tiles import (
-    FusedHopperTiles,
     decode_tiles,
-    fused_hopper_tiles,
     fused_tiles,
     gemv_tile,
     general_tiles,
     single_tiles,
 )
 from fxlora.kernels.triton_helpers import device_of
+from fxlora.kernels.wave_tiles import FusedHopperTiles, fused_hopper_tiles
 
 DECODE_ROWS = 256
 """Most rows of decode.py and fused.py."""

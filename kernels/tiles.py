@@ -1,5 +1,5 @@
-"""Tile choices of the Triton bodies of linears; those over many rows are in prefill_tiles.py, of experts in
-expert_tiles.py.
+"""Tile choices of the Triton bodies of linears; those of one wave are in wave_tiles.py, over many rows in
+prefill_tiles.py, of experts in expert_tiles.py.
 
 Stage: run time, read at each launch. A choice may depend on the batch shape, on widths and on the dtype; never on
 what the batch holds, or the bits of one request would depend on the others. BM rows, BN out-features, BK in-features,
@@ -137,18 +137,6 @@ class FusedTiles:
 
 
 @dataclass(frozen=True)
-class FusedHopperTiles:
-    """The two launches of fused_hopper.py: tiles of BM rows, 16, 32 or 64, by BN columns, a ring of so many stages of
-    BK in-features."""
-
-    shrink: ShrinkTile
-    BM: int
-    BN: int
-    BK: int
-    stages: int
-
-
-@dataclass(frozen=True)
 class GemvTile:
     """Of gemv.py; a program asks for so many blocks [BN, BK] of W at once."""
 
@@ -183,11 +171,8 @@ _SHRINK_HALVES = ShrinkTile(16, 64, 256, 2, 264, 4, 3, 4)
 _SHRINK_HALVES_RANKS = ShrinkTile(16, 64, 256, 2, 264, 4, 3, 1)
 _SHRINK_QUARTERS_RANKS = ShrinkTile(16, 64, 128, 4, 264, 4, 3, 1)
 SHRINK_ALONE = ShrinkTile(16, 64, 256, 1, 264, 4, 4, 4)
-_SHRINK_APART = replace(SHRINK_ALONE, num_stages=6)
-_SHRINK_APART_RANKS = ShrinkTile(16, 32, 256, 1, 264, 4, 5, 4, 2)
-_SHRINK_BESIDE_RANKS = replace(_SHRINK_APART_RANKS, num_stages=3)
 _SHRINK_ALONE_RANKS = ShrinkTile(16, 32, 256, 1, 264, 4, 3, 4, 16)
-_SHRINK_SHARED_RANKS = ShrinkTile(16, 16, 256, 1, 528, 4, 4, 4, 16)
+SHRINK_SHARED_RANKS = ShrinkTile(16, 16, 256, 1, 528, 4, 4, 4, 16)
 _GEMV_SHORT, _GEMV_ODD = GemvTile(4, 512, 1, 8, _VECTOR), GemvTile(8, 512, 2, 8, _VECTOR)
 _GEMV = {
     2048: GemvTile(4, 2048, 4, 8, _VECTOR),
@@ -268,7 +253,7 @@ def _decode_shrink(features: int, columns: int, width: int) -> ShrinkTile | None
     """Of 17 to 64 rows: the matrix unit, where vectors would read the As once too often."""
     if width <= 16:
         return _SHRINK_HALVES if features > TALL or columns > 4096 else None
-    return _SHRINK_QUARTERS_RANKS if columns <= 2560 else _SHRINK_SHARED_RANKS
+    return _SHRINK_QUARTERS_RANKS if columns <= 2560 else SHRINK_SHARED_RANKS
 
 
 @cache
@@ -323,49 +308,6 @@ def _fused_gemm(rows: int, features: int, widths: tuple[int, ...], width: int) -
     if pairs < single or features <= 2048 or large <= 105:
         return GemmTile(64, 128, 64, 1, False, 4, 4)
     return GemmTile(64, 256, 64, 1, False, 8, 4)
-
-
-@cache
-def fused_hopper_tiles(rows: int, features: int, widths: tuple[int, ...], width: int) -> FusedHopperTiles | None:
-    """Tiles of a bf16 linear of up to 256 rows of one slot each on a Hopper GPU, None where others serve it better.
-
-    One wave, in which a program has a multiprocessor to itself: enough of them to bring W, and not more. Where those
-    and the shrink's are a wave together, both take so much memory that none share a multiprocessor, which would make
-    the shrink late; where they are more, rings leave it room.
-    """
-    few_ranks, members = width <= 16, len(widths)
-    if width > 64 or features < 2048:
-        return None
-    count = counter(rows, widths)
-    small, large = count(64, 64), count(64, 128)
-    enough = sum(widths) >= (2048 if features <= TALL else 3072)  # tiles, to bring so much
-    apart = enough and small + min(rows, 64) * members <= MULTIPROCESSORS
-    if rows <= 16 and not (few_ranks and apart and rows > 8 and features > 4096 and small >= 56):
-        return None
-    if apart and (few_ranks or rows <= 64):
-        return FusedHopperTiles(_SHRINK_APART if few_ranks else _SHRINK_APART_RANKS, 64, 64, 128, 6)
-    if rows <= 64:
-        shrink = SHRINK_ALONE if few_ranks else _SHRINK_SHARED_RANKS
-        return FusedHopperTiles(shrink, 64, 64, 128, 5) if 48 <= small <= MULTIPROCESSORS else None
-    beside = _beside_one_wave(rows, members, few_ranks)
-    if beside is None:
-        return None
-    least = 64 if features < TALL else 96
-    if least <= small <= MULTIPROCESSORS:
-        return FusedHopperTiles(beside, 64, 64, 128, 5)
-    if least <= large <= MULTIPROCESSORS:
-        is_late = few_ranks and rows > 128 and members > 1
-        return FusedHopperTiles(SHRINK_ALONE if is_late else beside, 64, 128, 64, 7)
-    return None
-
-
-def _beside_one_wave(rows: int, members: int, few_ranks: bool) -> ShrinkTile | None:
-    """The shrink of 65 to 256 rows; None where other bodies serve them better."""
-    if few_ranks:
-        return replace(SHRINK_ALONE, parts=2, programs=MULTIPROCESSORS // members)
-    if rows <= 128:
-        return _SHRINK_SHARED_RANKS
-    return _SHRINK_BESIDE_RANKS if members == 1 else None
 
 
 @cache

@@ -108,10 +108,17 @@ CALLS: dict[str, Callable[[], object]] = {
     "more rows, tall": lambda: linear(256, 14336, 4096),
     "more rows, tiles of one wave": lambda: [
         linear(12, 5120, 5120, own=True),
+        linear(12, 4096, 4096, rank=64, own=True),
+        linear(12, 4096, 11008, own=True),
+        linear(24, 4096, 4096, own=True),
+        linear(24, 4096, 4096, rank=64, own=True),
+        linear(24, 1536, 8960, own=True),
         linear(64, 4096, 4096, own=True),
         linear(64, 4096, 4096, rank=64, own=True),
     ],
     "more rows, tiles of one wave beside their shrink": lambda: [
+        *[linear(m, 4096, 4096, 1024, 1024, rank=rank, own=True) for m in (12, 24) for rank in (16, 64)],
+        *[linear(m, 4096, 14336, rank=rank, own=True) for m in (12, 24, 64) for rank in (16, 64)],
         linear(64, 4096, 4096, 1024, 1024, rank=64, own=True),
         linear(128, 4096, 4096, own=True),
         linear(128, 4096, 4096, 1024, 1024, own=True),

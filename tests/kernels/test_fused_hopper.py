@@ -13,11 +13,10 @@ import torch
 from fxlora.kernels.tiles import (
     MULTIPROCESSORS,
     SHRINK_ALONE,
-    FusedHopperTiles,
     FusedTiles,
     GemmTile,
-    fused_hopper_tiles,
 )
+from fxlora.kernels.wave_tiles import FusedHopperTiles, fused_hopper_tiles
 from tests.kernels.cases import Case, assert_near, assert_right, draw_slots, equal_bits, linear_call, make_case
 from tests.kernels.test_prefill_hopper import IS_HOPPER
 
@@ -149,31 +148,54 @@ def test_pool_rows_beyond_the_rank_add_nothing(rank: int, tiles: FusedHopperTile
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of compute capability 9")
-@pytest.mark.parametrize("rows", [24, 64, 100, 200])
+@pytest.mark.parametrize("rows", [3, 12, 24, 64, 100, 200])
 def test_the_op_is_right_where_these_tiles_serve_it(rows: int) -> None:
     assert fused_hopper_tiles(rows, 2056, (4096,), 16) is not None
     assert_right(some_rows(rows=rows, features=2056, outs=(4096,), ranks=(8, 16, 0, 3), order="shuffled", bias=True))
 
 
-def test_they_are_for_one_wave() -> None:
-    def kind(rows: int, features: int, *widths: int, width: int = 16) -> tuple[int, int, int] | None:
-        tiles = fused_hopper_tiles(rows, features, widths, width)
-        return (tiles.BN, tiles.stages, tiles.shrink.parts) if tiles else None
+def kind(rows: int, features: int, *widths: int, width: int = 16) -> tuple[int, int, int] | None:
+    tiles = fused_hopper_tiles(rows, features, widths, width)
+    return (tiles.BM, tiles.BN, tiles.stages) if tiles else None
 
+
+def test_they_are_for_one_wave_of_few_rows() -> None:
     # with the shrink's they are a wave
-    assert kind(64, 4096, 4096) == kind(24, 5120, 5120) == kind(16, 5120, 5120) == kind(128, 8192, 2048) == (64, 6, 1)
-    assert kind(64, 5120, 5120) == kind(64, 4096, 4096, 1024, 1024) == kind(64, 2048, 2048, 512, 512) == (64, 5, 1)
-    assert kind(128, 4096, 4096) == kind(256, 2048, 2048) == (64, 5, 2)
-    assert kind(128, 4096, 4096, 1024, 1024) == kind(256, 14336, 4096) == kind(128, 5120, 5120) == (128, 7, 2)
-    assert kind(256, 2048, 2048, 512, 512) == (128, 7, 1)
-    assert kind(64, 4096, 28672) is kind(256, 5120, 5120) is kind(16, 8192, 8192) is None  # more
-    assert kind(64, 8192, 1024) is kind(64, 11008, 2048) is kind(64, 1024, 4096) is None  # few to bring all of W; short
-    assert kind(8, 5120, 5120) is kind(16, 4096, 4096) is None  # few rows
-    assert kind(64, 4096, 4096, width=64) == (64, 6, 1)
-    assert kind(64, 4096, 4096, 1024, 1024, width=64) == kind(128, 4096, 4096, width=64) == (64, 5, 1)
-    assert kind(256, 4096, 4096, width=64) == (128, 7, 1)
-    assert kind(256, 2048, 2048, 512, 512, width=64) is kind(16, 5120, 5120, width=64) is None
-    assert kind(64, 4096, 4096, width=65) is None
+    assert kind(16, 4096, 4096) == kind(2, 8192, 8192) == kind(8, 1536, 1536, 256, 256) == (16, 64, 9)
+    assert kind(24, 5120, 5120) == kind(20, 1536, 1536, 256, 256) == kind(20, 3072, 1024) == (32, 64, 8)
+    assert kind(64, 4096, 4096) == kind(40, 1024, 4096) == (64, 64, 6)
+    assert kind(16, 1536, 8960) == (16, 128, 5)
+    assert kind(32, 1536, 8960) == (32, 128, 5)
+    assert kind(16, 4096, 4096, width=64) == (16, 64, 8)
+    assert kind(24, 4096, 4096, width=64) == (32, 64, 8)
+    assert kind(64, 4096, 4096, width=64) == (64, 64, 6)
+    # beside it
+    assert kind(16, 4096, 4096, 1024, 1024) == kind(16, 4096, 4096, 1024, 1024, width=64) == (16, 64, 6)
+    assert kind(64, 5120, 5120) == kind(64, 2048, 2048, 512, 512) == kind(32, 8192, 8192, width=64) == (64, 64, 5)
+    assert kind(16, 4096, 14336) == kind(4, 1536, 8960, width=64) == (16, 128, 4)
+    assert kind(32, 4096, 14336) == kind(24, 4096, 14336, width=64) == (32, 128, 4)
+    assert kind(64, 4096, 14336) == kind(48, 2048, 6144, 6144, width=64) == (64, 128, 6)
+
+
+def test_they_are_for_one_wave_of_more_rows() -> None:
+    def parts(rows: int, *shape: int) -> int:
+        tiles = fused_hopper_tiles(rows, shape[0], shape[1:], 16)
+        assert tiles is not None
+        return tiles.shrink.parts
+
+    assert kind(128, 8192, 2048) == (64, 64, 6)
+    assert kind(128, 4096, 4096) == kind(256, 2048, 2048) == kind(128, 4096, 4096, width=64) == (64, 64, 5)
+    assert kind(128, 4096, 4096, 1024, 1024) == kind(256, 14336, 4096) == kind(128, 5120, 5120) == (64, 128, 7)
+    assert kind(256, 2048, 2048, 512, 512) == kind(256, 4096, 4096, width=64) == (64, 128, 7)
+    assert parts(128, 8192, 2048) == parts(256, 2048, 2048, 512, 512) == 1
+    assert parts(128, 4096, 4096) == parts(128, 4096, 4096, 1024, 1024) == 2
+
+
+def test_they_are_for_nothing_else() -> None:
+    assert kind(64, 4096, 28672) is kind(256, 5120, 5120) is kind(16, 3584, 18944) is None  # more
+    assert kind(64, 8192, 1024) is kind(64, 11008, 2048) is kind(128, 1024, 4096) is None  # few to bring W; short
+    assert kind(8, 4096, 2048) is kind(16, 8192, 2560) is kind(16, 1024, 1024) is kind(32, 512, 8192) is None
+    assert kind(256, 2048, 2048, 512, 512, width=64) is kind(64, 4096, 4096, width=65) is None
 
 
 def test_programs_of_a_shrink_of_members_are_one_wave() -> None:

@@ -19,7 +19,8 @@ from fxlora.kernels import call as calls
 from fxlora.kernels import expert_call, launch, lora_experts, lora_linear, replay
 from fxlora.kernels.expert_tiles import ExpertBesideTile, ExpertHopperTile, ExpertPrefillTile, expert_prefill_tile
 from fxlora.kernels.prefill_tiles import BesideTile, HopperTile
-from fxlora.kernels.tiles import SHRINK_ALONE, FusedHopperTiles
+from fxlora.kernels.tiles import SHRINK_ALONE
+from fxlora.kernels.wave_tiles import FusedHopperTiles
 from tests.kernels.test_prefill_hopper import IS_HOPPER
 
 pytestmark = pytest.mark.skipif(ops.INTERPRET, reason="interpreted kernels are launched plainly")
