@@ -25,7 +25,7 @@ from triton.language import debug_barrier
 
 from fxlora.kernels.call import MOST_MEMBERS, LinearCall, Plan
 from fxlora.kernels.fused_hopper_h import make_h
-from fxlora.kernels.fused_hopper_loads import load, load_bs, number_of, tile_of
+from fxlora.kernels.fused_hopper_loads import ask_first, load, load_bs, number_of, tile_of
 from fxlora.kernels.group_shrink import Scratch, scratch_of, shrink_groups
 from fxlora.kernels.launch import Launcher
 from fxlora.kernels.prefill import lie_transposed
@@ -138,8 +138,8 @@ def fused_hopper_kernel(
     x_desc, w0_desc, w1_desc, w2_desc, w3_desc, b0_desc, b1_desc, b2_desc, b3_desc, biases, ys, scratch,
     sites, num_rows, feature_octets, col_octets, max_adapters,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr, PARTS: gl.constexpr,
-    TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_POOL: gl.constexpr, SLOTS: gl.constexpr, PDL: gl.constexpr,
-    FIRST: gl.constexpr,
+    TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_POOL: gl.constexpr, SLOTS: gl.constexpr,
+    EARLY: gl.constexpr, HAS_X: gl.constexpr, PDL: gl.constexpr,
 ) -> None:  # fmt: skip
     """The members' tiles, one after another; row tiles first.
 
@@ -148,6 +148,7 @@ def fused_hopper_kernel(
     a pool; biases: pointer to [N] and stride; ys: [T, N], contiguous; scratch: h [members, T, W] like x as int32, of
     several parts [members, PARTS, T, W] in fp32, W, int32 slots [T]; sites: of each member A [P, K], start, rank,
     scaling. CHUNKS: 16 columns of h each. SLOTS: a power of two of at least 32 and max_adapters.
+    EARLY: the ring is filled at once. HAS_X: x is there when this launch starts; else EARLY.
     """
     dtype: gl.constexpr = x_desc.dtype
     BK: gl.constexpr = x_desc.block_type.shape[1]
@@ -178,6 +179,8 @@ def fused_hopper_kernel(
     steps, widths = gl.cdiv(feature_octets * 8, BK), ()
     for member in gl.static_range(len(HAS_POOL)):
         widths = widths + (col_octets[member] * 8,)
+    if EARLY:
+        ask_first(ring, x_desc, w_descs, num_rows, widths, steps, STAGES, TRANSPOSED, HAS_X)
     gl.warp_specialize(
         [
             (
@@ -186,7 +189,7 @@ def fused_hopper_kernel(
                     ring, b_ring, listed, ys, biases, num_rows, widths, steps, STAGES, TRANSPOSED, HAS_BIAS, HAS_POOL,
                 ),
             ),
-            (load, (ring, b_ring, x_desc, w_descs, num_rows, widths, steps, STAGES, TRANSPOSED, PDL, FIRST)),
+            (load, (ring, b_ring, x_desc, w_descs, num_rows, widths, steps, STAGES, TRANSPOSED, EARLY, HAS_X, PDL)),
             (load_bs, (ring, b_ring, listed, b_descs, num_rows, widths, steps, STAGES, HAS_POOL, PDL)),
             (
                 make_h,
@@ -236,6 +239,7 @@ def _box_rows(rows: int, block_rows: int) -> int:
 
 
 def _plan(call: LinearCall, scratch: Scratch, tiles: FusedHopperTiles, transposed: bool) -> Plan:
+    has_x = call.members.has_pools or not call.overlap
     return call.planned(
         _launcher,
         (sum([cdiv(n, tiles.BN) for n in call.widths]) * cdiv(call.rows, tiles.BM),),
@@ -251,6 +255,7 @@ def _plan(call: LinearCall, scratch: Scratch, tiles: FusedHopperTiles, transpose
         HAS_BIAS=call.has_bias,
         HAS_POOL=call.members.has_pool,
         SLOTS=max(32, next_power_of_2(call.members.max_adapters)),
+        EARLY=tiles.apart or not has_x,
+        HAS_X=has_x,
         PDL=call.overlap,
-        FIRST=not call.members.has_pools,
     )

@@ -97,33 +97,52 @@ def load_bs(
 
 
 @gluon.jit
+def ask_first(
+    ring, x_desc, w_descs, num_rows, widths, steps, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr,
+    WITH_X: gl.constexpr,
+) -> None:  # fmt: skip
+    """Asks for the blocks of this program's tile that the ring has room for, before warps part: the code of each comes
+    from far, which takes as long as a few blocks do."""
+    BM: gl.constexpr = ring[0].shape[1]
+    BN: gl.constexpr = ring[1].shape[2 if TRANSPOSED else 1]
+    program, begin = gl.program_id(0), 0
+    for member in gl.static_range(len(widths)):
+        end = begin + gl.cdiv(widths[member], BN) * gl.cdiv(num_rows, BM)
+        if (program >= begin) & (program < end):
+            row_tile, col_tile = tile_of(program - begin, num_rows, BM)
+            for step in range(gl.minimum(steps, STAGES)):
+                ask_w(w_descs[member], step, col_tile * BN, ring, step, TRANSPOSED)
+                if WITH_X:
+                    ask_x(x_desc, step, row_tile * BM, ring, step)
+        begin = end
+
+
+@gluon.jit
 def load(
     ring, b_ring, x_desc, w_descs, num_rows, widths, steps, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr,
-    PDL: gl.constexpr, FIRST: gl.constexpr,
+    EARLY: gl.constexpr, HAS_X: gl.constexpr, PDL: gl.constexpr,
 ) -> None:  # fmt: skip
-    """Every block of x and W of this program's tile. W is asked for before the kernels ahead have made x."""
+    """Every block of x and W of this program's tile; behind those of `ask_first` if EARLY, and x of those if not
+    HAS_X."""
     BM: gl.constexpr = ring[0].shape[1]
     BN: gl.constexpr = b_ring[0].shape[2]
     program, begin = gl.program_id(0), 0
-    if PDL and not FIRST:
+    begun, stage, phase = (gl.minimum(steps, STAGES) if EARLY else 0), 0, (0 if EARLY else 1)
+    if PDL:
+        if not HAS_X:
+            gdc_wait()
         gdc_launch_dependents()
     for member in gl.static_range(len(widths)):
         end = begin + gl.cdiv(widths[member], BN) * gl.cdiv(num_rows, BM)
         if (program >= begin) & (program < end):
             row_tile, col_tile = tile_of(program - begin, num_rows, BM)
-            row, col, w_desc = row_tile * BM, col_tile * BN, w_descs[member]
-            begun, stage, phase = 0, 0, 1
-            if PDL and FIRST:
-                begun, phase = gl.minimum(steps, STAGES), 0
-                for step in range(begun):
-                    ask_w(w_desc, step, col, ring, step, TRANSPOSED)
-                gdc_wait()
-                gdc_launch_dependents()
+            row, col = row_tile * BM, col_tile * BN
+            if not HAS_X:
                 for step in range(begun):
                     ask_x(x_desc, step, row, ring, step)
             for step in range(begun, steps):
                 mbarrier.wait(ring[3].index(stage), phase)
-                ask_w(w_desc, step, col, ring, stage, TRANSPOSED)
+                ask_w(w_descs[member], step, col, ring, stage, TRANSPOSED)
                 ask_x(x_desc, step, row, ring, stage)
                 stage, phase = block_after(stage, phase, STAGES)
             mbarrier.arrive(b_ring[2])

@@ -22,13 +22,15 @@ from fxlora.kernels.tiles import (
 @dataclass(frozen=True)
 class FusedHopperTiles:
     """The two launches of fused_hopper.py: tiles of BM rows, 16, 32 or 64, by BN columns, a ring of so many stages of
-    BK in-features."""
+    BK in-features. apart: the programs of both are a wave together, so that a ring may fill before the shrink begins.
+    """
 
     shrink: ShrinkTile
     BM: int
     BN: int
     BK: int
     stages: int
+    apart: bool = False
 
 
 MOST_RANKS = 64
@@ -63,14 +65,14 @@ def _of_16_rows(rows: int, features: int, widths: tuple[int, ...], few_ranks: bo
     if features < 768 or small < (24 if features <= 2048 else 36 if features <= 4096 else 44):
         return None
     if few_ranks and small + shrinks <= (MULTIPROCESSORS if len(widths) == 1 or features <= 2048 else 116):
-        return FusedHopperTiles(_SHRINK_APART, 16, 64, 128, 9)
+        return FusedHopperTiles(_SHRINK_APART, 16, 64, 128, 9, apart=True)
     if small + shrinks <= 104:
-        return FusedHopperTiles(_SHRINK_APART_RANKS, 16, 64, 128, 8)
+        return FusedHopperTiles(_SHRINK_APART_RANKS, 16, 64, 128, 8, apart=True)
     beside = SHRINK_ALONE if few_ranks else SHRINK_SHARED_RANKS
     if small <= MULTIPROCESSORS:
         return FusedHopperTiles(beside, 16, 64, 128, 6)
     if few_ranks and large + shrinks <= 108:
-        return FusedHopperTiles(_SHRINK_APART, 16, 128, 128, 5)
+        return FusedHopperTiles(_SHRINK_APART, 16, 128, 128, 5, apart=True)
     return FusedHopperTiles(beside, 16, 128, 128, 4) if large <= MULTIPROCESSORS else None
 
 
@@ -81,8 +83,8 @@ def _of_64_rows(rows: int, features: int, widths: tuple[int, ...], few_ranks: bo
     height, apart = 32 if rows <= 32 else 64, _SHRINK_APART if few_ranks else _SHRINK_APART_RANKS
     if features < 768 or sum(widths) < (1024 if features <= 3072 else 2048 if features <= TALL else 3072):
         return None
-    if small + shrinks <= MULTIPROCESSORS:
-        return FusedHopperTiles(apart, height, 64, 128, 8 if height == 32 else 6)
+    if small + shrinks <= MULTIPROCESSORS or (features <= 2048 and small < 48):
+        return FusedHopperTiles(apart, height, 64, 128, 8 if height == 32 else 6, apart=True)
     beside = SHRINK_ALONE if few_ranks else SHRINK_SHARED_RANKS
     if small <= MULTIPROCESSORS:
         return FusedHopperTiles(beside, 64, 64, 128, 5) if small >= 48 else None
@@ -91,7 +93,7 @@ def _of_64_rows(rows: int, features: int, widths: tuple[int, ...], few_ranks: bo
     if height == 64:
         return FusedHopperTiles(beside, 64, 128, 64, 6)
     if few_ranks and large + shrinks <= 108:
-        return FusedHopperTiles(_SHRINK_APART, 32, 128, 128, 5)
+        return FusedHopperTiles(_SHRINK_APART, 32, 128, 128, 5, apart=True)
     return FusedHopperTiles(beside, 32, 128, 128, 4)
 
 
@@ -99,12 +101,13 @@ def _of_more_rows(rows: int, features: int, widths: tuple[int, ...], few_ranks: 
     """65 to 256 rows, of several tiles of 64."""
     count, members = counter(rows, widths), len(widths)
     small, large = count(64, 64), count(64, 128)
-    enough = sum(widths) >= (2048 if features <= TALL else 3072)
+    enough = sum(widths) >= (768 if features <= 3072 else 2048 if features <= TALL else 3072)
     beside = _beside_more_rows(rows, members, few_ranks)
-    if features < 2048 or beside is None:
+    if features < 768 or beside is None:
         return None
-    if few_ranks and enough and small + 64 * members <= MULTIPROCESSORS:
-        return FusedHopperTiles(_SHRINK_APART, 64, 64, 128, 6)
+    are_few = small + 64 * members <= MULTIPROCESSORS or (features < 2048 and small <= 64)
+    if few_ranks and enough and are_few:
+        return FusedHopperTiles(_SHRINK_APART, 64, 64, 128, 6, apart=True)
     least = 64 if features < TALL else 96
     if least <= small <= MULTIPROCESSORS:
         return FusedHopperTiles(beside, 64, 64, 128, 5)

@@ -27,7 +27,8 @@ FORMS = {
     "wide": FusedHopperTiles(SHRINK_ALONE, 64, 128, 64, 7),
     "shrink in parts": FusedHopperTiles(replace(SHRINK_ALONE, parts=3), 64, 64, 128, 5),
     "few rows": FusedHopperTiles(SHRINK_ALONE, 16, 64, 128, 9),
-    "few rows, wide": FusedHopperTiles(SHRINK_ALONE, 16, 256, 64, 4),
+    "narrow, early": FusedHopperTiles(SHRINK_ALONE, 64, 64, 128, 5, apart=True),
+    "few rows, wide, early": FusedHopperTiles(SHRINK_ALONE, 16, 256, 64, 4, apart=True),
     "32 rows, shrink in parts": FusedHopperTiles(replace(SHRINK_ALONE, parts=2), 32, 128, 128, 4),
 }
 
@@ -183,7 +184,7 @@ def test_they_are_for_one_wave_of_more_rows() -> None:
         assert tiles is not None
         return tiles.shrink.parts
 
-    assert kind(128, 8192, 2048) == (64, 64, 6)
+    assert kind(128, 8192, 2048) == kind(128, 1536, 1536, 256, 256) == kind(256, 2048, 1024) == (64, 64, 6)
     assert kind(128, 4096, 4096) == kind(256, 2048, 2048) == kind(128, 4096, 4096, width=64) == (64, 64, 5)
     assert kind(128, 4096, 4096, 1024, 1024) == kind(256, 14336, 4096) == kind(128, 5120, 5120) == (64, 128, 7)
     assert kind(256, 2048, 2048, 512, 512) == kind(256, 4096, 4096, width=64) == (64, 128, 7)
@@ -193,8 +194,8 @@ def test_they_are_for_one_wave_of_more_rows() -> None:
 
 def test_they_are_for_nothing_else() -> None:
     assert kind(64, 4096, 28672) is kind(256, 5120, 5120) is kind(16, 3584, 18944) is None  # more
-    assert kind(64, 8192, 1024) is kind(64, 11008, 2048) is kind(128, 1024, 4096) is None  # few to bring W; short
-    assert kind(8, 4096, 2048) is kind(16, 8192, 2560) is kind(16, 1024, 1024) is kind(32, 512, 8192) is None
+    assert kind(64, 8192, 1024) is kind(64, 11008, 2048) is None  # few to bring W
+    assert kind(8, 4096, 2048) is kind(16, 8192, 2560) is kind(16, 1024, 1024) is kind(128, 512, 8192) is None
     assert kind(256, 2048, 2048, 512, 512, width=64) is kind(64, 4096, 4096, width=65) is None
 
 
