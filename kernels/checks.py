@@ -29,6 +29,11 @@ def check_members(weights: Sequence[torch.Tensor], pools: Sequence[SitePool | No
     """Raises OpInputError when a group has not one pool (or None) for each weight, or is that of an expert weight."""
     if len(weights) != len(pools):
         raise OpInputError(f"the op got {len(weights)} weights, its group has {len(pools)} members")
+    check_linears(pools)
+
+
+def check_linears(pools: Sequence[SitePool | None]) -> None:
+    """Raises OpInputError when a group is that of an expert weight."""
     if isinstance(pools[0], ExpertPool):
         raise OpInputError("the handle is that of an expert weight, not of linears or embeddings")
 

@@ -16,10 +16,7 @@ launch hooks (profilers) are set.
 
 from __future__ import annotations
 
-import ctypes
-import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -27,15 +24,11 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fxlora.kernels.entry import Entry, entry, prefer_shared_memory
 from fxlora.kernels.triton_helpers import INTERPRET
-
-logger = logging.getLogger(__name__)
 
 MAX_KERNELS = 512
 """Keys kept for one choice of constants and options; past that they are dropped and made again."""
-
-Enter = Callable[[int, int, int, int, tuple[object, ...]], object]
-"""One compiled kernel: (grid x, y, z, stream, arguments with addresses for tensors)."""
 
 Bind = Callable[[tuple[Any, ...]], tuple[object, tuple[object, ...]]]
 """Arguments of fixed kinds -> (key, arguments with addresses for tensors)."""
@@ -99,7 +92,7 @@ class _Family(NamedTuple):
 
     kinds: tuple[object, ...]
     bind: Bind
-    kernels: dict[object, Enter]
+    kernels: dict[object, Entry]
 
 
 class Variant:
@@ -116,15 +109,15 @@ class Variant:
 
     def launch(self, grid: tuple[int, ...], args: tuple[object, ...]) -> None:
         """As `Launcher.launch`."""
-        enter, call = (None, ()) if hooked() else self.entry_of(args)
-        if enter is None:
+        found, call = (None, ()) if hooked() else self.entry_of(args)
+        if found is None:
             self.launcher.launch_plain(grid, args, self)
         else:
             dims = len(grid)
             y, z = grid[1] if dims > 1 else 1, grid[2] if dims > 2 else 1
-            enter(grid[0], y, z, raw_stream(self.device), call)
+            found.enter(grid[0], y, z, raw_stream(self.device), call)
 
-    def entry_of(self, args: tuple[object, ...]) -> tuple[Enter | None, tuple[object, ...]]:
+    def entry_of(self, args: tuple[object, ...]) -> tuple[Entry | None, tuple[object, ...]]:
         """The compiled kernel for such arguments, if it is known, and what it gets for these."""
         family = self.family
         if family is None:
@@ -207,8 +200,8 @@ class Launcher:
             self._keep(compiled, args, variant)
 
     def _keep(self, compiled: Any, args: tuple[object, ...], variant: Variant) -> None:
-        enter = entry(compiled, len(variant.constants))
-        if enter is None:
+        found = entry(compiled, len(variant.constants))
+        if found is None:
             self._direct = False
             return
         kinds = kinds_of(args, self.kernel.params)
@@ -220,62 +213,7 @@ class Launcher:
         if family.kinds == kinds:
             if len(family.kernels) >= MAX_KERNELS:
                 family.kernels.clear()
-            family.kernels[family.bind(args)[0]] = enter
-
-
-def entry(compiled: Any, num_constants: int) -> Enter | None:
-    """The fastest way into a compiled kernel; None when there is none that we know.
-
-    Past `CompiledKernel.run`, whose signature is that of Triton 3.6 to 3.9, lies a C function; its own differs.
-    """
-    compiled = compiled.result() if hasattr(compiled, "result") else compiled
-    try:
-        run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
-    except AttributeError:
-        logger.warning("triton %s has no kernel entry that fxlora knows: launches cost more", triton.__version__)
-        return None
-    tail = (None,) * num_constants
-    needs_scratch = bool(getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1))
-    if not needs_scratch and not getattr(run, "gsan_enabled", False):
-        c_launch, flags = run.launch, (run.launch_cooperative_grid, run.launch_pdl)
-        if release() == (3, 6):
-            head = (function, *flags, None, None, packed, None, None, None)
-            return lambda x, y, z, stream, call: c_launch(x, y, z, stream, *head, *call, *tail)
-        if release() == (3, 9):
-            head = (function, *flags, packed, None, None, None, None, None, run.arg_annotations, run.kernel_signature)
-            return lambda x, y, z, stream, call: c_launch(x, y, z, stream, *head, (*call, *tail))
-    return lambda x, y, z, stream, call: run(x, y, z, stream, function, packed, None, None, None, *call, *tail)
-
-
-def prefer_shared_memory(compiled: Any) -> None:
-    """Multiprocessors that run this kernel give all they can to shared memory, from the next launch on.
-
-    They divide it from L1 for the kernel that comes first, and a kernel that needs more cannot join it there: the next
-    one would start when this one has ended. Kernels that hardly use it live on L1 and are left alone. See
-    `cuFuncSetAttribute` in the CUDA driver API.
-    """
-    compiled = compiled.result() if hasattr(compiled, "result") else compiled
-    function, shared = getattr(compiled, "function", None), getattr(getattr(compiled, "metadata", None), "shared", 0)
-    library = _driver_library()
-    if library is not None and isinstance(function, int) and shared >= _MUCH_SHARED:
-        library.cuFuncSetAttribute(ctypes.c_void_p(function), _PREFERRED_SHARED_MEMORY_CARVEOUT, _ALL)
-
-
-_PREFERRED_SHARED_MEMORY_CARVEOUT, _ALL = 9, 100  # CUfunction_attribute; percent
-_MUCH_SHARED = 16384  # bytes of a program
-
-
-@cache
-def _driver_library() -> ctypes.CDLL | None:
-    try:
-        return ctypes.CDLL("libcuda.so.1")
-    except OSError:  # no NVIDIA driver, or not Linux: launches only overlap less
-        return None
-
-
-def release() -> tuple[int, ...]:
-    """Of Triton: (3, 6)."""
-    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+            family.kernels[family.bind(args)[0]] = found
 
 
 def hooked() -> bool:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from fxlora.kernels.call import MOST_MEMBERS, LinearCall, Members
-from fxlora.kernels.checks import check_members
+from fxlora.kernels.checks import check_linears, check_members
 from fxlora.kernels.decode import decode
 from fxlora.kernels.fused import fused
 from fxlora.kernels.gemv import gemv
@@ -77,13 +77,14 @@ def lora_linear(
     group: int,
 ) -> list[torch.Tensor]:
     """See `ops.lora_linear`."""
+    runs = derived_of(group, _runs_of)
+    if len(runs) == 1:
+        found = runs[0].replays.run(x, row_slots, row_coeffs, segments, weights, biases)
+        if found is not None:
+            return found
     check_members(weights, pools_of(group))
+    outputs: list[torch.Tensor] = []
     with device_of(x):
-        runs = derived_of(group, _runs_of)
-        if len(runs) == 1:
-            inputs = (x, row_slots, row_coeffs, segments, weights, biases)
-            return runs[0].replays.run(*inputs) or _run(inputs, runs[0])
-        outputs: list[torch.Tensor] = []
         for members in runs:
             part = slice(len(outputs), len(outputs) + len(members.pools))
             inputs = (x, row_slots, row_coeffs, segments, weights[part], biases[part])
@@ -105,6 +106,7 @@ def _run(inputs: tuple[Any, ...], members: Members) -> list[torch.Tensor]:
 
 def _runs_of(pools: Group) -> list[Members]:
     """A group's members, as many as share a launch at a time."""
+    check_linears(pools)
     return [Members(pools[first : first + MOST_MEMBERS]) for first in range(0, len(pools), MOST_MEMBERS)]
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import ParamSpec, TypeVar
+from typing import cast
 
 import torch
 
@@ -25,9 +25,6 @@ from fxlora.kernels import cpu, cpu_experts
 from fxlora.kernels.batch_slots import batch_slots as _batch_slots
 from fxlora.kernels.expert_segments import expert_segments_size, segment_experts_torch
 from fxlora.kernels.segments import segment_rows_torch, segments_size
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -169,33 +166,24 @@ def _fake_batch_slots(like: torch.Tensor, dims: Sequence[int], group: int) -> to
     return like.new_empty([like.shape[d] for d in dims], dtype=torch.int32)
 
 
-def _without_grad(body: Callable[P, R]) -> Callable[P, R]:
+def _without_grad(body: Callable[..., object] | str) -> Callable[..., object]:
     """The op skips autograd, so its body must not record the torch ops that it calls.
 
-    As `torch.no_grad` does, less its Python layers: 0.25 us instead of 1.1, nothing where grad mode is off.
+    As `torch.no_grad` does, less its Python layers: 0.25 us instead of 1.1, nothing where grad mode is off. body: or
+    the name of a Triton body, which is in the file of that name and imported at the first call.
     """
-
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch.is_grad_enabled():
-            return body(*args, **kwargs)
-        torch._C._set_grad_enabled(False)
-        try:
-            return body(*args, **kwargs)
-        finally:
-            torch._C._set_grad_enabled(True)
-
-    return run
-
-
-def _triton_body(name: str) -> Callable[..., object]:
-    """Body `name` of the file kernels/<name>.py, imported at the first call."""
-    body: Callable[..., object] | None = None
 
     def run(*args: object) -> object:
         nonlocal body
-        if body is None:
-            body = getattr(import_module(f"fxlora.kernels.{name}"), name)
-        return body(*args)
+        if isinstance(body, str):
+            body = cast("Callable[..., object]", getattr(import_module(f"fxlora.kernels.{body}"), body))
+        if not torch.is_grad_enabled():
+            return body(*args)
+        torch._C._set_grad_enabled(False)
+        try:
+            return body(*args)
+        finally:
+            torch._C._set_grad_enabled(True)
 
     return run
 
@@ -211,10 +199,9 @@ def _register() -> None:
         "batch_slots": (_fake_batch_slots, _batch_slots),
     }
     for name, (fake, cpu_body) in rows.items():
-        triton_body = _triton_body(name)
         torch.library.register_fake(f"fxlora::{name}", fake, lib=_library)
-        _library.impl(name, _without_grad(triton_body if INTERPRET else cpu_body), "CPU")
-        _library.impl(name, _without_grad(triton_body), "CUDA")
+        _library.impl(name, _without_grad(name if INTERPRET else cpu_body), "CPU")
+        _library.impl(name, _without_grad(name), "CUDA")
         _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
 
 

@@ -27,9 +27,10 @@ import triton
 import triton.language as tl
 
 from fxlora.kernels.call import MOST_MEMBERS, LinearCall, Plan
+from fxlora.kernels.entry import release
 from fxlora.kernels.group_shrink import Scratch, scratch_of, shrink_groups
 from fxlora.kernels.groups import adapters_of, add_groups, count_groups, load_b, load_groups, load_h
-from fxlora.kernels.launch import Described, Launcher, release
+from fxlora.kernels.launch import Described, Launcher
 from fxlora.kernels.overlap import let_later_start, wait_for_earlier
 from fxlora.kernels.prefill_tiles import BesideTile, HopperTile, PrefillTile
 from fxlora.kernels.triton_helpers import cdiv, dot, multiprocessors

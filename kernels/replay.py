@@ -9,22 +9,31 @@ they were. What is not of the kind, and what launches in ways not recorded here,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from itertools import count
+from itertools import count, groupby
+from operator import itemgetter
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fxlora.kernels.launch import Described, Fixed, hooked, raw_stream
+from fxlora.kernels.triton_helpers import current_gpu
 
 if TYPE_CHECKING:
     from fxlora.kernels.call import PlannedCall
+    from fxlora.kernels.entry import Native
 
 Outputs = list[torch.Tensor]
 Replay = Callable[..., Outputs | None]
 """(x, row_slots, row_coeffs, segments, weights, biases) -> the outputs, None if the call is not of this kind."""
+
+Value = tuple[bool, Any]
+"""(True, expression) of what moves, (False, value) of what does not."""
+
+MOST_ADDRESSES = 64
+"""Kept for one tensor that TMA moves."""
 
 MOST_KINDS, MOST_MADE = 32, 512
 """Kinds remembered for a group, and functions made for it altogether (kinds that take turns under one key)."""
@@ -62,7 +71,7 @@ class Replays:
         weights: Sequence[torch.Tensor],
         biases: Sequence[torch.Tensor | None],
     ) -> Outputs | None:
-        """The outputs of a call whose kind is known, else None."""
+        """The outputs of a call whose kind is known and which goes to the current GPU, else None."""
         last = self._last
         outputs = last(x, row_slots, row_coeffs, segments, weights, biases) if last is not None else None
         if outputs is not None:
@@ -114,7 +123,9 @@ class _Writer:
         self._x, self._coeffs, self._segments = x, row_coeffs, segments
         self._moving = {"x": x, "row_slots": row_slots, "row_coeffs": row_coeffs, "segments": segments}
         self._weights, self._biases = weights, biases
-        self._scope: dict[str, Any] = {"__name__": __name__, "hooked": hooked, "raw_stream": raw_stream}
+        self._scope: dict[str, Any] = {
+            "__name__": __name__, "hooked": hooked, "raw_stream": raw_stream, "current_gpu": current_gpu,
+        }  # fmt: skip
         self._numbers = count()
 
     def function(self) -> Replay | None:
@@ -127,8 +138,7 @@ class _Writer:
             return None
         if not launches:
             return None
-        presence = "is" if self._coeffs is None else "is not"
-        lines = [f"if not (row_coeffs {presence} None):", "    return None"]
+        lines = [f"if {' or '.join(self._differences())}:", "    return None"]
         lines += [*self._unpacked(), *self._guards(), *self._allocations(), *launches]
         lines.append(f"return [{', '.join(f'y{i}' for i in range(len(self._outputs)))}]")
         head = "def replay(x, row_slots, row_coeffs, segments, weights, biases):"
@@ -139,6 +149,12 @@ class _Writer:
         name = f"c{next(self._numbers)}"
         self._scope[name] = value
         return name
+
+    def _differences(self) -> list[str]:
+        """What shows at once that a call is of another kind, or to be made on another GPU than the current one."""
+        tests = [f"row_coeffs is {'not ' if self._coeffs is None else ''}None"]
+        tests += [f"len(weights) != {len(self._weights)}", f"len(biases) != {len(self._biases)}"]
+        return tests + ([f"current_gpu() != {self._constant(self._x.get_device())}"] if self._x.is_cuda else [])
 
     def _unpacked(self) -> list[str]:
         lines = [f"p_{name} = {name}.data_ptr()" for name, tensor in self._moving.items() if tensor is not None]
@@ -179,19 +195,42 @@ class _Writer:
         return f"{function}({', '.join(rest)})"
 
     def _launch(self, plan: Any, args: tuple[object, ...]) -> str:
-        enter, _ = plan.variant.entry_of(args)
-        if enter is None:
+        entry, _ = plan.variant.entry_of(args)
+        if entry is None:
             raise _NotRecordedError
         grid = ", ".join(self._constant(side) for side in (*plan.grid, 1, 1)[:3])
-        return f"{self._constant(enter)}({grid}, stream, {self._text(args)})"
+        native = entry.native
+        if native is None:
+            return f"{self._constant(entry.enter)}({grid}, stream, ({self._row(map(self._value, args))},))"
+        head, tail = ([(False, value) for value in part] for part in (native.head, native.tail))
+        parts = [*self._unfolded(native, args), *tail]
+        rest = f"{self._row(head)}, ({self._row(parts)},)" if native.packs else self._row([*head, *parts])
+        return f"{self._constant(native.call)}({grid}, stream, {rest})"
 
-    def _text(self, arg: object) -> str:
-        """Expression of what a kernel gets for an argument."""
-        moving, value = self._value(arg)
-        return value if moving else self._constant(value)
+    def _row(self, values: Iterable[Value]) -> str:
+        """Expressions in a row; those that stay and follow each other are one tuple."""
+        texts: list[str] = []
+        for moving, group in groupby(values, itemgetter(0)):
+            found = tuple(value for _, value in group)
+            texts += found if moving else [f"*{self._constant(found)}"]
+        return ", ".join(texts)
 
-    def _value(self, arg: object) -> tuple[bool, Any]:
-        """(True, expression) of what moves, (False, value) of what does not."""
+    def _unfolded(self, native: Native, args: tuple[object, ...]) -> list[Value]:
+        """What the C function gets."""
+        values, numbers = [], count()
+        for arg in args:
+            if not isinstance(arg, Described):
+                values.append(self._value(arg))
+                continue
+            found = _Unfolded(native, next(numbers), arg)
+            moving, name = self._owner(arg.base)
+            if moving:
+                values.append((True, f"*{self._constant(found)}[p_{name}]"))
+            else:
+                values += [(False, value) for value in found[arg.base.data_ptr()]]
+        return values
+
+    def _value(self, arg: object) -> Value:
         if isinstance(arg, Fixed):
             return False, arg.call
         if isinstance(arg, torch.Tensor):
@@ -204,7 +243,7 @@ class _Writer:
             parts = [self._value(part) for part in arg]
             if not any(moving for moving, _ in parts):
                 return False, tuple(value for _, value in parts)
-            return True, f"({''.join(f'{v if moving else self._constant(v)}, ' for moving, v in parts)})"
+            return True, f"({self._row(parts)},)"
         return False, arg
 
     def _owner(self, tensor: torch.Tensor) -> tuple[bool, str]:
@@ -243,6 +282,22 @@ def _check_of(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
 
 def _form(tensor: torch.Tensor) -> tuple[object, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
+
+
+class _Unfolded(dict[int, tuple[object, ...]]):
+    """By address, what a kernel's C function gets for memory like this that TMA moves. Allocators give the same few
+    addresses again and again."""
+
+    def __init__(self, native: Native, number: int, described: Described) -> None:
+        super().__init__()
+        self._unfold, self._number = native.unfold, number
+        self._described = described.at(_Address(described.base.data_ptr()))
+
+    def __missing__(self, address: int) -> tuple[object, ...]:
+        if len(self) >= MOST_ADDRESSES:
+            self.clear()
+        found = self[address] = self._unfold(self._number, self._described.at(_Address(address)))
+        return found
 
 
 class _Address:

@@ -154,12 +154,12 @@ def pool_arguments(pool: SitePool | None, stand_in: torch.Tensor) -> tuple[torch
 _HERE = nullcontext()
 
 # torch.cuda.current_device looks first whether CUDA is initialised; CPU builds of torch do not have the other.
-_current_gpu: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+current_gpu: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
 def device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Launches inside go to this tensor's GPU. Nothing to do on CPU (interpreted kernels) or on the current GPU."""
-    if not tensor.is_cuda or tensor.get_device() == _current_gpu():
+    if not tensor.is_cuda or tensor.get_device() == current_gpu():
         return _HERE
     return torch.cuda.device(tensor.device)
 

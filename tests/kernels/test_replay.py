@@ -17,6 +17,8 @@ from tests.kernels.expert_cases import ExpertCase, make_expert_case
 pytest.importorskip("triton")
 from fxlora.kernels import call as calls
 from fxlora.kernels import expert_call, launch, lora_experts, lora_linear, replay
+from fxlora.kernels.entry import Entry
+from fxlora.kernels.errors import OpInputError, RuntimeGoneError
 from fxlora.kernels.expert_tiles import ExpertBesideTile, ExpertHopperTile, ExpertPrefillTile, expert_prefill_tile
 from fxlora.kernels.prefill_tiles import BesideTile, HopperTile
 from fxlora.kernels.tiles import SHRINK_ALONE
@@ -86,7 +88,8 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> Iterator[Entries]:
         variant.family = variant.family or launch._Family(kinds, launch._binder(kinds), {})
         variants.append(variant)
         name = self.kernel.fn.__name__
-        variant.family.kernels[variant.family.bind(args)[0]] = lambda *given: found.log.append((name, given))
+        enter = Entry(lambda *given: found.log.append((name, given)), None)
+        variant.family.kernels[variant.family.bind(args)[0]] = enter
         variant.launch(grid, args)
 
     def counted(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -251,6 +254,20 @@ def test_what_is_not_of_the_kind_goes_the_long_way(
             run_linear(others[5], handle)
             run_linear(case, handle)
         assert entries.long == 2 + len(others)
+
+
+def test_a_known_call_is_refused_as_ever_where_it_is_wrong(entries: Entries) -> None:
+    case = make_case(rows=16, features=64, outs=(64, 64), dtype=BF16)
+    with registered(case.pools) as handle:
+        for _ in range(3):
+            run_linear(case, handle)
+        assert entries.long == 2
+        for count in (1, 3):
+            weights = [case.weights[0]] * count
+            with pytest.raises(OpInputError, match=f"got {count} weights, its group has 2"):
+                run_linear(replace(case, weights=weights, biases=[None] * count), handle)
+    with pytest.raises(RuntimeGoneError):
+        run_linear(case, handle)
 
 
 def test_copies_of_strided_input_are_made_again_each_time(entries: Entries) -> None:

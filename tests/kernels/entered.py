@@ -1,0 +1,195 @@
+"""What reaches the CUDA driver, by way of Triton's launcher, of a prepared call and of a replay.
+
+`python -m tests.kernels.entered` compiles the kernels of `CALLS` for sm_90 and launches them by the installed Triton's
+launcher, over a driver that does nothing (no_driver.c, which TRITON_LIBCUDA_PATH and LD_LIBRARY_PATH must lead to). It
+prints a JSON object a call: its kernels, whether all ways hand over the same, and how many calls were prepared.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
+from triton.runtime.driver import driver
+
+from fxlora.kernels import call as calls
+from fxlora.kernels import entry, expert_call, launch, lora_experts, lora_linear, prefill, replay
+from tests.kernels.cases import Case, make_case, registered
+from tests.kernels.expert_cases import ExpertCase, make_expert_case
+from tests.kernels.test_replay import moved, names_of, run_experts, run_linear
+
+BF16 = torch.bfloat16
+
+
+def linears(rows: int, features: int, *outs: int, **options: Any) -> Case:
+    case = make_case(rows=rows, features=features, outs=outs, dtype=BF16, **options)
+    for pool in case.pools:
+        if pool is not None:
+            pool.max_rank = 16
+    return case
+
+
+def experts(rows: int, features: int, out: int) -> ExpertCase:
+    case = make_expert_case(rows=rows, experts=32, features=features, out=out, dtype=BF16)
+    assert case.pool is not None
+    case.pool.max_rank = 16
+    return case
+
+
+CALLS: dict[str, Callable[[], Case | ExpertCase]] = {
+    "one row, three members": lambda: linears(1, 64, 64, 32, 16, bias=True),
+    "few rows, plain": lambda: linears(16, 64, 1024, 64, width=2),
+    "tiles of one wave, a member without a pool": lambda: linears(
+        16, 1024, 2048, 512, 512, none_members=(1,), bias=True
+    ),
+    "many rows": lambda: linears(2048, 2048, 4096),
+    "many rows, plain": lambda: linears(300, 64, 256, 64),
+    "experts": lambda: experts(4096, 1024, 2048),
+    "experts, few rows": lambda: experts(20, 64, 32),
+}
+CONFIG = struct.Struct("7I4xQ8xI")  # CUlaunchConfig: grid, block, bytes of shared memory, stream, number of attributes
+Told = list[tuple[str, Any]]
+
+
+class OneGpu(CudaDriver):
+    """Of the driver that does nothing."""
+
+    def __init__(self) -> None:
+        self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
+        self.get_current_device: Callable[[], int] = lambda: 0
+        self.get_current_stream: Callable[..., int] = lambda device=0: 7
+        self.get_device_capability: Callable[..., tuple[int, int]] = lambda device=0: (9, 0)
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def forms_of(signature: Any) -> Iterator[str]:
+    """The parameters of a compiled kernel: p for a pointer, m for a map, i, l and b for ints of 4, 8 and 1 bytes."""
+    for kind in signature:
+        if isinstance(kind, tuple):
+            yield from forms_of(kind)
+        elif kind.startswith("*"):
+            yield "p"
+        elif kind.startswith("tensordesc"):
+            dims = kind[kind.index("[") : kind.index("]")].count(",") + 1
+            yield from ("m", *"i" * dims, *"l" * dims)
+        elif kind != "constexpr":
+            yield {"i1": "b", "i32": "i", "i64": "l"}[kind]
+
+
+class Ear:
+    """Hears every launch of a kernel whose parameters are known."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.told: Told = []
+        self._names: dict[int, tuple[str, list[str]]] = {}
+        kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p))
+        self._hear = kind(self.hear)  # alive as long as the driver may call it
+        library.no_driver_tell(self._hear)
+
+    def know(self, compiled: Any) -> None:
+        signature = compiled.src.signature
+        forms = list(forms_of(signature.values()))
+        self._names[compiled.function] = (compiled.metadata.name, forms)
+
+    def hear(self, config: int, function: int, arguments: Any) -> None:
+        if function not in self._names:
+            return
+        name, forms = self._names[function]
+        sizes = {"p": 8, "l": 8, "i": 4, "b": 1, "m": 128}
+        parts = [(form, ctypes.string_at(arguments[i], sizes[form])) for i, form in enumerate(forms)]
+        self.told.append((name, (CONFIG.unpack(ctypes.string_at(config, CONFIG.size)), parts)))
+
+    def taken(self, names: dict[int, str]) -> Told:
+        """Since the last time; addresses by name, unknown ones by the order in which they turned up."""
+        unknown: dict[int, str] = {}
+
+        def named(data: bytes) -> str:
+            (address,) = struct.unpack_from("Q", data)
+            return names.get(address) or ("none" if not address else unknown.setdefault(address, f"#{len(unknown)}"))
+
+        told, self.told = self.told, []
+        return [
+            (name, (config, [(form, named(data) if form in "pm" else None, data[8 if form in "pm" else 0 :])
+                             for form, data in parts]))
+            for name, (config, parts) in told
+        ]  # fmt: skip
+
+
+@contextmanager
+def plain_launches() -> Iterator[None]:
+    """Triton itself launches."""
+    before = launch.hooked
+    launch.hooked = replay.hooked = lambda: True
+    try:
+        yield
+    finally:
+        launch.hooked = replay.hooked = before
+
+
+def report(case: Any, ear: Ear, prepared: list[object]) -> dict[str, object]:
+    """A plain launch, a prepared call, two replays, at other addresses each, and one at those of the last."""
+    told, kept = [], []
+    prepared.clear()
+    run: Callable[..., Any] = run_linear if isinstance(case, Case) else run_experts
+    with registered(case.pools if isinstance(case, Case) else (case.pool,)) as handle:
+        run(case, handle)  # compiles
+        ear.taken({})
+        for i in range(5):
+            case = moved(case) if i < 4 else case
+            if i == 0:
+                with plain_launches():
+                    outputs, segments = run(case, handle)
+            else:
+                outputs, segments = run(case, handle)
+            kept.append((case, outputs, segments))  # alive, so that no address comes again
+            told.append(ear.taken(names_of(case, outputs, segments)))
+    return {
+        "kernels": [name for name, _ in told[0]],
+        "maps": sum(form == "m" for _, (_, parts) in told[0] for form, *_ in parts),
+        "same": [found == told[0] for found in told[1:]],
+        "prepared": len(prepared),
+    }
+
+
+def main() -> None:
+    library = ctypes.CDLL("libcuda.so.1")
+    driver.set_active(OneGpu())
+    ear, prepared = Ear(library), []
+    found = entry.entry
+
+    def noted(compiled: Any, num_constants: int) -> entry.Entry | None:
+        ear.know(compiled)
+        return found(compiled, num_constants)
+
+    def counted(make: Callable[..., Any]) -> Callable[..., Any]:
+        def prepare(*args: Any) -> Any:
+            prepared.append(make)
+            return make(*args)
+
+        return prepare
+
+    launch.entry = noted
+    launch.raw_stream = replay.raw_stream = lambda device: 7
+    calls.can_overlap = expert_call.can_overlap = lambda device: True
+    prefill.multiprocessors = lambda device: 132
+    lora_linear.LinearCall = counted(lora_linear.LinearCall)
+    lora_experts.ExpertCall = counted(lora_experts.ExpertCall)
+    for name, make in CALLS.items():
+        lora_linear.has_gluon = lora_experts.has_gluon = lambda device, own="plain" not in name: own
+        print(json.dumps({"call": name, **report(make(), ear, prepared)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
