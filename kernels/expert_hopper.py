@@ -37,6 +37,7 @@ from fxlora.kernels.expert_lists import list_slots
 from fxlora.kernels.expert_order import BM, blocks_of, look, look_closer, record_of, share_of, steps_of
 from fxlora.kernels.expert_segments import tile_bound
 from fxlora.kernels.expert_tiles import ExpertHopperTile
+from fxlora.kernels.gluon_names import store_block
 from fxlora.kernels.launch import Launcher
 from fxlora.kernels.prefill_hopper import PART, as_b, block_after, copy_b, describe, group_of
 from fxlora.kernels.triton_helpers import cdiv, multiprocessors
@@ -180,7 +181,7 @@ def put(part, buffer, y, row, end, col, expert, bias, num_cols, HAS_BIAS: gl.con
     if end - row >= BM:
         fence_async_shared()
         debug_barrier()
-        tma.async_copy_shared_to_global(y[0], [row, col], buffer)
+        store_block(y[0], [row, col], buffer)
     else:
         debug_barrier()
         by_rows: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from fxlora.kernels.expert_order import look, look_closer, share_of, steps_of
+from fxlora.kernels.gluon_names import load_block
 from fxlora.kernels.prefill_hopper import block_after
 
 BN = gl.constexpr(256)
@@ -35,13 +36,13 @@ def load_steps(
         there = full.index(stage)
         mbarrier.wait(empty.index(stage), phase)
         mbarrier.expect(there, x_desc.block_type.nbytes + w_bytes + a_bytes)
-        tma.async_copy_global_to_shared(x_desc, [first_row, step * BK], there, xs.index(stage))
+        load_block(x_desc, [first_row, step * BK], there, xs.index(stage))
         if WITH_W:
             w_at = [expert, step * BK, first_col] if TRANSPOSED else [expert, first_col, step * BK]
-            tma.async_copy_global_to_shared(w_desc, w_at, there, ws.index(stage))
+            load_block(w_desc, w_at, there, ws.index(stage))
         for i in gl.static_range(len(a_rows)):
             to = all_as.index(stage).slice(16 * i, 16)
-            tma.async_copy_global_to_shared(a_desc, [a_rows[i], step * BK], there, to)
+            load_block(a_desc, [a_rows[i], step * BK], there, to)
         stage, phase = block_after(stage, phase, STAGES)
     return stage, phase
 

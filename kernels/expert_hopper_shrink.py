@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.language import debug_barrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
@@ -24,6 +24,7 @@ from fxlora.kernels.call import Plan
 from fxlora.kernels.expert_call import ExpertCall
 from fxlora.kernels.expert_prefill_shrink import ExpertAdapters
 from fxlora.kernels.expert_tiles import ExpertBesideTile
+from fxlora.kernels.gluon_names import load_block
 from fxlora.kernels.groups import FIELDS
 from fxlora.kernels.groups_hopper import add, put_groups
 from fxlora.kernels.launch import Launcher
@@ -98,7 +99,7 @@ def load_x(
                     mbarrier.expect(there, some * x_desc.block_type.nbytes, parts == some)
                 for part in gl.static_range(BM // PART):
                     at, to = [first + part * PART, step * BLOCK], xs.index(stage).slice(part * PART, PART)
-                    tma.async_copy_global_to_shared(x_desc, at, there, to, part < parts)
+                    load_block(x_desc, at, there, to, part < parts)
                 stage, phase = block_after(stage, phase, STAGES)
 
 
@@ -136,7 +137,7 @@ def load_a(
                     mbarrier.expect(there, number * a_desc.block_type.nbytes, some == number)
                 for i in gl.static_range(EACH):
                     to = all_as.index(stage).slice((PART_OF_A * EACH + i) * 16, 16)
-                    tma.async_copy_global_to_shared(a_desc, [rows[i], step * BLOCK], there, to, i < some)
+                    load_block(a_desc, [rows[i], step * BLOCK], there, to, i < some)
                 stage, phase = block_after(stage, phase, STAGES)
 
 

@@ -26,6 +26,7 @@ from triton.language import debug_barrier
 from fxlora.kernels.call import MOST_MEMBERS, LinearCall, Plan
 from fxlora.kernels.fused_hopper_h import make_h
 from fxlora.kernels.fused_hopper_loads import ask_first, load, load_bs, number_of, tile_of
+from fxlora.kernels.gluon_names import viewed
 from fxlora.kernels.group_shrink import Scratch, scratch_of, shrink_groups
 from fxlora.kernels.launch import Launcher
 from fxlora.kernels.prefill import lie_transposed
@@ -106,7 +107,7 @@ def compute(
     shape: gl.constexpr = [BN, BM] if FEW else [BM, BN]
     of_acc: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, shape[1], 16])
     of_tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BN], bs.dtype)
-    tiles = bs._reinterpret(bs.dtype, [STAGES * bs.shape[1] // BM, BM, BN], of_tile)
+    tiles = viewed(bs, bs.dtype, [STAGES * bs.shape[1] // BM, BM, BN], of_tile)
     h_ring = (ring[0], bs, ring[2], ring[3])
     program, begin = gl.program_id(0), 0
     for member in gl.static_range(len(HAS_POOL)):
@@ -158,8 +159,8 @@ def fused_hopper_kernel(
     of_piece: gl.constexpr = gl.NVMMASharedLayout.get_default_for([16, PART], dtype)
     xs = gl.allocate_shared_memory(dtype, [STAGES, BM, BK], of_x)
     ws = gl.allocate_shared_memory(dtype, [STAGES, BK if TRANSPOSED else BN, BN if TRANSPOSED else BK], w0_desc.layout)
-    bs = ws._reinterpret(dtype, [STAGES, BK, BN], of_b)
-    pieces = ws._reinterpret(dtype, [STAGES * (BN // PART) * (BK // 16), 16, PART], of_piece)
+    bs = viewed(ws, dtype, [STAGES, BK, BN], of_b)
+    pieces = viewed(ws, dtype, [STAGES * (BN // PART) * (BK // 16), 16, PART], of_piece)
     of_words: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK // 2], gl.int32)
     of_list: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -174,7 +175,7 @@ def fused_hopper_kernel(
     ranks = gl.allocate_shared_memory(gl.int32, [BM * CHUNKS // EACH, EACH], of_list)
     numbers = gl.allocate_shared_memory(gl.int32, [2, 1], of_list)
     ring, b_ring, listed = (xs, ws, full, empty), (bs, pieces, asked), (pool_rows, ranks, numbers)
-    words = xs._reinterpret(gl.int32, [STAGES, BM, BK // 2], of_words)
+    words = viewed(xs, gl.int32, [STAGES, BM, BK // 2], of_words)
     w_descs, b_descs = (w0_desc, w1_desc, w2_desc, w3_desc), (b0_desc, b1_desc, b2_desc, b3_desc)
     steps, widths = gl.cdiv(feature_octets * 8, BK), ()
     for member in gl.static_range(len(HAS_POOL)):

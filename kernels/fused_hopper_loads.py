@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fxlora.kernels.gluon_names import load_block
 from fxlora.kernels.prefill_hopper import block_after
 
 NOWHERE = gl.constexpr(1 << 30)
@@ -32,7 +33,7 @@ def ask_w(w_desc, step, col, ring, stage, TRANSPOSED: gl.constexpr) -> None:
     mbarrier.expect(there, w_desc.block_type.nbytes)
     BK: gl.constexpr = ring[0].shape[2]
     at = [step * BK, col] if TRANSPOSED else [col, step * BK]
-    tma.async_copy_global_to_shared(w_desc, at, there, ring[1].index(stage))
+    load_block(w_desc, at, there, ring[1].index(stage))
 
 
 @gluon.jit
@@ -40,7 +41,7 @@ def ask_x(x_desc, step, row, ring, stage) -> None:
     """Asks for a block of x, of no more rows than there are."""
     there, to = ring[2].index(stage), ring[0].index(stage).slice(0, x_desc.block_type.shape[0])
     mbarrier.expect(there, x_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(x_desc, [row, step * x_desc.block_type.shape[1]], there, to)
+    load_block(x_desc, [row, step * x_desc.block_type.shape[1]], there, to)
 
 
 @gluon.jit
@@ -54,7 +55,7 @@ def ask_bs(rows, col, b_desc, there, bs, pieces, stage) -> None:
         row = gl.sum(gl.where(numbers == i, rows, 0), axis=0)
         for part in gl.static_range(PARTS):
             to = pieces.index((stage * PARTS + part) * EACH + i)
-            tma.async_copy_global_to_shared(b_desc, [row, col + part * pieces.shape[2]], there, to)
+            load_block(b_desc, [row, col + part * pieces.shape[2]], there, to)
 
 
 @gluon.jit

@@ -326,11 +326,11 @@ def lie_transposed(call: LinearCall) -> bool:
 def has_gluon(device: torch.device) -> bool:
     """Whether kernels in Gluon serve this GPU: one of compute capability 9, and a Triton whose Gluon is known.
 
-    Gluon is experimental, and Triton 3.9 renames parts of it. What it makes faster is as right without it.
+    Gluon is experimental: releases rename parts of it (gluon_names.py). What it makes faster is as right without it.
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return False
-    known = release() in ((3, 6), (3, 7), (3, 8))
+    known = (3, 6) <= release() <= (3, 9)
     if not known:
         logger.warning("triton %s has no Gluon that fxlora knows: most calls cost more", triton.__version__)
     return known

@@ -30,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language import debug_barrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fxlora.kernels.gluon_names import load_block, load_elements, store_block, viewed
 from fxlora.kernels.groups import FIELDS, MOST
 from fxlora.kernels.launch import Described, Launcher
 from fxlora.kernels.prefill import next_member, place
@@ -64,9 +65,9 @@ def load(
                 there = full.index(stage)
                 mbarrier.wait(empty.index(stage), phase)
                 mbarrier.expect(there, x_desc.block_type.nbytes + w_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(x_desc, [row_tile * BM, step * BK], there, xs.index(stage))
+                load_block(x_desc, [row_tile * BM, step * BK], there, xs.index(stage))
                 w_at = [step * BK, col_tile * BN] if TRANSPOSED else [col_tile * BN, step * BK]
-                tma.async_copy_global_to_shared(w_desc, w_at, there, ws.index(stage))
+                load_block(w_desc, w_at, there, ws.index(stage))
                 stage, phase = block_after(stage, phase, STAGES)
         _, first_tile = next_member(first_tile, tiles_m * tiles_n)
 
@@ -134,7 +135,7 @@ def copy_b(groups, lanes, cols, b_ptr, num_cols, bs, half, TOGETHER: gl.constexp
         slot, pool_row, ranks = groups[i]
         at = b_ptr + (pool_row + lanes).to(gl.int64)[:, None] * num_cols + cols[None, :]
         mask = ((slot >= 0) & (lanes <= ranks % 16))[:, None] & (cols < num_cols)[None, :]
-        async_copy.async_copy_global_to_shared(bs.index(half * TOGETHER + i), at, mask)
+        load_elements(bs.index(half * TOGETHER + i), at, mask)
     async_copy.commit_group()
 
 
@@ -240,7 +241,7 @@ def put(part, buffer, y_desc, row, col, bias, num_cols, HAS_BIAS: gl.constexpr) 
     buffer.store(part.to(y_desc.dtype))
     fence_async_shared()
     debug_barrier()
-    tma.async_copy_shared_to_global(y_desc, [row, col], buffer)
+    store_block(y_desc, [row, col], buffer)
 
 
 @gluon.jit
@@ -262,7 +263,7 @@ def as_b(ys, BN: gl.constexpr) -> gl.tensor:
     """The memory of y's parts as blocks of B, [.., 16, BN], of which two are used."""
     shape: gl.constexpr = [ys.shape[0] * ys.shape[1] * ys.shape[2] // (16 * BN), 16, BN]
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([16, BN], ys.dtype)
-    return ys._reinterpret(ys.dtype, shape, layout)
+    return viewed(ys, ys.dtype, shape, layout)
 
 
 @gluon.jit

@@ -20,13 +20,13 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fxlora.kernels.call import MOST_MEMBERS, LinearCall, Plan
+from fxlora.kernels.gluon_names import load_block, load_elements
 from fxlora.kernels.group_shrink import Scratch
 from fxlora.kernels.groups_hopper import add, write_lists
 from fxlora.kernels.launch import Launcher
@@ -100,14 +100,14 @@ def load_run(xs, block, there, x_desc, part_desc, row, k, parts) -> None:
     if parts == WHOLE:
         mbarrier.expect(there, SUBS * x_desc.block_type.nbytes)
         for sub in gl.static_range(SUBS):
-            tma.async_copy_global_to_shared(x_desc, [row, k + sub * BLOCK], there, xs.index(block + sub))
+            load_block(x_desc, [row, k + sub * BLOCK], there, xs.index(block + sub))
     else:
         for count in gl.static_range(1, WHOLE):
             mbarrier.expect(there, SUBS * count * part_desc.block_type.nbytes, parts == count)
         for sub in gl.static_range(SUBS):
             for part in gl.static_range(WHOLE - 1):
                 at, to = [row + part * PART, k + sub * BLOCK], xs.index(block + sub).slice(part * PART, PART)
-                tma.async_copy_global_to_shared(part_desc, at, there, to, part < parts)
+                load_block(part_desc, at, there, to, part < parts)
     mbarrier.arrive(there, count=32)
 
 
@@ -134,7 +134,7 @@ def load_rows(xs, block, there, rows, k, parts, num_features) -> None:
             for sub in gl.static_range(SUBS):
                 to = xs.index(block + sub).slice(part * PART, PART)
                 first = k + sub * BLOCK
-                async_copy.async_copy_global_to_shared(to, at + first, known & (first + lanes < num_features))
+                load_elements(to, at + first, known & (first + lanes < num_features))
     async_copy.mbarrier_arrive(there, increment_count=False)  # of every lane, when its copies are there
     mbarrier.arrive(there)
 
@@ -195,7 +195,7 @@ def load_a(
                         row = pool_rows[member] + i * RANKS  # past the rank follow others', whose h is left out
                         for sub in gl.static_range(SUBS):
                             a = all_as.index(block + sub).slice(member * RANKS, RANKS)
-                            tma.async_copy_global_to_shared(a_descs[member], [row, k + sub * BLOCK], there, a)
+                            load_block(a_descs[member], [row, k + sub * BLOCK], there, a)
                 stage, phase = block_after(stage, phase, STAGES)
 
 
