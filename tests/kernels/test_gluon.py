@@ -1,0 +1,217 @@
+"""Kernels in Gluon without a GPU: right, and the same to the bit, in whichever order their warps and copies take turns;
+and what one of them would do wrong shows."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import FunctionType, ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fxlora.kernels.ops import INTERPRET
+from tests.kernels.cases import Case, assert_near, equal_bits, linear_call, make_case
+from tests.kernels.expert_cases import ExpertCase, make_expert_case
+
+pytest.importorskip("triton")
+from fxlora.kernels import call as calls
+from fxlora.kernels import (
+    expert_hopper,
+    expert_hopper_shrink,
+    fused_hopper,
+    fused_hopper_h,
+    prefill,
+    prefill_hopper,
+    prefill_hopper_shrink,
+)
+from fxlora.kernels.expert_tiles import ExpertBesideTile, ExpertHopperTile
+from fxlora.kernels.prefill_tiles import BesideTile
+from tests.kernels import test_expert_hopper, test_expert_hopper_shrink
+from tests.kernels.gluon_interpreter import interpreted
+from tests.kernels.gluon_machine import HangError, MisuseError
+from tests.kernels.test_fused_hopper import FORMS
+from tests.kernels.test_prefill_hopper import SHARED, TURNS
+
+pytestmark = [
+    pytest.mark.interpreted,
+    pytest.mark.skipif(not INTERPRET, reason="the launches before theirs run in Triton's interpreter"),
+]
+BF16 = torch.bfloat16
+RANKS = (1, 8, 0, 16, 40, 64)
+SEEDS = range(3)
+LAUNCHERS = (
+    fused_hopper._launcher, prefill_hopper.launcher, prefill_hopper_shrink._launcher, expert_hopper._launcher,
+    expert_hopper_shrink._launcher,
+)  # fmt: skip
+PREFILLS = {
+    "turns": TURNS,
+    "shared": SHARED,
+    "shared, groups early": replace(SHARED, ahead=2),
+    "turns, groups early": replace(TURNS, ahead=2),
+    "turns, a shrink beside": replace(TURNS, shrink=BesideTile(2, 1000)),
+    "turns, a shrink of all": replace(TURNS, shrink=BesideTile(1, 1)),
+}
+Run = Callable[[], Sequence[torch.Tensor]]
+
+
+@pytest.fixture
+def seeded(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Has kernels in Gluon interpreted from here on, in another order for each seed."""
+    kernels = [launcher.kernel for launcher in LAUNCHERS]
+
+    def seed(number: int) -> None:
+        for launcher, kernel in zip(LAUNCHERS, kernels, strict=True):
+            monkeypatch.setattr(launcher, "kernel", interpreted(kernel, number))
+
+    return seed
+
+
+def check(run: Run, expected: Sequence[torch.Tensor], seeded: Callable[[int], None]) -> None:
+    first: Sequence[torch.Tensor] | None = None
+    for number in SEEDS:
+        seeded(number)
+        found = run()
+        assert_near(list(found), list(expected), BF16)
+        assert first is None or equal_bits(list(first), list(found), slice(None)), f"seed {number}"
+        first = first or found
+
+
+def linears(rows: int, features: int, *outs: int, **options: Any) -> Case:
+    return make_case(**{"rows": rows, "features": features, "outs": outs, "ranks": RANKS, "dtype": BF16, **options})
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        lambda: linears(20, 264, 136, order="shuffled", bias=True),
+        lambda: linears(70, 1304, 72, 8, 136, order="runs", none_members=(1,)),
+        lambda: linears(9, 2056, 40, order="shuffled", ranks=tuple(i % 17 for i in range(40))),
+    ],
+    ids=["mixed ranks", "members", "many steps, no rank above 16"],
+)
+def test_tiles_of_one_wave(case: Callable[[], Case], form: str, seeded: Callable[[int], None]) -> None:
+    made = case()
+    check(lambda: fused_hopper.fused_hopper(linear_call(made), FORMS[form]), made.expected(), seeded)
+
+
+@pytest.mark.parametrize("form", ["narrow", "few rows", "narrow, early"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_tiles_of_one_wave_that_wait_for_x_themselves(
+    transposed: bool, form: str, seeded: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a pool there is no launch before theirs."""
+    monkeypatch.setattr(calls, "can_overlap", lambda device: True)
+    case = linears(20, 1304, 72, 136, none_members=(0, 1), bias=True)
+    if transposed:
+        case = replace(case, weights=[weight.t().contiguous().t() for weight in case.weights])
+    check(lambda: fused_hopper.fused_hopper(linear_call(case), FORMS[form]), case.expected(), seeded)
+
+
+@pytest.mark.parametrize("name", PREFILLS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        lambda: linears(300, 264, 136, order="shuffled", bias=True),
+        lambda: linears(200, 520, 264, 8, 40, order="runs", none_members=(1,)),
+        lambda: linears(150, 72, 136, width=2, order="shuffled"),
+    ],
+    ids=["mixed ranks", "members", "two slots a row"],
+)
+def test_many_rows(
+    case: Callable[[], Case], name: str, seeded: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two programs make all tiles, so that even a small call has turns."""
+    monkeypatch.setattr(prefill, "multiprocessors", lambda device: 2)
+    made = case()
+    check(lambda: prefill.prefill(linear_call(made), PREFILLS[name]), made.expected(), seeded)
+
+
+def experts(**options: Any) -> ExpertCase:
+    sizes = {"rows": 300, "experts": 3, "features": 200, "out": 264, "ranks": (8, 16, 0, 3, 40), "bias": True}
+    return make_expert_case(**{**sizes, "dtype": BF16, **options})
+
+
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixed ranks": {},
+    "transposed": {"transposed": True, "out": 520, "slot_runs": 20},
+    "many steps": {"features": 1032, "rows": 130},
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("form", [(ExpertHopperTile(4, 3, 2), 2), (ExpertHopperTile(4, 2, 4), 5)], ids=["two", "four"])
+def test_experts_in_one_launch(form: Any, name: str, seeded: Callable[[int], None]) -> None:
+    case = experts(**EXPERTS[name])
+    check(lambda: [test_expert_hopper.run(case, form)], [case.expected()], seeded)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("shrink", [ExpertBesideTile(3, 10000), ExpertBesideTile(1, 0)], ids=["few", "all"])
+def test_experts_with_a_shrink_beside(shrink: ExpertBesideTile, name: str, seeded: Callable[[int], None]) -> None:
+    case = experts(**EXPERTS[name])
+    check(lambda: [test_expert_hopper_shrink.run(case, shrink)], [case.expected()], seeded)
+
+
+def broken(function: Any, old: str, new: str) -> Any:
+    """The function of a kernel, of which something is changed."""
+    source = inspect.getsource(function.fn)
+    source = source[source.index("def ") :]
+    assert source.count(old) >= 1, f"{function.fn.__name__} has no {old!r}"
+    scope: dict[str, Any] = {}
+    code = compile("from __future__ import annotations\n" + textwrap.dedent(source.replace(old, new)), "broken", "exec")
+    exec(code, dict(function.fn.__globals__), scope)
+    made = scope[function.fn.__name__]
+    return SimpleNamespace(fn=FunctionType(made.__code__, function.fn.__globals__, made.__name__, made.__defaults__))
+
+
+Break = tuple[ModuleType, str, str, str]
+"""Where a function is called, its name, what is replaced in it and by what."""
+
+BREAKS: dict[str, Break] = {
+    "a block is overwritten while it is read": (
+        fused_hopper, "load", "mbarrier.wait(ring[3].index(stage), phase)", "pass",
+    ),
+    "a ring that is full is filled again": (fused_hopper, "load", "(0 if EARLY else 1)", "1"),
+    "nobody waits for a block": (fused_hopper, "multiply", "mbarrier.wait(full.index(stage), phase)", "pass"),
+    "a block is given back while it is read": (
+        fused_hopper,
+        "multiply",
+        "mbarrier.arrive(empty.index(gl.maximum(held, 0)), pred=held >= 0)",
+        "mbarrier.arrive(empty.index(stage))",
+    ),
+    "h is stored without a fence": (fused_hopper_h, "make_blocks", "fence_async_shared()", "pass"),
+    "h is never said to be there": (fused_hopper_h, "make_blocks", "mbarrier.arrive(full.index(stage))", "pass"),
+    "Bs are asked for in a phase that is over": (
+        fused_hopper, "load_bs", "(steps // STAGES & 1) ^ 1", "steps // STAGES & 1",
+    ),
+    "nobody waits for a product": (
+        fused_hopper,
+        "multiply",
+        "acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))",
+        "pass",
+    ),
+    "a store leaves its tensor": (fused_hopper, "store", "rows < num_rows", "rows < num_rows + 1"),
+    "y leaves before its last adapter": (fused_hopper, "number_of", "axis=0)", "axis=0) - (1 - i)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_what_goes_wrong_shows(name: str, seeded: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is broken runs as the tests above do, which pass."""
+    module, function, old, new = BREAKS[name]
+    monkeypatch.setattr(module, function, broken(getattr(module, function), old, new))
+    case = linears(20, 1304, 136, order="shuffled", ranks=tuple(i % 17 for i in range(40)))
+
+    def run_in_ten_orders() -> None:
+        for number in range(10):
+            seeded(number)
+            found = fused_hopper.fused_hopper(linear_call(case), FORMS["few rows, wide, early"])
+            assert_near(found, case.expected(), BF16)
+
+    with pytest.raises((AssertionError, HangError, MisuseError)):
+        run_in_ten_orders()
