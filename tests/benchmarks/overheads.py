@@ -24,6 +24,8 @@ HOST_CALLS, HOST_LOOPS = 200, 7
 HOST_CASES = {
     "host-linear": Case("host-linear", "linear", 1, 1024, (1024,), 16, 1, slots=8),
     "host-group3": Case("host-group3", "linear", 1, 1024, (1024, 256, 256), 16, 1, slots=8),
+    "host-group3-M16": Case("host-group3-M16", "linear", 16, 4096, (4096, 1024, 1024), 16, 16),
+    "host-linear-M512": Case("host-linear-M512", "linear", 512, 1024, (1024,), 16, 8),
     "host-segment_rows": Case("host-segment_rows", "linear", 1, 1024, (1024,), 16, 1, slots=8),
     "host-embedding": Case("host-embedding", "embedding", 1, 1024, (1024,), 16, 1, slots=8),
 }

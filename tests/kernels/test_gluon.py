@@ -41,6 +41,7 @@ pytestmark = [
     pytest.mark.skipif(not INTERPRET, reason="the launches before theirs run in Triton's interpreter"),
 ]
 BF16 = torch.bfloat16
+LIMIT = {BF16: 1.2e-2}  # Triton's interpreter, which makes h for some of them, cuts bf16 off where a GPU rounds it
 RANKS = (1, 8, 0, 16, 40, 64)
 SEEDS = range(3)
 LAUNCHERS = (
@@ -75,7 +76,7 @@ def check(run: Run, expected: Sequence[torch.Tensor], seeded: Callable[[int], No
     for number in SEEDS:
         seeded(number)
         found = run()
-        assert_near(list(found), list(expected), BF16)
+        assert_near(list(found), list(expected), BF16, LIMIT)
         assert first is None or equal_bits(list(first), list(found), slice(None)), f"seed {number}"
         first = first or found
 
@@ -211,7 +212,7 @@ def test_what_goes_wrong_shows(name: str, seeded: Callable[[int], None], monkeyp
         for number in range(10):
             seeded(number)
             found = fused_hopper.fused_hopper(linear_call(case), FORMS["few rows, wide, early"])
-            assert_near(found, case.expected(), BF16)
+            assert_near(found, case.expected(), BF16, LIMIT)
 
     with pytest.raises((AssertionError, HangError, MisuseError)):
         run_in_ten_orders()
