@@ -1,15 +1,16 @@
-"""Kernels in Gluon without a GPU: their Python, over blocks that are torch tensors (gluon_values.py) and a machine that
-decides when what happens (gluon_machine.py).
+"""Kernels in Gluon without a GPU: their Python, over blocks that are torch tensors (gluon_values.py, gluon_language.py)
+and a machine that decides when what happens (gluon_machine.py).
 
-`interpreted(kernel, seed)` stands where a compiled kernel would. Programs of a launch run side by side, partitions of
-each too; copies by TMA and cp.async happen at any time between the asking and the wait for them, products of the matrix
-unit as late as may be. So what is read or overwritten too early, waited for in vain or never waited for shows in the
-result, as an error, or as a hang that says who waits. What warps of one partition do to each other does not show.
+`Stream.kernel` stands where a compiled kernel would. Launches overlap, programs run side by side, partitions of each
+too; copies by TMA and cp.async happen at any time between the asking and the wait for them, products of the matrix unit
+as late as may be. So what is read or overwritten too early, waited for in vain or never waited for shows in the result,
+as an error, or as a hang that says who waits. What warps of one partition do to each other does not show.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -27,15 +28,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fxlora.kernels import gluon_names
-from tests.kernels.gluon_machine import Barrier, Machine, MisuseError, Move, Task
-from tests.kernels.gluon_values import COPIED, OPEN, Allocation, Pointer, Shared, Value, plain, torch_dtype
-
-
-class Layout(SimpleNamespace):
-    """Any distributed layout: only its parent is ever asked for."""
-
-    def __init__(self, *args: Any, **_: Any) -> None:
-        super().__init__(parent=args[-1] if args else None)
+from tests.kernels.gluon_language import BarrierLayout, Barriers, Language
+from tests.kernels.gluon_machine import Launch, Machine, MisuseError, Move, Task
+from tests.kernels.gluon_values import COPIED, OPEN, Allocation, Pointer, Shared, Value, plain
 
 
 class Descriptor:
@@ -58,209 +53,6 @@ class Descriptor:
         return tuple(inside), tuple(within)
 
 
-class Language:
-    """Gluon's language, and as much of Triton's as kernels in Gluon call, of one launch."""
-
-    BlockedLayout = SliceLayout = NVMMADistributedLayout = DotOperandLayout = Layout
-    SwizzledSharedLayout = DistributedLinearLayout = Layout
-
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
-        self.tensors: list[torch.Tensor] = []  # that addresses may lie in
-        self.allocations: list[Allocation] = []  # of shared memory
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(gl, name)  # dtypes, layouts of shared memory, constexpr
-
-    # Scalars and blocks
-
-    def value(self, found: Any, dtype: torch.dtype | None = None) -> Value:
-        found = plain(found)
-        if isinstance(found, Value):
-            return found
-        kinds = {bool: torch.bool, int: torch.int32, float: torch.float32}
-        return Value(torch.tensor(found, dtype=dtype or kinds[type(found)]))
-
-    to_tensor = value
-
-    def program_id(self, axis: int) -> Value:
-        return self.value(self.machine.current.program)
-
-    def num_programs(self, axis: int) -> Value:
-        return self.value(self.machine.programs)
-
-    def range(self, *bounds: Any) -> Iterator[Value]:
-        """Of a loop when the kernel runs."""
-        return (self.value(i) for i in range(*map(int, map(plain, bounds))))
-
-    def static_range(self, *bounds: Any) -> Iterable[int]:
-        return range(*map(plain, bounds))
-
-    def static_assert(self, condition: Any, message: str = "") -> None:
-        assert condition, message
-
-    def cdiv(self, a: Any, b: Any) -> Any:
-        return (a + b - 1) // b
-
-    def arange(self, first: int, end: int, layout: Any = None) -> Value:
-        return Value(torch.arange(first, end, dtype=torch.int32), layout)
-
-    def full(self, shape: Sequence[int], value: Any, dtype: Any, layout: Any = None) -> Value:
-        fill = self.value(value).data
-        return Value(torch.empty([plain(side) for side in shape], dtype=torch_dtype(dtype)).copy_(fill), layout)
-
-    def zeros(self, shape: Sequence[int], dtype: Any, layout: Any = None) -> Value:
-        return self.full(shape, 0, dtype, layout)
-
-    def zeros_like(self, block: Value) -> Value:
-        return Value(torch.zeros_like(block.data), block.layout)
-
-    def where(self, condition: Any, a: Any, b: Any) -> Value:
-        condition, a, b = (self.value(found) for found in (condition, a, b))
-        dtypes = [side.data.dtype for side in (a, b)]
-        blocks = [side.data.dtype for side in (a, b) if side.data.dim()]
-        wider = blocks[0] if len(blocks) == 1 else torch.promote_types(*dtypes)
-        layout = a.layout or b.layout or condition.layout
-        return Value(torch.where(condition.data, a.data.to(wider), b.data.to(wider)), layout, a.pointer or b.pointer)
-
-    def minimum(self, a: Any, b: Any) -> Value:
-        return self.value(a)._with(self.value(b), torch.minimum)
-
-    def maximum(self, a: Any, b: Any) -> Value:
-        return self.value(a)._with(self.value(b), torch.maximum)
-
-    def sum(self, block: Value, axis: int) -> Value:
-        return Value(block.data.sum(axis, dtype=block.data.dtype))
-
-    def max(self, block: Value, axis: int) -> Value:
-        return Value(block.data.amax(axis))
-
-    def min(self, block: Value, axis: int) -> Value:
-        return Value(block.data.amin(axis))
-
-    def associative_scan(self, block: Value, axis: int, combine: Any) -> Value:
-        assert combine.function.__name__ == "add"
-        return Value(block.data.cumsum(axis, dtype=block.data.dtype), block.layout)
-
-    def histogram(self, block: Value, bins: int, mask: Value | None = None, layout: Any = None) -> Value:
-        found = block.data if mask is None else block.data[mask.data]
-        return Value(torch.bincount(found, minlength=plain(bins))[: plain(bins)].to(torch.int32), layout)
-
-    def gather(self, block: Value, index: Value, axis: int) -> Value:
-        return Value(torch.gather(block.data, axis, index.data.long()), index.layout)
-
-    def split(self, block: Value) -> tuple[Value, Value]:
-        left, right = block.data.unbind(-1)
-        return Value(left), Value(right)
-
-    def reshape(self, block: Value, shape: Sequence[int]) -> Value:
-        return block.reshape(shape)
-
-    def permute(self, block: Value, order: Sequence[int]) -> Value:
-        return Value(block.data.permute(tuple(order)))
-
-    def expand_dims(self, block: Value, axis: int) -> Value:
-        return Value(block.data.unsqueeze(plain(axis)))
-
-    def convert_layout(self, block: Value, layout: Any, assert_trivial: bool = False) -> Value:
-        return Value(block.data, layout)
-
-    # Global memory
-
-    def load(self, at: Value, mask: Any = True, other: Any = 0, cache_modifier: str = "") -> Value:
-        self.machine.pause()
-        pointer, mask = self._pointer(at), self.value(mask).data
-        offsets, mask = torch.broadcast_tensors(at.data, mask)
-        fill = self.value(other).data.to(pointer.memory.dtype)
-        return Value(torch.where(mask, pointer.memory[pointer.places(offsets, mask)], fill), at.layout)
-
-    def store(self, at: Value, value: Any, mask: Any = True) -> None:
-        self.machine.pause()
-        pointer = self._pointer(at)
-        data = self.value(value).data.to(pointer.memory.dtype)
-        offsets, data, mask = torch.broadcast_tensors(at.data, data, self.value(mask).data)
-        pointer.memory[pointer.places(offsets, mask)[mask]] = data[mask]
-
-    def atomic_xchg(self, at: Value, value: Any, sem: str = "", scope: str = "") -> None:
-        self.store(at, value)
-
-    def _pointer(self, at: Value) -> Pointer:
-        if at.pointer is None:
-            raise MisuseError("what is loaded or stored is no pointer")
-        return at.pointer
-
-    def inline_asm_elementwise(self, asm: str, constraints: str, args: Sequence[Value], dtype: Any, **_: Any) -> Any:
-        """The few things that kernels say in PTX."""
-        if "prefetch" in asm or "fence.acq_rel" in asm:
-            return args[0]
-        at, value, mask = (*args, args[-1])[:3]
-        where, own = torch.broadcast_tensors(at.data, mask.data != 0)
-        if "st.relaxed" in asm:
-            for memory, places in self._memories(where[own], value.data.dtype):
-                memory[places] = value.data[own]
-            self.machine.pause()
-            return value
-        assert "ld.relaxed" in asm
-        found = torch.zeros(where.shape, dtype=torch_dtype(dtype))
-
-        def is_there() -> bool:
-            for memory, places in self._memories(where[own], found.dtype):
-                found[own] = memory[places]
-            return not bool((found.view(torch.int16)[own] == -1).any())
-
-        self.machine.wait(is_there, "h")
-        return Value(found, at.layout)
-
-    def _memories(self, addresses: torch.Tensor, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The tensor that all of these addresses lie in, and their places there."""
-        if not addresses.numel():
-            return []
-        for tensor in self.tensors:
-            pointer, first = Pointer(tensor), tensor.untyped_storage().data_ptr()
-            inside = (addresses >= first) & (addresses < first + tensor.untyped_storage().nbytes())
-            if tensor.dtype == dtype and bool(inside.all()):
-                return [(pointer.memory, (addresses - first) // tensor.element_size())]
-        raise MisuseError("addresses outside of every tensor")
-
-    # Shared memory, and who waits for whom
-
-    def allocate_shared_memory(self, dtype: Any, shape: Sequence[int], layout: Any) -> Any:
-        if isinstance(layout, BarrierLayout):
-            return Barriers([Barrier(f"barrier {i} of {list(shape)}") for i in range(plain(shape[0]))])
-        found = Shared.new(plain(dtype), shape, plain(layout), lambda: self.machine.current.number)
-        self.allocations.append(found.allocation)
-        return found
-
-    def warp_specialize(self, partitions: Sequence[tuple[Any, Sequence[Any]]], warps: Any, registers: Any) -> None:
-        (own, args), *others = partitions
-        program = self.machine.current.program
-        tasks = []
-        for i, (function, given) in enumerate(others):
-            name = f"{function.function.__name__} {i} of program {program}"
-            tasks.append(self.machine.start(lambda call=function, given=given: call(*given), program, name))
-        own(*args)
-        self.machine.wait(lambda: all(task.done for task in tasks), "its other warps")
-
-
-class BarrierLayout:
-    """Of memory for barriers."""
-
-
-class Barriers:
-    """Memory for barriers, of which one alone is itself."""
-
-    def __init__(self, barriers: list[Barrier]) -> None:
-        self.barriers = barriers
-
-    def index(self, i: Any) -> Barriers:
-        return Barriers([self.barriers[int(i)]])
-
-    @property
-    def one(self) -> Barrier:
-        (found,) = self.barriers
-        return found
-
-
 class Waiting:
     """Gluon's mbarrier, tma, async_copy and the matrix unit."""
 
@@ -272,6 +64,18 @@ class Waiting:
     @property
     def task(self) -> Task:
         return self.machine.current
+
+    def gdc_wait(self) -> None:
+        launch, program = self.task.launch, self.task.program
+        self.machine.wait(lambda: launch.before is None or launch.before.is_over, "the end of the launch before")
+        launch.waited.add(program)
+
+    def gdc_launch_dependents(self) -> None:
+        launch, program = self.task.launch, self.task.program
+        if launch.before is None and program not in launch.waited:
+            raise MisuseError(f"{launch.name}, the first, lets the next launch start before it has waited")
+        launch.let.add(program)
+        self.machine.pause()
 
     def init(self, barrier: Barriers, count: int) -> None:
         barrier.one.init(plain(count))
@@ -407,10 +211,12 @@ class Scopes:
             warpgroup_mma: waiting.warpgroup_mma, warpgroup_mma_wait: waiting.warpgroup_mma_wait,
             fence_async_shared: waiting.fence_async_shared, gluon_names.load_block: waiting.load_block,
             gluon_names.store_block: waiting.store_block, gluon_names.load_elements: waiting.load_elements,
-            gluon_names.viewed: Shared.viewed, gdc_wait: nothing, gdc_launch_dependents: nothing,
+            gluon_names.viewed: Shared.viewed, gdc_wait: waiting.gdc_wait,
+            gdc_launch_dependents: waiting.gdc_launch_dependents,
             triton.language.debug_barrier: nothing, gl: language, triton.language: language, mbarrier: waiting,
             tma: waiting, async_copy: waiting,
         }  # fmt: skip
+        language.extra = SimpleNamespace(cuda=waiting)
         self._named = {id(key): value for key, value in named.items()}
 
     def of(self, source: Any) -> dict[str, Any]:
@@ -434,35 +240,51 @@ class Scopes:
 
 
 def nothing(*_: Any) -> None:
-    """Of programs that do not overlap with those of another launch, and of warps that run in one thread."""
+    """Of warps that run in one thread."""
 
 
-def interpreted(kernel: Any, seed: int) -> Any:
-    """Something to launch as `kernel[grid](*args, **constants)`."""
+class Stream:
+    """Launches of kernels, which `run` interprets side by side; each of them at once, if `alone`."""
 
-    class Launch:
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            return lambda *args, **constants: launch(kernel, grid, args, constants, seed)
+    def __init__(self, seed: int, alone: bool = False) -> None:
+        self._machine, self._alone = Machine(seed), alone
+        self._language = Language(self._machine)
+        self._scopes = Scopes(self._language, Waiting(self._machine, self._language.allocations))
+        self._launches: list[Launch] = []
 
-    return Launch()
+    def kernel(self, jit: Any) -> Any:
+        """Something to launch as `kernel[grid](*args, **constants)`."""
+        return Launchable(self, jit)
 
+    def add(self, jit: Any, grid: tuple[int, ...], args: Sequence[Any], constants: dict[str, Any]) -> None:
+        function, values = self._scopes.function(jit), [self._given(arg) for arg in args]
+        overlaps = bool(constants.get("PDL"))
+        body = partial(function, *values, **constants)
+        self._launches.append(Launch(jit.fn.__name__, grid, overlaps, body))
+        if self._alone:
+            self.run()
 
-def launch(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], constants: dict[str, Any], seed: int) -> None:
-    machine = Machine(seed, grid[0])
-    language = Language(machine)
-    waiting = Waiting(machine, language.allocations)
-    function = Scopes(language, waiting).function(kernel)
+    def run(self) -> None:
+        launches, self._launches = self._launches, []
+        self._machine.run(launches)
 
-    def given(arg: Any) -> Any:
+    def _given(self, arg: Any) -> Any:
         if isinstance(arg, torch.Tensor):
-            language.tensors.append(arg)
+            self._language.tensors.append(arg)
             return Value(torch.tensor(0), None, Pointer(arg))
         if isinstance(arg, tuple):
-            parts = [given(part) for part in arg]
+            parts = [self._given(part) for part in arg]
             return type(arg)(*parts) if hasattr(arg, "_fields") else tuple(parts)
         if hasattr(arg, "base"):
             return Descriptor(arg)
-        return arg if arg is None else language.value(arg)
+        return arg if arg is None else self._language.value(arg)
 
-    values = [given(arg) for arg in args]
-    machine.run([lambda: function(*values, **constants) for _ in range(grid[0])])
+
+class Launchable:
+    """A kernel of a stream."""
+
+    def __init__(self, stream: Stream, jit: Any) -> None:
+        self._stream, self._jit = stream, jit
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **constants: self._stream.add(self._jit, grid, args, constants)

@@ -1,5 +1,6 @@
-"""Programs of kernels in Gluon, taking turns on the CPU in an order drawn at random: what runs beside what, and when.
+"""Programs of kernels, taking turns on the CPU in an order drawn at random: what runs beside what, and when.
 
+Launches follow each other in a stream, and overlap as programmatic dependent launch lets them (rules: overlap.py).
 Warps of a partition are one `Task`, a thread that runs while all others stand still. What hardware does by itself, say
 a copy by TMA, is a move: it happens at any time after it is asked for, at the latest when nobody else can go on.
 If then nobody can, the kernel hangs, and `HangError` says who waits for what.
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from random import Random
 
 
@@ -24,11 +26,43 @@ class _StoppedError(BaseException):
     """Another task failed."""
 
 
+class Launch:
+    """A kernel's programs. overlaps: those of the launch before it may still run when they start."""
+
+    def __init__(self, name: str, grid: tuple[int, ...], overlaps: bool, body: Callable[[], None]) -> None:
+        self.name, self.overlaps, self.body = name, overlaps, body
+        self.grid = (*grid, 1, 1)[:2]
+        self.programs = [(x, y) for y in range(self.grid[1]) for x in range(self.grid[0])]
+        self.before: Launch | None = None
+        self.let: set[tuple[int, int]] = set()  # programs that let the next launch start
+        self.waited: set[tuple[int, int]] = set()
+        self.ended: set[tuple[int, int]] = set()
+
+    @property
+    def is_over(self) -> bool:
+        return len(self.ended) == len(self.programs)
+
+    @property
+    def may_start(self) -> bool:
+        before = self.before
+        if before is None or before.is_over:
+            return True
+        return self.overlaps and len(before.let | before.ended) == len(before.programs)
+
+    def end(self, program: tuple[int, int]) -> None:
+        if self.overlaps and program not in self.waited:
+            raise MisuseError(f"{self.name} ends without a wait for what ran before it")
+        self.ended.add(program)
+
+
 class Task:
     """Warps that run the same code."""
 
-    def __init__(self, machine: Machine, body: Callable[[], None], program: int, name: str) -> None:
-        self.program, self.name, self.number = program, name, len(machine.tasks)
+    def __init__(
+        self, machine: Machine, body: Callable[[], None], launch: Launch, program: tuple[int, int], name: str
+    ) -> None:
+        self.launch, self.program = launch, program
+        self.name, self.number = name, len(machine.tasks)
         self.done = False
         self.condition: Callable[[], bool] | None = None
         self.waits_for = ""
@@ -46,6 +80,8 @@ class Task:
                 self._body()
                 for product in self.products:
                     product()
+                for store in self.stores:
+                    store.happen()
         except _StoppedError:
             pass
         except BaseException as error:
@@ -100,35 +136,45 @@ class Barrier:
 
 
 class Machine:
-    """All programs of a launch."""
+    """All programs of a stream."""
 
-    def __init__(self, seed: int, programs: int) -> None:
+    def __init__(self, seed: int) -> None:
         self.random = Random(seed)
-        self.programs = programs
         self.error: BaseException | None = None
         self.tasks: list[Task] = []
         self.moves: list[Move] = []
         self.current: Task
         self._over = threading.Event()
 
-    def run(self, bodies: Sequence[Callable[[], None]]) -> None:
-        """Programs, until all have ended and all moves have happened."""
-        for program, body in enumerate(bodies):
-            self.start(body, program, f"program {program}")
+    def run(self, launches: Sequence[Launch]) -> None:
+        """Until all programs have ended."""
+        self._over.clear()
+        for launch, before in zip(launches, [None, *launches], strict=False):
+            launch.before = before
+            for program in launch.programs:
+                body = partial(self._program, launch, program)
+                self.start(body, launch, program, f"program {program} of {launch.name}")
         self.leave()
         self._over.wait()
         for task in self.tasks:
             task.thread.join()
+        self.tasks.clear()
+        self.moves.clear()
         if self.error is not None:
             raise self.error
-        for move in self.moves:
-            move.happen()
 
-    def start(self, body: Callable[[], None], program: int, name: str) -> Task:
-        task = Task(self, body, program, name)
+    def start(self, body: Callable[[], None], launch: Launch, program: tuple[int, int], name: str) -> Task:
+        task = Task(self, body, launch, program, name)
         self.tasks.append(task)
         task.thread.start()
         return task
+
+    def _program(self, launch: Launch, program: tuple[int, int]) -> None:
+        self.wait(lambda: launch.may_start, "the launch before")
+        launch.body()
+        for move in self.current.stores:
+            move.happen()
+        launch.end(program)
 
     def leave(self) -> None:
         """The current task, if any, has ended."""

@@ -17,12 +17,12 @@ from triton.experimental.gluon import language as gl
 from tests.kernels.gluon_machine import MisuseError
 
 TORCH = {
-    "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int1": torch.bool, "int16": torch.int16,
-    "int32": torch.int32, "int64": torch.int64,
+    "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64, "int1": torch.bool,
+    "int16": torch.int16, "int32": torch.int32, "int64": torch.int64,
 }  # fmt: skip
 TRITON = {
-    torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32, torch.bool: gl.int1,
-    torch.int16: gl.int16, torch.int32: gl.int32, torch.int64: gl.int64,
+    torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32, torch.float64: gl.float64,
+    torch.bool: gl.int1, torch.int16: gl.int16, torch.int32: gl.int32, torch.int64: gl.int64,
 }  # fmt: skip
 
 
@@ -99,6 +99,13 @@ class Value:
 
     def reshape(self, shape: Sequence[int]) -> Value:
         return Value(self.data.reshape(tuple(shape)))
+
+    def permute(self, *order: int) -> Value:
+        return Value(self.data.permute(*order))
+
+    @property
+    def T(self) -> Value:
+        return Value(self.data.T)
 
     def __getitem__(self, index: Any) -> Value:
         return Value(self.data[index], None, self.pointer)

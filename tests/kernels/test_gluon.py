@@ -20,10 +20,13 @@ from tests.kernels.expert_cases import ExpertCase, make_expert_case
 pytest.importorskip("triton")
 from fxlora.kernels import call as calls
 from fxlora.kernels import (
+    expert_call,
     expert_hopper,
     expert_hopper_shrink,
+    expert_lists,
     fused_hopper,
     fused_hopper_h,
+    group_shrink,
     prefill,
     prefill_hopper,
     prefill_hopper_shrink,
@@ -31,7 +34,7 @@ from fxlora.kernels import (
 from fxlora.kernels.expert_tiles import ExpertBesideTile, ExpertHopperTile
 from fxlora.kernels.prefill_tiles import BesideTile
 from tests.kernels import test_expert_hopper, test_expert_hopper_shrink
-from tests.kernels.gluon_interpreter import interpreted
+from tests.kernels.gluon_interpreter import Stream
 from tests.kernels.gluon_machine import HangError, MisuseError
 from tests.kernels.test_fused_hopper import FORMS
 from tests.kernels.test_prefill_hopper import SHARED, TURNS
@@ -44,9 +47,9 @@ BF16 = torch.bfloat16
 LIMIT = {BF16: 1.2e-2}  # Triton's interpreter, which makes h for some of them, cuts bf16 off where a GPU rounds it
 RANKS = (1, 8, 0, 16, 40, 64)
 SEEDS = range(3)
-LAUNCHERS = (
-    fused_hopper._launcher, prefill_hopper.launcher, prefill_hopper_shrink._launcher, expert_hopper._launcher,
-    expert_hopper_shrink._launcher,
+MODULES = (
+    group_shrink, fused_hopper, prefill_hopper_shrink, prefill_hopper, expert_lists, expert_hopper,
+    expert_hopper_shrink,
 )  # fmt: skip
 PREFILLS = {
     "turns": TURNS,
@@ -57,27 +60,39 @@ PREFILLS = {
     "turns, a shrink of all": replace(TURNS, shrink=BesideTile(1, 1)),
 }
 Run = Callable[[], Sequence[torch.Tensor]]
+NewStream = Callable[..., Stream]
 
 
 @pytest.fixture
-def seeded(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Has kernels in Gluon interpreted from here on, in another order for each seed."""
-    kernels = [launcher.kernel for launcher in LAUNCHERS]
+def stream(monkeypatch: pytest.MonkeyPatch) -> NewStream:
+    """Has kernels interpreted from here on, in another order for each seed."""
+    launchers = [getattr(module, "_launcher", None) or module.launcher for module in MODULES]
+    kernels = [launcher.kernel for launcher in launchers]
 
-    def seed(number: int) -> None:
-        for launcher, kernel in zip(LAUNCHERS, kernels, strict=True):
-            monkeypatch.setattr(launcher, "kernel", interpreted(kernel, number))
+    def new(seed: int, alone: bool = False) -> Stream:
+        found = Stream(seed, alone)
+        for launcher, kernel in zip(launchers, kernels, strict=True):
+            monkeypatch.setattr(launcher, "kernel", found.kernel(kernel))
+        return found
 
-    return seed
+    return new
 
 
-def check(run: Run, expected: Sequence[torch.Tensor], seeded: Callable[[int], None]) -> None:
+@pytest.fixture
+def overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launches of an op run beside each other, as on a Hopper GPU."""
+    for module in (calls, expert_call):
+        monkeypatch.setattr(module, "can_overlap", lambda device: True)
+
+
+def check(run: Run, expected: Sequence[torch.Tensor], stream: NewStream, alone: bool = False) -> None:
     first: Sequence[torch.Tensor] | None = None
-    for number in SEEDS:
-        seeded(number)
+    for seed in SEEDS:
+        launched = stream(seed, alone)
         found = run()
+        launched.run()
         assert_near(list(found), list(expected), BF16, LIMIT)
-        assert first is None or equal_bits(list(first), list(found), slice(None)), f"seed {number}"
+        assert first is None or equal_bits(list(first), list(found), slice(None)), f"seed {seed}"
         first = first or found
 
 
@@ -85,6 +100,7 @@ def linears(rows: int, features: int, *outs: int, **options: Any) -> Case:
     return make_case(**{"rows": rows, "features": features, "outs": outs, "ranks": RANKS, "dtype": BF16, **options})
 
 
+@pytest.mark.usefixtures("overlap")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "case",
@@ -95,24 +111,25 @@ def linears(rows: int, features: int, *outs: int, **options: Any) -> Case:
     ],
     ids=["mixed ranks", "members", "many steps, no rank above 16"],
 )
-def test_tiles_of_one_wave(case: Callable[[], Case], form: str, seeded: Callable[[int], None]) -> None:
+def test_tiles_of_one_wave(case: Callable[[], Case], form: str, stream: NewStream) -> None:
     made = case()
-    check(lambda: fused_hopper.fused_hopper(linear_call(made), FORMS[form]), made.expected(), seeded)
+    check(lambda: fused_hopper.fused_hopper(linear_call(made), FORMS[form]), made.expected(), stream)
 
 
+@pytest.mark.usefixtures("overlap")
 @pytest.mark.parametrize("form", ["narrow", "few rows", "narrow, early"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_tiles_of_one_wave_that_wait_for_x_themselves(
-    transposed: bool, form: str, seeded: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    transposed: bool, form: str, stream: NewStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a pool there is no launch before theirs."""
-    monkeypatch.setattr(calls, "can_overlap", lambda device: True)
     case = linears(20, 1304, 72, 136, none_members=(0, 1), bias=True)
     if transposed:
         case = replace(case, weights=[weight.t().contiguous().t() for weight in case.weights])
-    check(lambda: fused_hopper.fused_hopper(linear_call(case), FORMS[form]), case.expected(), seeded)
+    check(lambda: fused_hopper.fused_hopper(linear_call(case), FORMS[form]), case.expected(), stream)
 
 
+@pytest.mark.usefixtures("overlap")
 @pytest.mark.parametrize("name", PREFILLS)
 @pytest.mark.parametrize(
     "case",
@@ -123,13 +140,11 @@ def test_tiles_of_one_wave_that_wait_for_x_themselves(
     ],
     ids=["mixed ranks", "members", "two slots a row"],
 )
-def test_many_rows(
-    case: Callable[[], Case], name: str, seeded: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_rows(case: Callable[[], Case], name: str, stream: NewStream, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two programs make all tiles, so that even a small call has turns."""
     monkeypatch.setattr(prefill, "multiprocessors", lambda device: 2)
     made = case()
-    check(lambda: prefill.prefill(linear_call(made), PREFILLS[name]), made.expected(), seeded)
+    check(lambda: prefill.prefill(linear_call(made), PREFILLS[name]), made.expected(), stream)
 
 
 def experts(**options: Any) -> ExpertCase:
@@ -144,18 +159,19 @@ EXPERTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.usefixtures("overlap")
 @pytest.mark.parametrize("name", EXPERTS)
 @pytest.mark.parametrize("form", [(ExpertHopperTile(4, 3, 2), 2), (ExpertHopperTile(4, 2, 4), 5)], ids=["two", "four"])
-def test_experts_in_one_launch(form: Any, name: str, seeded: Callable[[int], None]) -> None:
+def test_experts_in_one_launch(form: Any, name: str, stream: NewStream) -> None:
     case = experts(**EXPERTS[name])
-    check(lambda: [test_expert_hopper.run(case, form)], [case.expected()], seeded)
+    check(lambda: [test_expert_hopper.run(case, form)], [case.expected()], stream)
 
 
 @pytest.mark.parametrize("name", EXPERTS)
 @pytest.mark.parametrize("shrink", [ExpertBesideTile(3, 10000), ExpertBesideTile(1, 0)], ids=["few", "all"])
-def test_experts_with_a_shrink_beside(shrink: ExpertBesideTile, name: str, seeded: Callable[[int], None]) -> None:
+def test_experts_with_a_shrink_beside(shrink: ExpertBesideTile, name: str, stream: NewStream) -> None:
     case = experts(**EXPERTS[name])
-    check(lambda: [test_expert_hopper_shrink.run(case, shrink)], [case.expected()], seeded)
+    check(lambda: [test_expert_hopper_shrink.run(case, shrink)], [case.expected()], stream, alone=True)
 
 
 def broken(function: Any, old: str, new: str) -> Any:
@@ -197,21 +213,27 @@ BREAKS: dict[str, Break] = {
         "pass",
     ),
     "a store leaves its tensor": (fused_hopper, "store", "rows < num_rows", "rows < num_rows + 1"),
+    "h is read before it is made": (fused_hopper, "make_h", "gdc_wait()", "pass"),
+    "the first launch does not wait for what ran before": (
+        group_shrink, "wait_for_earlier", "tl.extra.cuda.gdc_wait()", "pass",
+    ),
     "y leaves before its last adapter": (fused_hopper, "number_of", "axis=0)", "axis=0) - (1 - i)"),
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("overlap")
 @pytest.mark.parametrize("name", BREAKS)
-def test_what_goes_wrong_shows(name: str, seeded: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_goes_wrong_shows(name: str, stream: NewStream, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is broken runs as the tests above do, which pass."""
     module, function, old, new = BREAKS[name]
     monkeypatch.setattr(module, function, broken(getattr(module, function), old, new))
     case = linears(20, 1304, 136, order="shuffled", ranks=tuple(i % 17 for i in range(40)))
 
     def run_in_ten_orders() -> None:
-        for number in range(10):
-            seeded(number)
+        for seed in range(10):
+            launched = stream(seed)
             found = fused_hopper.fused_hopper(linear_call(case), FORMS["few rows, wide, early"])
+            launched.run()
             assert_near(found, case.expected(), BF16, LIMIT)
 
     with pytest.raises((AssertionError, HangError, MisuseError)):
