@@ -39,6 +39,9 @@ raw_stream: Callable[[int], int] = getattr(
 )
 
 
+_runtime = triton.knobs.runtime
+
+
 class Fixed:
     """Arguments whose tensors never move nor change dtype, examined once. They stay alive as long as this does.
 
@@ -218,11 +221,10 @@ class Launcher:
 
 def hooked() -> bool:
     """Someone wants to hear of launches, or changes how kernels are compiled."""
-    runtime = triton.knobs.runtime
-    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
-        if hook is not None and getattr(hook, "calls", True):  # a chain of hooks, or one
-            return True
-    return getattr(runtime, "add_stages_inspection_hook", None) is not None
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook  # each a chain of hooks, or one
+    if (enter is not None and getattr(enter, "calls", True)) or (leave is not None and getattr(leave, "calls", True)):
+        return True
+    return getattr(_runtime, "add_stages_inspection_hook", None) is not None
 
 
 def _plain(arg: object) -> object:

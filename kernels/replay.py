@@ -171,9 +171,15 @@ class _Writer:
             fixed += [] if bias is None else [(f"b{i}", bias)]
         checked = {**moving, **dict(fixed)}
         tests.append(f"not {self._constant(_check_of(list(checked.values())))}({', '.join(checked)})")
-        tests += [f"p_{name} & 15 != {self._constant(tensor.data_ptr() & 15)}" for name, tensor in moving.items()]
+        tests += self._misplaced(moving)
         tests += [f"{name}.data_ptr() != {self._constant(tensor.data_ptr())}" for name, tensor in fixed]
         return [f"if {' or '.join([*tests, 'hooked()'])}:", "    return None"]
+
+    def _misplaced(self, moving: dict[str, torch.Tensor]) -> list[str]:
+        """Tests for another alignment; one alone where all are aligned."""
+        if not any(tensor.data_ptr() & 15 for tensor in moving.values()):
+            return [f"({' | '.join(f'p_{name}' for name in moving)}) & 15"]
+        return [f"p_{name} & 15 != {self._constant(tensor.data_ptr() & 15)}" for name, tensor in moving.items()]
 
     def _allocations(self) -> list[str]:
         lines = []
