@@ -37,11 +37,17 @@ class Descriptor:
     """What TMA moves."""
 
     def __init__(self, described: Any) -> None:
-        self.base, self.block = described.base, list(getattr(described, "block_shape", ()) or described.block)
-        self.layout = described.layout
-        (dtype,) = {Pointer(self.base).element_ty}
+        self.base, self.block = described.base, list(described.block_shape)
+        self.layout = getattr(described, "layout", None)  # which Triton's own has not
         size = torch.Size(self.block).numel() * self.base.element_size()
-        self.dtype, self.block_type = dtype, SimpleNamespace(shape=self.block, nbytes=size)
+        self.dtype, self.block_type = Pointer(self.base).element_ty, SimpleNamespace(shape=self.block, nbytes=size)
+
+    def load(self, place: Sequence[Any]) -> Value:
+        """A block in registers, zero outside of the tensor."""
+        inside, within = self.block_at([int(plain(part)) for part in place])
+        block = torch.zeros(self.block, dtype=self.base.dtype)
+        block[within] = self.base[inside]
+        return Value(block)
 
     def block_at(self, place: Sequence[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """Where a block lies in the tensor and in the block, as far as it lies in the tensor."""
@@ -99,13 +105,11 @@ class Waiting:
     ) -> None:
         if not pred:
             return
-        inside, within = source.block_at([int(part) for part in place])
+        at = [int(part) for part in place]
         to.poison()
 
         def act() -> None:
-            block = torch.zeros(source.block, dtype=source.base.dtype)
-            block[within] = source.base[inside]
-            to.write(block.reshape(to.shape))
+            to.write(source.load(at).data.reshape(to.shape))
             barrier.one.come(source.block_type.nbytes)
 
         self.machine.move(act)
@@ -244,10 +248,10 @@ def nothing(*_: Any) -> None:
 
 
 class Stream:
-    """Launches of kernels, which `run` interprets side by side; each of them at once, if `alone`."""
+    """Launches of kernels, which `run` interprets side by side."""
 
-    def __init__(self, seed: int, alone: bool = False) -> None:
-        self._machine, self._alone = Machine(seed), alone
+    def __init__(self, seed: int) -> None:
+        self._machine = Machine(seed)
         self._language = Language(self._machine)
         self._scopes = Scopes(self._language, Waiting(self._machine, self._language.allocations))
         self._launches: list[Launch] = []
@@ -261,8 +265,6 @@ class Stream:
         overlaps = bool(constants.get("PDL"))
         body = partial(function, *values, **constants)
         self._launches.append(Launch(jit.fn.__name__, grid, overlaps, body))
-        if self._alone:
-            self.run()
 
     def run(self) -> None:
         launches, self._launches = self._launches, []

@@ -136,6 +136,11 @@ class Language:
     def expand_dims(self, block: Value, axis: int) -> Value:
         return Value(block.data.unsqueeze(plain(axis)))
 
+    def max_constancy(self, block: Value, _: Any) -> Value:
+        return block
+
+    multiple_of = max_contiguous = max_constancy
+
     def convert_layout(self, block: Value, layout: Any, assert_trivial: bool = False) -> Value:
         return Value(block.data, layout)
 
@@ -154,6 +159,14 @@ class Language:
         data = self.value(value).data.to(pointer.memory.dtype)
         offsets, data, mask = torch.broadcast_tensors(at.data, data, self.value(mask).data)
         pointer.memory[pointer.places(offsets, mask)[mask]] = data[mask]
+        self.machine.changes += 1
+
+    def atomic_add(self, at: Value, value: Any, sem: str = "", scope: str = "") -> Value:
+        found = self.load(at)
+        if value:
+            self._pointer(at).memory[at.data + self._pointer(at).first] += plain(value)
+            self.machine.changes += 1
+        return found
 
     def atomic_xchg(self, at: Value, value: Any, sem: str = "", scope: str = "") -> None:
         self.store(at, value)
@@ -167,11 +180,16 @@ class Language:
         """The few things that kernels say in PTX."""
         if "prefetch" in asm or "fence.acq_rel" in asm:
             return args[0]
+        if "nanosleep" in asm:  # a look at a word in memory
+            before = self.machine.changes
+            self.machine.wait(lambda: self.machine.changes != before, "a word in memory")
+            return args[0]
         at, value, mask = (*args, args[-1])[:3]
         where, own = torch.broadcast_tensors(at.data, mask.data != 0)
         if "st.relaxed" in asm:
             for memory, places in self._memories(where[own], value.data.dtype):
                 memory[places] = value.data[own]
+            self.machine.changes += 1
             self.machine.pause()
             return value
         assert "ld.relaxed" in asm

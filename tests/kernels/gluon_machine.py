@@ -143,6 +143,7 @@ class Machine:
         self.error: BaseException | None = None
         self.tasks: list[Task] = []
         self.moves: list[Move] = []
+        self.changes = 0  # of global memory
         self.current: Task
         self._over = threading.Event()
 

@@ -97,8 +97,9 @@ class Value:
                          + self.pointer.memory.data_ptr(), self.layout)  # fmt: skip
         return Value(self.data.view(wanted) if bitcast else self.data.to(wanted), self.layout)
 
-    def reshape(self, shape: Sequence[int]) -> Value:
-        return Value(self.data.reshape(tuple(shape)))
+    def reshape(self, *shape: Any) -> Value:
+        """Of sides, or of a list of them."""
+        return Value(self.data.reshape(tuple(map(plain, shape[0] if isinstance(shape[0], Sequence) else shape))))
 
     def permute(self, *order: int) -> Value:
         return Value(self.data.permute(*order))

@@ -24,6 +24,8 @@ from fxlora.kernels import (
     expert_hopper,
     expert_hopper_shrink,
     expert_lists,
+    expert_prefill,
+    expert_prefill_shrink,
     fused_hopper,
     fused_hopper_h,
     group_shrink,
@@ -48,8 +50,8 @@ LIMIT = {BF16: 1.2e-2}  # Triton's interpreter, which makes h for some of them, 
 RANKS = (1, 8, 0, 16, 40, 64)
 SEEDS = range(3)
 MODULES = (
-    group_shrink, fused_hopper, prefill_hopper_shrink, prefill_hopper, expert_lists, expert_hopper,
-    expert_hopper_shrink,
+    group_shrink, fused_hopper, prefill_hopper_shrink, prefill_hopper, prefill, expert_lists, expert_hopper,
+    expert_hopper_shrink, expert_prefill_shrink, expert_prefill,
 )  # fmt: skip
 PREFILLS = {
     "turns": TURNS,
@@ -60,7 +62,7 @@ PREFILLS = {
     "turns, a shrink of all": replace(TURNS, shrink=BesideTile(1, 1)),
 }
 Run = Callable[[], Sequence[torch.Tensor]]
-NewStream = Callable[..., Stream]
+NewStream = Callable[[int], Stream]
 
 
 @pytest.fixture
@@ -69,8 +71,8 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> NewStream:
     launchers = [getattr(module, "_launcher", None) or module.launcher for module in MODULES]
     kernels = [launcher.kernel for launcher in launchers]
 
-    def new(seed: int, alone: bool = False) -> Stream:
-        found = Stream(seed, alone)
+    def new(seed: int) -> Stream:
+        found = Stream(seed)
         for launcher, kernel in zip(launchers, kernels, strict=True):
             monkeypatch.setattr(launcher, "kernel", found.kernel(kernel))
         return found
@@ -85,10 +87,10 @@ def overlap(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "can_overlap", lambda device: True)
 
 
-def check(run: Run, expected: Sequence[torch.Tensor], stream: NewStream, alone: bool = False) -> None:
+def check(run: Run, expected: Sequence[torch.Tensor], stream: NewStream) -> None:
     first: Sequence[torch.Tensor] | None = None
     for seed in SEEDS:
-        launched = stream(seed, alone)
+        launched = stream(seed)
         found = run()
         launched.run()
         assert_near(list(found), list(expected), BF16, LIMIT)
@@ -167,11 +169,12 @@ def test_experts_in_one_launch(form: Any, name: str, stream: NewStream) -> None:
     check(lambda: [test_expert_hopper.run(case, form)], [case.expected()], stream)
 
 
+@pytest.mark.usefixtures("overlap")
 @pytest.mark.parametrize("name", EXPERTS)
 @pytest.mark.parametrize("shrink", [ExpertBesideTile(3, 10000), ExpertBesideTile(1, 0)], ids=["few", "all"])
 def test_experts_with_a_shrink_beside(shrink: ExpertBesideTile, name: str, stream: NewStream) -> None:
     case = experts(**EXPERTS[name])
-    check(lambda: [test_expert_hopper_shrink.run(case, shrink)], [case.expected()], stream, alone=True)
+    check(lambda: [test_expert_hopper_shrink.run(case, shrink)], [case.expected()], stream)
 
 
 def broken(function: Any, old: str, new: str) -> Any:
@@ -221,6 +224,26 @@ BREAKS: dict[str, Break] = {
 }  # fmt: skip
 
 
+EXPERT_BREAKS: dict[str, Break] = {
+    "h is said to be there before it is": (
+        expert_hopper_shrink, "compute", "so_far = done", "so_far = done; gl.atomic_xchg(ready_ptr + item, 1)",
+    ),
+    "nobody waits for h": (expert_prefill, "wait_until_ready", "ready == 0", "False"),
+    "h is never said to be there": (expert_hopper_shrink, "compute", "ready_ptr + item, 1", "ready_ptr + item, 0"),
+    "the next launch starts before words are reset": (
+        expert_hopper_shrink, "reset", "gl.full([128], 0", "gl.full([128], 1",
+    ),
+}  # fmt: skip
+
+
+def in_ten_orders(run: Run, expected: Sequence[torch.Tensor], stream: NewStream) -> None:
+    for seed in range(10):
+        launched = stream(seed)
+        found = run()
+        launched.run()
+        assert_near(list(found), list(expected), BF16, LIMIT)
+
+
 @pytest.mark.usefixtures("overlap")
 @pytest.mark.parametrize("name", BREAKS)
 def test_what_goes_wrong_shows(name: str, stream: NewStream, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,13 +251,16 @@ def test_what_goes_wrong_shows(name: str, stream: NewStream, monkeypatch: pytest
     module, function, old, new = BREAKS[name]
     monkeypatch.setattr(module, function, broken(getattr(module, function), old, new))
     case = linears(20, 1304, 136, order="shuffled", ranks=tuple(i % 17 for i in range(40)))
-
-    def run_in_ten_orders() -> None:
-        for seed in range(10):
-            launched = stream(seed)
-            found = fused_hopper.fused_hopper(linear_call(case), FORMS["few rows, wide, early"])
-            launched.run()
-            assert_near(found, case.expected(), BF16, LIMIT)
-
+    form = FORMS["few rows, wide, early"]
     with pytest.raises((AssertionError, HangError, MisuseError)):
-        run_in_ten_orders()
+        in_ten_orders(lambda: fused_hopper.fused_hopper(linear_call(case), form), case.expected(), stream)
+
+
+@pytest.mark.usefixtures("overlap")
+@pytest.mark.parametrize("name", EXPERT_BREAKS)
+def test_what_goes_wrong_with_experts_shows(name: str, stream: NewStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, function, old, new = EXPERT_BREAKS[name]
+    monkeypatch.setattr(module, function, broken(getattr(module, function), old, new))
+    case, shrink = experts(), ExpertBesideTile(3, 10000)
+    with pytest.raises((AssertionError, HangError, MisuseError)):
+        in_ten_orders(lambda: [test_expert_hopper_shrink.run(case, shrink)], [case.expected()], stream)
