@@ -1,5 +1,6 @@
 """Kernels in Gluon without a GPU: their Python, over blocks that are torch tensors (gluon_values.py, gluon_language.py)
-and a machine that decides when what happens (gluon_machine.py).
+and a machine that decides when what happens (gluon_machine.py). Those in Triton, too: its own interpreter runs programs
+one after another, and launches.
 
 `Stream.kernel` stands where a compiled kernel would. Launches overlap, programs run side by side, partitions of each
 too; copies by TMA and cp.async happen at any time between the asking and the wait for them, products of the matrix unit
@@ -48,6 +49,10 @@ class Descriptor:
         block = torch.zeros(self.block, dtype=self.base.dtype)
         block[within] = self.base[inside]
         return Value(block)
+
+    def store(self, place: Sequence[Any], block: Value) -> None:
+        inside, within = self.block_at([int(plain(part)) for part in place])
+        self.base[inside] = block.data[within]
 
     def block_at(self, place: Sequence[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """Where a block lies in the tensor and in the block, as far as it lies in the tensor."""

@@ -1,5 +1,5 @@
-"""Kernels in Gluon without a GPU: right, and the same to the bit, in whichever order their warps and copies take turns;
-and what one of them would do wrong shows."""
+"""Kernels without a GPU, in Gluon and in Triton: right, and the same to the bit, in whichever order launches, programs,
+warps and copies take turns; and what one of them would do wrong shows."""
 
 from __future__ import annotations
 
@@ -20,20 +20,30 @@ from tests.kernels.expert_cases import ExpertCase, make_expert_case
 pytest.importorskip("triton")
 from fxlora.kernels import call as calls
 from fxlora.kernels import (
+    decode,
+    decode_shrink,
+    expand,
     expert_call,
+    expert_decode,
     expert_hopper,
     expert_hopper_shrink,
     expert_lists,
     expert_prefill,
     expert_prefill_shrink,
+    fused,
     fused_hopper,
     fused_hopper_h,
+    gemv,
     group_shrink,
     prefill,
     prefill_hopper,
     prefill_hopper_shrink,
+    shrink,
 )
 from fxlora.kernels.expert_tiles import ExpertBesideTile, ExpertHopperTile
+from fxlora.kernels.launch import Launcher
+from fxlora.kernels.lora_experts import _run as run_experts
+from fxlora.kernels.lora_linear import body_of
 from fxlora.kernels.prefill_tiles import BesideTile
 from tests.kernels import test_expert_hopper, test_expert_hopper_shrink
 from tests.kernels.gluon_interpreter import Stream
@@ -50,8 +60,9 @@ LIMIT = {BF16: 1.2e-2}  # Triton's interpreter, which makes h for some of them, 
 RANKS = (1, 8, 0, 16, 40, 64)
 SEEDS = range(3)
 MODULES = (
-    group_shrink, fused_hopper, prefill_hopper_shrink, prefill_hopper, prefill, expert_lists, expert_hopper,
-    expert_hopper_shrink, expert_prefill_shrink, expert_prefill,
+    shrink, gemv, decode, decode_shrink, expand, group_shrink, fused, fused_hopper, prefill, prefill_hopper,
+    prefill_hopper_shrink, expert_decode, expert_lists, expert_hopper, expert_hopper_shrink, expert_prefill,
+    expert_prefill_shrink,
 )  # fmt: skip
 PREFILLS = {
     "turns": TURNS,
@@ -68,7 +79,7 @@ NewStream = Callable[[int], Stream]
 @pytest.fixture
 def stream(monkeypatch: pytest.MonkeyPatch) -> NewStream:
     """Has kernels interpreted from here on, in another order for each seed."""
-    launchers = [getattr(module, "_launcher", None) or module.launcher for module in MODULES]
+    launchers = [found for module in MODULES for found in vars(module).values() if isinstance(found, Launcher)]
     kernels = [launcher.kernel for launcher in launchers]
 
     def new(seed: int) -> Stream:
@@ -175,6 +186,34 @@ def test_experts_in_one_launch(form: Any, name: str, stream: NewStream) -> None:
 def test_experts_with_a_shrink_beside(shrink: ExpertBesideTile, name: str, stream: NewStream) -> None:
     case = experts(**EXPERTS[name])
     check(lambda: [test_expert_hopper_shrink.run(case, shrink)], [case.expected()], stream)
+
+
+OTHERS: dict[str, tuple[str, Callable[[], Case]]] = {
+    "one row": ("gemv", lambda: linears(1, 264, 136, 72, bias=True)),
+    "few rows": ("decode", lambda: linears(12, 264, 1032, bias=True)),
+    "some rows, members": ("decode", lambda: linears(40, 520, 520, 264, none_members=(1,))),
+    "some rows, wide": ("fused", lambda: linears(40, 72, 6152)),
+    "more rows": ("decode", lambda: linears(100, 264, 1032)),
+    "many rows": ("prefill", lambda: linears(300, 264, 264, 40, bias=True)),
+    "many rows, odd": ("fused", lambda: linears(300, 263, 131)),
+}
+
+
+@pytest.mark.usefixtures("overlap")
+@pytest.mark.parametrize("name", OTHERS)
+def test_launches_in_triton_overlap(name: str, stream: NewStream) -> None:
+    body_name, make = OTHERS[name]
+    case = make()
+    body, tiles = body_of(linear_call(case))
+    assert body.__name__ == body_name
+    check(lambda: body(linear_call(case), tiles), case.expected(), stream)
+
+
+@pytest.mark.usefixtures("overlap")
+@pytest.mark.parametrize("rows", [20, 300], ids=["few", "many"])
+def test_launches_of_experts_in_triton_overlap(rows: int, stream: NewStream) -> None:
+    case = experts(rows=rows)
+    check(lambda: [run_experts(test_expert_hopper_shrink.call_of(case))], [case.expected()], stream)
 
 
 def broken(function: Any, old: str, new: str) -> Any:
