@@ -14,6 +14,10 @@ from functools import partial
 from random import Random
 
 
+LONGEST = 300
+"""Seconds of a stream, hundreds of times more than any takes."""
+
+
 class HangError(RuntimeError):
     """Nobody can go on."""
 
@@ -156,7 +160,9 @@ class Machine:
                 body = partial(self._program, launch, program)
                 self.start(body, launch, program, f"program {program} of {launch.name}")
         self.leave()
-        self._over.wait()
+        if not self._over.wait(LONGEST):
+            waits = "; ".join(f"{task.name} waits for {task.waits_for or 'its turn'}" for task in self.tasks)
+            raise HangError(f"no end after {LONGEST} s: {waits}")
         for task in self.tasks:
             task.thread.join()
         self.tasks.clear()
