@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from random import Random
 
-
 LONGEST = 300
 """Seconds of a stream, hundreds of times more than any takes."""
 
