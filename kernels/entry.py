@@ -8,7 +8,6 @@ known before, so a caller that keeps them may call the C function itself.
 
 from __future__ import annotations
 
-import ctypes
 import inspect
 import logging
 from collections.abc import Callable
@@ -94,32 +93,6 @@ def _native(launch: Any, head: tuple[object, ...], tail: tuple[object, ...], pac
 
 def _nothing_to_unfold(number: int, described: Any) -> tuple[object, ...]:
     raise TypeError(f"TMA moves {described!r}, which a kernel that was compiled without TMA got as its number {number}")
-
-
-def prefer_shared_memory(compiled: Any) -> None:
-    """Multiprocessors that run this kernel give all they can to shared memory, from the next launch on.
-
-    They divide it from L1 for the kernel that comes first, and a kernel that needs more cannot join it there: the next
-    one would start when this one has ended. Kernels that hardly use it live on L1 and are left alone. See
-    `cuFuncSetAttribute` in the CUDA driver API.
-    """
-    compiled = compiled.result() if hasattr(compiled, "result") else compiled
-    function, shared = getattr(compiled, "function", None), getattr(getattr(compiled, "metadata", None), "shared", 0)
-    library = _driver_library()
-    if library is not None and isinstance(function, int) and shared >= _MUCH_SHARED:
-        library.cuFuncSetAttribute(ctypes.c_void_p(function), _PREFERRED_SHARED_MEMORY_CARVEOUT, _ALL)
-
-
-_PREFERRED_SHARED_MEMORY_CARVEOUT, _ALL = 9, 100  # CUfunction_attribute; percent
-_MUCH_SHARED = 16384  # bytes of a program
-
-
-@cache
-def _driver_library() -> ctypes.CDLL | None:
-    try:
-        return ctypes.CDLL("libcuda.so.1")
-    except OSError:  # no NVIDIA driver, or not Linux: launches only overlap less
-        return None
 
 
 @cache

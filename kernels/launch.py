@@ -16,7 +16,9 @@ launch hooks (profilers) are set.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -24,7 +26,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fxlora.kernels.entry import Entry, entry, prefer_shared_memory
+from fxlora.kernels.entry import Entry, entry
 from fxlora.kernels.triton_helpers import INTERPRET
 
 MAX_KERNELS = 512
@@ -37,7 +39,6 @@ Bind = Callable[[tuple[Any, ...]], tuple[object, tuple[object, ...]]]
 raw_stream: Callable[[int], int] = getattr(
     torch._C, "_cuda_getCurrentRawStream", lambda device: torch.cuda.current_stream(device).cuda_stream
 )
-
 
 _runtime = triton.knobs.runtime
 
@@ -217,6 +218,32 @@ class Launcher:
             if len(family.kernels) >= MAX_KERNELS:
                 family.kernels.clear()
             family.kernels[family.bind(args)[0]] = found
+
+
+def prefer_shared_memory(compiled: Any) -> None:
+    """Multiprocessors that run this kernel give all they can to shared memory, from the next launch on.
+
+    They divide it from L1 for the kernel that comes first, and a kernel that needs more cannot join it there: the next
+    one would start when this one has ended. Kernels that hardly use it live on L1 and are left alone. See
+    `cuFuncSetAttribute` in the CUDA driver API.
+    """
+    compiled = compiled.result() if hasattr(compiled, "result") else compiled
+    function, shared = getattr(compiled, "function", None), getattr(getattr(compiled, "metadata", None), "shared", 0)
+    library = _driver_library()
+    if library is not None and isinstance(function, int) and shared >= _MUCH_SHARED:
+        library.cuFuncSetAttribute(ctypes.c_void_p(function), _PREFERRED_SHARED_MEMORY_CARVEOUT, _ALL)
+
+
+_PREFERRED_SHARED_MEMORY_CARVEOUT, _ALL = 9, 100  # CUfunction_attribute; percent
+_MUCH_SHARED = 16384  # bytes of a program
+
+
+@cache
+def _driver_library() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:  # no NVIDIA driver, or not Linux: launches only overlap less
+        return None
 
 
 def hooked() -> bool:

@@ -84,7 +84,7 @@ def lora_linear(
             return found
     check_members(weights, pools_of(group))
     outputs: list[torch.Tensor] = []
-    with device_of(x):
+    with device_of(x):  # another GPU than the current one is what a replay was refused for, if nothing else
         for members in runs:
             part = slice(len(outputs), len(outputs) + len(members.pools))
             inputs = (x, row_slots, row_coeffs, segments, weights[part], biases[part])

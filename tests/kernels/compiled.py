@@ -55,6 +55,13 @@ class Absent:
         return True
 
 
+def use(gpu: Absent) -> None:
+    """Triton takes this for its driver, and the bodies for a Hopper GPU."""
+    driver.set_active(gpu)
+    calls.can_overlap = expert_call.can_overlap = lambda device: True
+    prefill.multiprocessors = lambda device: 132
+
+
 def linear(rows: int, features: int, *outs: int, rank: int = 16, transposed: bool = False, own: bool = False) -> None:
     """Compile what a bf16 call of `lora_linear` launches. own: with the kernels that Hopper GPUs have of their own."""
     lora_linear.has_gluon = lambda device: own
@@ -178,10 +185,8 @@ def launches(names: list[str]) -> Iterator[dict[str, Any]]:
         return object()
 
     logging.getLogger("fxlora").setLevel(logging.ERROR)  # no launcher knows what is never launched
-    driver.set_active(Absent())
+    use(Absent())
     triton.runtime.jit.JITFunction.run = compile_only
-    calls.can_overlap = expert_call.can_overlap = lambda device: True
-    prefill.multiprocessors = lambda device: 132
     for name in names:
         CALLS[name]()
         yield from ({"call": name, **launch} for launch in found)

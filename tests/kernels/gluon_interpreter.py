@@ -213,7 +213,7 @@ class Scopes:
     """The globals of functions, with what they call replaced."""
 
     def __init__(self, language: Language, waiting: Waiting) -> None:
-        self._language, self._waiting = language, waiting
+        self._language = language
         self._scopes: dict[int, dict[str, Any]] = {}
         self._functions: dict[int, Function] = {}
         named = {

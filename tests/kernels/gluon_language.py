@@ -41,12 +41,12 @@ class Language:
 
     # Scalars and blocks
 
-    def value(self, found: Any, dtype: torch.dtype | None = None) -> Value:
+    def value(self, found: Any) -> Value:
         found = plain(found)
         if isinstance(found, Value):
             return found
         kinds = {bool: torch.bool, int: torch.int32, float: torch.float32}
-        return Value(torch.tensor(found, dtype=dtype or kinds[type(found)]))
+        return Value(torch.tensor(found, dtype=kinds[type(found)]))
 
     to_tensor = value
 
@@ -107,7 +107,7 @@ class Language:
 
     def associative_scan(self, block: Value, axis: int, combine: Any) -> Value:
         assert combine.function.__name__ == "add"
-        return Value(block.data.cumsum(axis, dtype=block.data.dtype), block.layout)
+        return self.cumsum(block, axis)
 
     def cumsum(self, block: Value, axis: int) -> Value:
         return Value(block.data.cumsum(axis, dtype=block.data.dtype), block.layout)
@@ -187,31 +187,29 @@ class Language:
         at, value, mask = (*args, args[-1])[:3]
         where, own = torch.broadcast_tensors(at.data, mask.data != 0)
         if "st.relaxed" in asm:
-            for memory, places in self._memories(where[own], value.data.dtype):
-                memory[places] = value.data[own]
+            memory, places = self._places(where[own], value.data.dtype)
+            memory[places] = value.data[own]
             self.machine.changes += 1
             self.machine.pause()
             return value
         assert "ld.relaxed" in asm
         found = torch.zeros(where.shape, dtype=torch_dtype(dtype))
+        memory, places = self._places(where[own], found.dtype)
 
         def is_there() -> bool:
-            for memory, places in self._memories(where[own], found.dtype):
-                found[own] = memory[places]
+            found[own] = memory[places]
             return not bool((found.view(torch.int16)[own] == -1).any())
 
         self.machine.wait(is_there, "h")
         return Value(found, at.layout)
 
-    def _memories(self, addresses: torch.Tensor, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The tensor that all of these addresses lie in, and their places there."""
-        if not addresses.numel():
-            return []
+    def _places(self, addresses: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tensor that all of these addresses lie in, any if there are none, and their places there."""
         for tensor in self.tensors:
-            pointer, first = Pointer(tensor), tensor.untyped_storage().data_ptr()
-            inside = (addresses >= first) & (addresses < first + tensor.untyped_storage().nbytes())
+            first, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+            inside = (addresses >= first) & (addresses < first + size)
             if tensor.dtype == dtype and bool(inside.all()):
-                return [(pointer.memory, (addresses - first) // tensor.element_size())]
+                return Pointer(tensor).memory, (addresses - first) // tensor.element_size()
         raise MisuseError("addresses outside of every tensor")
 
     # Shared memory, and who waits for whom

@@ -81,16 +81,20 @@ class Task:
         try:
             if self._machine.error is None:
                 self._body()
-                for product in self.products:
-                    product()
-                for store in self.stores:
-                    store.happen()
+                self.finish()
         except _StoppedError:
             pass
         except BaseException as error:
             self._machine.error = self._machine.error or error
         self.done = True
         self._machine.leave()
+
+    def finish(self) -> None:
+        """What was left to itself is done."""
+        while self.products:
+            self.products.pop(0)()
+        for store in self.stores:
+            store.happen()
 
 
 class Move:
@@ -178,8 +182,7 @@ class Machine:
     def _program(self, launch: Launch, program: tuple[int, int]) -> None:
         self.wait(lambda: launch.may_start, "the launch before")
         launch.body()
-        for move in self.current.stores:
-            move.happen()
+        self.current.finish()
         launch.end(program)
 
     def leave(self) -> None:

@@ -229,10 +229,6 @@ class Shared:
     def shape(self) -> list[int]:
         return list(self.at.shape)
 
-    @property
-    def type(self) -> Any:
-        return SimpleNamespace(layout=None)
-
     def index(self, i: Any) -> Shared:
         return Shared(self.allocation, self.at[int(i)], self.dtype)
 
@@ -254,9 +250,8 @@ class Shared:
     def read(self) -> torch.Tensor:
         return self.allocation.bytes.view(torch_dtype(self.dtype))[self.at // self._size]
 
-    def write(self, data: torch.Tensor, mask: torch.Tensor | bool = True) -> None:
-        memory = self.allocation.bytes.view(torch_dtype(self.dtype))
-        memory[self.at // self._size] = torch.where(torch.as_tensor(mask), data, self.read())
+    def write(self, data: torch.Tensor) -> None:
+        self.allocation.bytes.view(torch_dtype(self.dtype))[self.at // self._size] = data
 
     def poison(self) -> None:
         """Something is on its way here."""

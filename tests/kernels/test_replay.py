@@ -50,12 +50,27 @@ EXPERTS: dict[str, dict[str, Any]] = {
 }
 
 
+def noting(make: Callable[..., Any], made: list[Any]) -> Callable[..., Any]:
+    """Makes the same, and notes it."""
+
+    def prepare(*args: Any) -> Any:
+        made.append(make(*args))
+        return made[-1]
+
+    return prepare
+
+
 class Entries:
-    """What kernels were entered with. `long` counts calls that were prepared."""
+    """What kernels were entered with, and the calls that were prepared."""
 
     def __init__(self) -> None:
         self.log: list[tuple[str, object]] = []
-        self.long = 0
+        self.prepared: list[Any] = []
+
+    @property
+    def long(self) -> int:
+        """How many went the long way."""
+        return len(self.prepared)
 
     def taken(self, names: dict[int, str], constant: set[int]) -> list[Any]:
         """What was entered since the last time, addresses by name, scratch by the order in which it turned up."""
@@ -92,20 +107,13 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> Iterator[Entries]:
         variant.family.kernels[variant.family.bind(args)[0]] = enter
         variant.launch(grid, args)
 
-    def counted(make: Callable[..., Any]) -> Callable[..., Any]:
-        def prepare(*args: Any) -> Any:
-            found.long += 1
-            return make(*args)
-
-        return prepare
-
     monkeypatch.setattr(launch.Launcher, "launch_plain", launch_plain)
     for module in (launch, replay):
         monkeypatch.setattr(module, "raw_stream", lambda device: 7)
     for module in (calls, expert_call):
         monkeypatch.setattr(module, "can_overlap", lambda device: True)
-    monkeypatch.setattr(lora_linear, "LinearCall", counted(lora_linear.LinearCall))
-    monkeypatch.setattr(lora_experts, "ExpertCall", counted(lora_experts.ExpertCall))
+    monkeypatch.setattr(lora_linear, "LinearCall", noting(lora_linear.LinearCall, found.prepared))
+    monkeypatch.setattr(lora_experts, "ExpertCall", noting(lora_experts.ExpertCall, found.prepared))
     yield found
     for variant in variants:
         variant.family = None
@@ -216,9 +224,9 @@ def test_experts_in_one_launch_are_entered_as_before(entries: Entries) -> None:
 def test_shrinks_beside_the_product_are_entered_as_before(entries: Entries) -> None:
     """TMA reads A, which stays where it is."""
     for name in ("prefill", "prefill, a member without a pool"):
-        entries.long = 0
+        entries.prepared.clear()
         check_replay(make_case(features=64, dtype=BF16, **LINEARS[name]), run_linear, entries)
-    entries.long = 0
+    entries.prepared.clear()
     check_replay(make_expert_case(features=64, out=32, dtype=BF16, rows=400), run_experts, entries)
 
 
