@@ -13,6 +13,8 @@ Letters: T rows of one slot each, K in-features, N out-features, P pool rows, W 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -22,10 +24,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.language import debug_barrier
+from triton.language.extra.cuda import gdc_wait
 
 from fxlora.kernels.call import MOST_MEMBERS, LinearCall, Plan
 from fxlora.kernels.fused_hopper_h import make_h
 from fxlora.kernels.fused_hopper_loads import ask_first, load, load_bs, number_of, tile_of
+from fxlora.kernels.fused_hopper_parts import add_parts, part_of
 from fxlora.kernels.gluon_names import viewed
 from fxlora.kernels.group_shrink import Scratch, scratch_of, shrink_groups
 from fxlora.kernels.launch import Launcher
@@ -67,6 +71,14 @@ def expand(acc, held, stage, phase, listed, ring, STAGES: gl.constexpr, SHORT: g
 
 
 @gluon.jit
+def settle(acc, held, ring) -> gl.tensor:
+    """acc when all products are done, and the block that the last one read is free."""
+    acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+    mbarrier.arrive(ring[3].index(gl.maximum(held, 0)), pred=held >= 0)
+    return acc
+
+
+@gluon.jit
 def add_bias(acc, bias, FEW: gl.constexpr) -> gl.tensor:
     """acc and the bias, which is in its place before adapters are. bias: pointer, stride, first column, N. FEW: acc is
     [BN, BM]."""
@@ -95,61 +107,80 @@ def store(acc, row_tile, col_tile, y_ptr, num_rows, num_cols, tile) -> None:
 
 
 @gluon.jit
+def add_rest(acc, held, stage, phase, b_ring, listed, ring, bias, HAS_BIAS: gl.constexpr, HAS_POOL: gl.constexpr,
+             STAGES: gl.constexpr) -> gl.tensor:  # fmt: skip
+    """acc, bias and adapters, behind the product. bias: as of `add_bias`."""
+    FEW: gl.constexpr = ring[0].shape[1] < 64
+    if HAS_BIAS:
+        acc, held = settle(acc, held, ring), gl.to_tensor(-1)
+        acc = add_bias(acc, bias, FEW)
+    if HAS_POOL:
+        mbarrier.wait(b_ring[2], 0)
+        h_ring = (ring[0], b_ring[0], ring[2], ring[3])
+        if number_of(listed, 1, 4) < 16:
+            acc = expand(acc, held, stage, phase, listed, h_ring, STAGES, True)
+        else:
+            acc = expand(acc, held, stage, phase, listed, h_ring, STAGES, False)
+    return warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+
+
+@gluon.jit
 def compute(
-    ring, b_ring, listed, ys, biases, num_rows, widths, steps, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr,
-    HAS_BIAS: gl.constexpr, HAS_POOL: gl.constexpr,
+    ring, b_ring, listed, sums, ys, biases, num_rows, widths, steps, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_POOL: gl.constexpr, SPLIT: gl.constexpr, PDL: gl.constexpr,
 ) -> None:  # fmt: skip
-    """Product, bias, adapters and store of this program's tile."""
-    bs, _, asked = b_ring
+    """Product, bias, adapters and store of this program's tile; all but the product in the first part of one."""
+    bs = b_ring[0]
     BM: gl.constexpr = ring[0].shape[1]
     BN: gl.constexpr = bs.shape[2]
-    FEW: gl.constexpr = BM < 64
-    shape: gl.constexpr = [BN, BM] if FEW else [BM, BN]
+    shape: gl.constexpr = [BN, BM] if BM < 64 else [BM, BN]
     of_acc: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, shape[1], 16])
     of_tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BN], bs.dtype)
     tiles = viewed(bs, bs.dtype, [STAGES * bs.shape[1] // BM, BM, BN], of_tile)
-    h_ring = (ring[0], bs, ring[2], ring[3])
-    program, begin = gl.program_id(0), 0
+    begin = 0
     for member in gl.static_range(len(HAS_POOL)):
         num_cols = widths[member]
-        end = begin + gl.cdiv(num_cols, BN) * gl.cdiv(num_rows, BM)
-        if (program >= begin) & (program < end):
-            row_tile, col_tile = tile_of(program - begin, num_rows, BM)
+        is_here, row_tile, col_tile, end = tile_of(begin, num_rows, num_cols, BM, BN)
+        if is_here:
             acc = gl.zeros(shape, gl.float32, of_acc)
             none, zero = gl.to_tensor(-1), gl.to_tensor(0)
             acc, held, stage, phase = multiply(acc, none, zero, zero, steps, ring, STAGES, TRANSPOSED, -1)
-            if HAS_BIAS[member]:
-                acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-                mbarrier.arrive(ring[3].index(held))
-                held = none
-                acc = add_bias(acc, (biases[member][0], biases[member][1], col_tile * BN, num_cols), FEW)
-            if HAS_POOL[member]:
-                mbarrier.wait(asked, 0)
-                if number_of(listed, 1, 4) < 16:
-                    acc = expand(acc, held, stage, phase, listed, h_ring, STAGES, True)
-                else:
-                    acc = expand(acc, held, stage, phase, listed, h_ring, STAGES, False)
-            acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-            store(acc, row_tile, col_tile, ys[member], num_rows, num_cols, tiles.index(0))
+            bias = (biases[member][0], biases[member][1], col_tile * BN, num_cols)
+            if SPLIT == 1:
+                acc = add_rest(
+                    acc, held, stage, phase, b_ring, listed, ring, bias, HAS_BIAS[member], HAS_POOL[member], STAGES
+                )
+                store(acc, row_tile, col_tile, ys[member], num_rows, num_cols, tiles.index(0))
+            else:
+                acc = settle(acc, held, ring)
+                if gl.program_id(1) == 0:
+                    acc = add_rest(
+                        acc, none, stage, phase, b_ring, listed, ring, bias, HAS_BIAS[member], HAS_POOL[member], STAGES
+                    )
+                if PDL:
+                    gdc_wait()
+                acc, is_last = add_parts(acc, sums[0], sums[1], SPLIT)
+                if is_last:
+                    store(acc, row_tile, col_tile, ys[member], num_rows, num_cols, tiles.index(0))
         begin = end
 
 
 @gluon.jit(do_not_specialize=["num_rows", "max_adapters"])
 def fused_hopper_kernel(
-    x_desc, w0_desc, w1_desc, w2_desc, w3_desc, b0_desc, b1_desc, b2_desc, b3_desc, biases, ys, scratch,
+    x_desc, w0_desc, w1_desc, w2_desc, w3_desc, b0_desc, b1_desc, b2_desc, b3_desc, biases, ys, scratch, sums,
     sites, num_rows, feature_octets, col_octets, max_adapters,
-    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr, PARTS: gl.constexpr,
-    TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_POOL: gl.constexpr, SLOTS: gl.constexpr,
-    EARLY: gl.constexpr, HAS_X: gl.constexpr, PDL: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr,
+    PARTS: gl.constexpr, TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_POOL: gl.constexpr,
+    SLOTS: gl.constexpr, EARLY: gl.constexpr, HAS_X: gl.constexpr, PDL: gl.constexpr,
 ) -> None:  # fmt: skip
-    """The members' tiles, one after another; row tiles first.
+    """Program (tile, part of its in-features): the members' tiles, one after another; row tiles first.
 
     x_desc: x [T, K] in blocks of up to BM rows and BK in-features; w0_desc, ..: W [N, K] of each member in blocks
     [BN, BK], or [K, N] if TRANSPOSED, None past the last; b0_desc, ..: B [P, N] in blocks [16, BN or 64], None without
     a pool; biases: pointer to [N] and stride; ys: [T, N], contiguous; scratch: h [members, T, W] like x as int32, of
-    several parts [members, PARTS, T, W] in fp32, W, int32 slots [T]; sites: of each member A [P, K], start, rank,
-    scaling. CHUNKS: 16 columns of h each. SLOTS: a power of two of at least 32 and max_adapters.
-    EARLY: the ring is filled at once. HAS_X: x is there when this launch starts; else EARLY.
+    several parts [members, PARTS, T, W] in fp32, W, int32 slots [T]; sums: as of `add_parts`, None if SPLIT is 1;
+    sites: of each member A [P, K], start, rank, scaling. CHUNKS: 16 columns of h each. SLOTS: a power of two of at
+    least 32 and max_adapters. EARLY: the ring is filled at once. HAS_X: x is there when this launch starts; else EARLY.
     """
     dtype: gl.constexpr = x_desc.dtype
     BK: gl.constexpr = x_desc.block_type.shape[1]
@@ -177,28 +208,27 @@ def fused_hopper_kernel(
     ring, b_ring, listed = (xs, ws, full, empty), (bs, pieces, asked), (pool_rows, ranks, numbers)
     words = viewed(xs, gl.int32, [STAGES, BM, BK // 2], of_words)
     w_descs, b_descs = (w0_desc, w1_desc, w2_desc, w3_desc), (b0_desc, b1_desc, b2_desc, b3_desc)
-    steps, widths = gl.cdiv(feature_octets * 8, BK), ()
+    first, steps, widths = 0, gl.cdiv(feature_octets * 8, BK), ()
+    if SPLIT > 1:
+        first, steps = part_of(steps, SPLIT)
     for member in gl.static_range(len(HAS_POOL)):
         widths = widths + (col_octets[member] * 8,)
     if EARLY:
-        ask_first(ring, x_desc, w_descs, num_rows, widths, steps, STAGES, TRANSPOSED, HAS_X)
+        ask_first(ring, x_desc, w_descs, num_rows, widths, first, steps, STAGES, TRANSPOSED, HAS_X)
     gl.warp_specialize(
         [
-            (
-                compute,
-                (
-                    ring, b_ring, listed, ys, biases, num_rows, widths, steps, STAGES, TRANSPOSED, HAS_BIAS, HAS_POOL,
-                ),
-            ),
-            (load, (ring, b_ring, x_desc, w_descs, num_rows, widths, steps, STAGES, TRANSPOSED, EARLY, HAS_X, PDL)),
+            (compute, (
+                ring, b_ring, listed, sums, ys, biases, num_rows, widths, steps, STAGES, TRANSPOSED, HAS_BIAS, HAS_POOL,
+                SPLIT, PDL,
+            )),
+            (load, (
+                ring, b_ring, x_desc, w_descs, num_rows, widths, first, steps, STAGES, TRANSPOSED, EARLY, HAS_X, PDL,
+            )),
             (load_bs, (ring, b_ring, listed, b_descs, num_rows, widths, steps, STAGES, HAS_POOL, PDL)),
-            (
-                make_h,
-                (
-                    ring, b_ring, words, listed, scratch, sites, max_adapters, num_rows, widths, steps, CHUNKS, PARTS,
-                    STAGES, HAS_POOL, SLOTS, PDL,
-                ),
-            ),
+            (make_h, (
+                ring, b_ring, words, listed, scratch, sites, max_adapters, num_rows, widths, steps, CHUNKS, PARTS,
+                STAGES, HAS_POOL, SLOTS, PDL,
+            )),
         ],
         [1, 1, 4],
         [48, 48, 136],
@@ -211,7 +241,13 @@ _launcher = Launcher(fused_hopper_kernel)
 def fused_hopper(call: LinearCall, tiles: FusedHopperTiles) -> list[torch.Tensor]:
     """-> [..., N] of each member, for rows of one slot each. TMA reads x, the weights and every B."""
     outputs = tuple(call.new_outputs())
-    scratch = scratch_of(call, tiles.BM, sorts=False, parts=tiles.shrink.parts, lists=False)
+    sums, counts = None, 0
+    if not call.members.has_pools:
+        tiles = replace(tiles, split=1)  # no launch before it would clear its counts
+    if tiles.split > 1:
+        counts = sum([cdiv(n, tiles.BN) for n in call.widths]) * cdiv(call.rows, tiles.BM)
+        sums = call.new_scratch(counts, tiles.split, tiles.BM * tiles.BN, dtype=torch.float32)
+    scratch = scratch_of(call, tiles.BM, sorts=False, parts=tiles.shrink.parts, lists=False, counts=counts)
     if call.members.has_pools:
         shrink_groups(call, scratch, tiles.shrink)
     transposed = lie_transposed(call)
@@ -228,6 +264,7 @@ def fused_hopper(call: LinearCall, tiles: FusedHopperTiles) -> list[torch.Tensor
         call.strided_biases,
         outputs,
         (h, scratch.width, scratch.slots),
+        (sums, scratch.counts),
         call.members.a_pools,
         *plan.numbers,
     )
@@ -243,12 +280,13 @@ def _plan(call: LinearCall, scratch: Scratch, tiles: FusedHopperTiles, transpose
     has_x = call.members.has_pools or not call.overlap
     return call.planned(
         _launcher,
-        (sum([cdiv(n, tiles.BN) for n in call.widths]) * cdiv(call.rows, tiles.BM),),
+        (sum([cdiv(n, tiles.BN) for n in call.widths]) * cdiv(call.rows, tiles.BM), tiles.split),
         (call.rows, call.features // 8, tuple([n // 8 for n in call.widths]), call.members.max_adapters),
         4,
         registers=112,
         BM=tiles.BM,
         BN=tiles.BN,
+        SPLIT=tiles.split,
         STAGES=tiles.stages,
         CHUNKS=scratch.width // 16,
         PARTS=tiles.shrink.parts,

@@ -180,12 +180,11 @@ def make_h(
     h_ptr, h_width, slots_ptr = scratch
     BM: gl.constexpr = words.shape[1]
     BN: gl.constexpr = b_ring[0].shape[2]
-    program, begin = gl.program_id(0), 0
+    begin = 0
     for member in gl.static_range(len(HAS_POOL)):
-        end = begin + gl.cdiv(widths[member], BN) * gl.cdiv(num_rows, BM)
+        is_here, row_tile, _, end = tile_of(begin, num_rows, widths[member], BM, BN)
         if HAS_POOL[member]:  # noqa: SIM102 (a choice at compile time is an `if` of its own)
-            if (program >= begin) & (program < end):
-                row_tile, _ = tile_of(program - begin, num_rows, BM)
+            if is_here & (gl.program_id(1) == 0):
                 groups = groups_in(row_tile, slots_ptr, sites[member], max_adapters, num_rows, BM, SLOTS)
                 list_groups(groups, listed, b_ring[2])
                 places = places_of(row_tile, groups, slots_ptr, max_adapters, num_rows, BM)

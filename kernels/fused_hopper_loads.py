@@ -20,10 +20,12 @@ NOWHERE = gl.constexpr(1 << 30)
 
 
 @gluon.jit
-def tile_of(item, num_rows, BM: gl.constexpr) -> gl.tensor:
-    """Row tile, of BM rows, and column tile of a member's item."""
+def tile_of(begin, num_rows, num_cols, BM: gl.constexpr, BN: gl.constexpr) -> gl.tensor:
+    """Whether this program's tile is of the member whose tiles begin there; its row tile, of BM rows, and column tile;
+    where the tiles of the next member begin."""
     tiles_m = gl.cdiv(num_rows, BM)
-    return item % tiles_m, item // tiles_m
+    item, count = gl.program_id(0) - begin, gl.cdiv(num_cols, BN) * tiles_m
+    return (item >= 0) & (item < count), item % tiles_m, item // tiles_m, begin + count
 
 
 @gluon.jit
@@ -79,12 +81,11 @@ def load_bs(
     BN: gl.constexpr = bs.shape[2]
     BM: gl.constexpr = ring[0].shape[1]
     EACH: gl.constexpr = bs.shape[1] // 16
-    program, begin = gl.program_id(0), 0
+    begin = 0
     for member in gl.static_range(len(HAS_POOL)):
-        end = begin + gl.cdiv(widths[member], BN) * gl.cdiv(num_rows, BM)
+        is_here, _, col_tile, end = tile_of(begin, num_rows, widths[member], BM, BN)
         if HAS_POOL[member]:  # noqa: SIM102 (a choice at compile time is an `if` of its own)
-            if (program >= begin) & (program < end):
-                _, col_tile = tile_of(program - begin, num_rows, BM)
+            if is_here & (gl.program_id(1) == 0):
                 mbarrier.wait(asked, 0)
                 stage, phase = steps % STAGES, (steps // STAGES & 1) ^ 1
                 for block in range(number_of(listed, 0, 1)):
@@ -99,52 +100,50 @@ def load_bs(
 
 @gluon.jit
 def ask_first(
-    ring, x_desc, w_descs, num_rows, widths, steps, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr,
+    ring, x_desc, w_descs, num_rows, widths, first, steps, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr,
     WITH_X: gl.constexpr,
 ) -> None:  # fmt: skip
     """Asks for the blocks of this program's tile that the ring has room for, before warps part: the code of each comes
     from far, which takes as long as a few blocks do."""
     BM: gl.constexpr = ring[0].shape[1]
     BN: gl.constexpr = ring[1].shape[2 if TRANSPOSED else 1]
-    program, begin = gl.program_id(0), 0
+    begin = 0
     for member in gl.static_range(len(widths)):
-        end = begin + gl.cdiv(widths[member], BN) * gl.cdiv(num_rows, BM)
-        if (program >= begin) & (program < end):
-            row_tile, col_tile = tile_of(program - begin, num_rows, BM)
+        is_here, row_tile, col_tile, end = tile_of(begin, num_rows, widths[member], BM, BN)
+        if is_here:
             for step in range(gl.minimum(steps, STAGES)):
-                ask_w(w_descs[member], step, col_tile * BN, ring, step, TRANSPOSED)
+                ask_w(w_descs[member], first + step, col_tile * BN, ring, step, TRANSPOSED)
                 if WITH_X:
-                    ask_x(x_desc, step, row_tile * BM, ring, step)
+                    ask_x(x_desc, first + step, row_tile * BM, ring, step)
         begin = end
 
 
 @gluon.jit
 def load(
-    ring, b_ring, x_desc, w_descs, num_rows, widths, steps, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr,
+    ring, b_ring, x_desc, w_descs, num_rows, widths, first, steps, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr,
     EARLY: gl.constexpr, HAS_X: gl.constexpr, PDL: gl.constexpr,
 ) -> None:  # fmt: skip
-    """Every block of x and W of this program's tile; behind those of `ask_first` if EARLY, and x of those if not
-    HAS_X."""
+    """Every block of x and W of this program's tile, from `first` on; behind those of `ask_first` if EARLY, and x of
+    those if not HAS_X."""
     BM: gl.constexpr = ring[0].shape[1]
     BN: gl.constexpr = b_ring[0].shape[2]
-    program, begin = gl.program_id(0), 0
+    begin = 0
     begun, stage, phase = (gl.minimum(steps, STAGES) if EARLY else 0), 0, (0 if EARLY else 1)
     if PDL:
         if not HAS_X:
             gdc_wait()
         gdc_launch_dependents()
     for member in gl.static_range(len(widths)):
-        end = begin + gl.cdiv(widths[member], BN) * gl.cdiv(num_rows, BM)
-        if (program >= begin) & (program < end):
-            row_tile, col_tile = tile_of(program - begin, num_rows, BM)
+        is_here, row_tile, col_tile, end = tile_of(begin, num_rows, widths[member], BM, BN)
+        if is_here:
             row, col = row_tile * BM, col_tile * BN
             if not HAS_X:
                 for step in range(begun):
-                    ask_x(x_desc, step, row, ring, step)
+                    ask_x(x_desc, first + step, row, ring, step)
             for step in range(begun, steps):
                 mbarrier.wait(ring[3].index(stage), phase)
-                ask_w(w_descs[member], step, col, ring, stage, TRANSPOSED)
-                ask_x(x_desc, step, row, ring, stage)
+                ask_w(w_descs[member], first + step, col, ring, stage, TRANSPOSED)
+                ask_x(x_desc, first + step, row, ring, stage)
                 stage, phase = block_after(stage, phase, STAGES)
             mbarrier.arrive(b_ring[2])
         begin = end

@@ -41,11 +41,15 @@ class Scratch(NamedTuple):
     slots: torch.Tensor  # int32 [T, J], contiguous
     block_rows: int  # rows of a tile
     is_sorted: bool  # rows are taken in the order of their slots
+    counts: torch.Tensor | None  # int32, which the first launch sets to zero
 
 
-def scratch_of(call: LinearCall, block_rows: int, sorts: bool, parts: int = 1, lists: bool = True) -> Scratch:
+def scratch_of(
+    call: LinearCall, block_rows: int, sorts: bool, parts: int = 1, lists: bool = True, counts: int = 0
+) -> Scratch:
     """New scratch of a call. sorts: rows are taken in the order of their slots, where there are several tiles of rows,
-    and each row has one slot. parts: of h, to be added up. lists: whether groups are to be listed."""
+    and each row has one slot. parts: of h, to be added up. lists: whether groups are to be listed. counts: how many
+    there are."""
     width = max(16, next_power_of_2(call.members.h_width))
     capacity = list_capacity(call.members.max_adapters, block_rows * call.width, width)
     members = len(call.widths)
@@ -54,7 +58,8 @@ def scratch_of(call: LinearCall, block_rows: int, sorts: bool, parts: int = 1, l
     if lists:
         groups = call.new_scratch(members, cdiv(call.rows, block_rows), list_words(capacity), dtype=torch.int32)
     is_sorted = sorts and call.width == 1 and call.rows > block_rows
-    return Scratch(h, width, groups, capacity, call.row_slots.contiguous(), block_rows, is_sorted)
+    zeros = call.new_scratch(counts, dtype=torch.int32) if counts else None
+    return Scratch(h, width, groups, capacity, call.row_slots.contiguous(), block_rows, is_sorted, zeros)
 
 
 @triton.jit
@@ -103,7 +108,16 @@ def make_h(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_rows", "max_adapters", "few"])
+@triton.jit
+def clear(counts_ptr, num_counts) -> None:
+    """Zero to all of them, by one program."""
+    if tl.program_id(0) + tl.program_id(1) == 0:
+        for first in tl.range(0, num_counts, 128, num_stages=1):
+            index = first + tl.arange(0, 128)
+            tl.store(counts_ptr + index, tl.zeros([128], tl.int32), mask=index < num_counts)
+
+
+@triton.jit(do_not_specialize=["num_rows", "max_adapters", "few", "num_counts"])
 def group_shrink_kernel(
     x,  # [T, K]: pointer, strides
     h_ptr,  # [members, E, W], like x; of several parts [members, PARTS, E, W], fp32
@@ -113,6 +127,8 @@ def group_shrink_kernel(
     coeffs,  # fp32 [T, J]: pointer, strides
     segments_ptr,
     slots_ptr,  # int32 [T, J], contiguous
+    counts_ptr,  # int32, None for none
+    num_counts,
     sites,  # of each member: A [P, K], start, rank, scaling
     num_rows,
     num_features,
@@ -139,6 +155,8 @@ def group_shrink_kernel(
     wait_for_earlier(PDL)
     let_later_start(PDL)
     x, num_features = whole_rows(x, UNIT), whole(num_features, UNIT)
+    if counts_ptr is not None:
+        clear(counts_ptr, num_counts)
     tiles_m = tl.cdiv(num_rows, BM)
     num_entries = num_rows * J
     for member in tl.static_range(len(HAS_POOL)):
@@ -177,6 +195,8 @@ def shrink_groups(call: LinearCall, scratch: Scratch, tile: ShrinkTile) -> None:
         call.coeffs,
         call.segments,
         scratch.slots,
+        scratch.counts,
+        0 if scratch.counts is None else len(scratch.counts),
         call.members.a_pools,
         *plan.numbers,
     )

@@ -23,6 +23,7 @@ from fxlora.kernels.tiles import (
 class FusedHopperTiles:
     """The two launches of fused_hopper.py: tiles of BM rows, 16, 32 or 64, by BN columns, a ring of so many stages of
     BK in-features. apart: the programs of both are a wave together, so that a ring may fill before the shrink begins.
+    split: programs that share the in-features of a tile.
     """
 
     shrink: ShrinkTile
@@ -31,6 +32,7 @@ class FusedHopperTiles:
     BK: int
     stages: int
     apart: bool = False
+    split: int = 1
 
 
 MOST_RANKS = 64
@@ -51,11 +53,39 @@ def fused_hopper_tiles(rows: int, features: int, widths: tuple[int, ...], width:
     """
     if width > MOST_RANKS:
         return None
+    in_parts = _in_parts(rows, features, widths, width <= 16)
+    if in_parts is not None:
+        return in_parts
     if rows <= 16:
         return _of_16_rows(rows, features, widths, width <= 16)
     if rows <= 64:
         return _of_64_rows(rows, features, widths, width <= 16)
     return _of_more_rows(rows, features, widths, width <= 16)
+
+
+def _in_parts(rows: int, features: int, widths: tuple[int, ...], few_ranks: bool) -> FusedHopperTiles | None:
+    """Few tiles of many in-features each, up to 128 rows: programs share a tile, and those of the shrink share h, which
+    then is there as early. None where one program a tile is as fast: what parts leave for each other takes 2 us."""
+    tiles = counter(max(rows, 64), widths)(64, 64)
+    if sum(widths) < 768 or rows > 128:
+        return None
+    apart = _SHRINK_APART if few_ranks else _SHRINK_APART_RANKS
+    halves = replace(apart, parts=2)
+    if rows <= 16:
+        if tiles >= 44 or features < 4096 or (features == 4096 and few_ranks):
+            return None
+        if few_ranks and tiles <= 16:
+            return FusedHopperTiles(replace(apart, parts=4), 16, 64, 128, 9, apart=True, split=3)
+        shrink = halves if few_ranks or len(widths) > 1 else replace(apart, parts=4)
+        return FusedHopperTiles(shrink, 16, 64, 128, 9 if few_ranks else 8, apart=True, split=2)
+    if features < 3072:
+        return None
+    if rows <= 32:
+        return FusedHopperTiles(halves, 32, 64, 128, 8, apart=True, split=2) if tiles <= 40 else None
+    if not few_ranks or tiles > (44 if rows <= 64 else 48) or (rows > 64 and len(widths) > 1):
+        return None
+    split = 3 if rows <= 64 and features > 4096 and tiles <= 32 else 2
+    return FusedHopperTiles(halves, 64, 64, 128, 6, apart=True, split=split)
 
 
 def _of_16_rows(rows: int, features: int, widths: tuple[int, ...], few_ranks: bool) -> FusedHopperTiles | None:
@@ -81,7 +111,7 @@ def _of_64_rows(rows: int, features: int, widths: tuple[int, ...], few_ranks: bo
     count, shrinks = counter(1, widths), rows * len(widths)
     small, large = count(1, 64), count(1, 128)
     height, apart = 32 if rows <= 32 else 64, _SHRINK_APART if few_ranks else _SHRINK_APART_RANKS
-    if features < 768 or sum(widths) < (1024 if features <= 3072 else 2048 if features <= TALL else 3072):
+    if features < 768 or sum(widths) < (512 if features <= 3072 else 1024):
         return None
     if small + shrinks <= MULTIPROCESSORS or (features <= 2048 and small < 48):
         return FusedHopperTiles(apart, height, 64, 128, 8 if height == 32 else 6, apart=True)
@@ -101,13 +131,14 @@ def _of_more_rows(rows: int, features: int, widths: tuple[int, ...], few_ranks: 
     """65 to 256 rows, of several tiles of 64."""
     count, members = counter(rows, widths), len(widths)
     small, large = count(64, 64), count(64, 128)
-    enough = sum(widths) >= (768 if features <= 3072 else 2048 if features <= TALL else 3072)
     beside = _beside_more_rows(rows, members, few_ranks)
-    if features < 768 or beside is None:
+    if features < 768:
         return None
-    are_few = small + 64 * members <= MULTIPROCESSORS or (features < 2048 and small <= 64)
-    if few_ranks and enough and are_few:
-        return FusedHopperTiles(_SHRINK_APART, 64, 64, 128, 6, apart=True)
+    are_few = small <= (84 if features > TALL and members == 1 else 68)
+    if are_few and sum(widths) >= 768 and (few_ranks or features >= 3072):
+        return FusedHopperTiles(_SHRINK_APART if few_ranks else _SHRINK_APART_RANKS, 64, 64, 128, 6, apart=True)
+    if beside is None:
+        return None
     least = 64 if features < TALL else 96
     if least <= small <= MULTIPROCESSORS:
         return FusedHopperTiles(beside, 64, 64, 128, 5)

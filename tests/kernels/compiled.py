@@ -123,6 +123,16 @@ CALLS: dict[str, Callable[[], object]] = {
         linear(64, 4096, 4096, own=True),
         linear(64, 4096, 4096, rank=64, own=True),
     ],
+    "more rows, tiles of one wave in parts": lambda: [
+        *[
+            linear(m, k, n, rank=rank, own=True)
+            for m, k, n in ((16, 8192, 1024), (24, 4096, 1024))
+            for rank in (16, 64)
+        ],
+        linear(12, 7168, 1536, 576, own=True),
+        *[linear(m, 8192, 1024, own=True) for m in (64, 128)],
+        linear(128, 8192, 1024, rank=64, own=True),
+    ],
     "more rows, tiles of one wave beside their shrink": lambda: [
         *[linear(m, 4096, 4096, 1024, 1024, rank=rank, own=True) for m in (12, 24) for rank in (16, 64)],
         *[linear(m, 4096, 14336, rank=rank, own=True) for m in (12, 24, 64) for rank in (16, 64)],

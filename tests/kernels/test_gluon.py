@@ -262,6 +262,23 @@ BREAKS: dict[str, Break] = {
 }  # fmt: skip
 
 
+PART_BREAKS: dict[str, Break] = {
+    "a part is said to be there before it is": (
+        fused_hopper,
+        "add_parts",
+        "gl.store(at + part * (ROWS * COLS), acc)\n        debug_barrier()\n        found =",
+        "gl.store(at + part * (ROWS * COLS), acc, mask=found > PARTS)\n        found =",
+    ),
+    "the first part comes before the others": (fused_hopper, "add_parts", "found < PARTS - 1:", "found < 0:"),
+    "counts are those of a call before": (
+        group_shrink,
+        "clear",
+        "tl.zeros([128], tl.int32)",
+        "tl.full([128], 1, tl.int32)",
+    ),
+}
+
+
 EXPERT_BREAKS: dict[str, Break] = {
     "h is said to be there before it is": (
         expert_hopper_shrink, "compute", "so_far = done", "so_far = done; gl.atomic_xchg(ready_ptr + item, 1)",
@@ -289,6 +306,15 @@ def test_what_goes_wrong_shows(name: str, stream: NewStream, monkeypatch: pytest
     case = linears(20, 1304, 136, order="shuffled", ranks=tuple(i % 17 for i in range(40)))
     tiles = FORMS["few rows, wide, early"]
     with breaking(BREAKS[name], monkeypatch):
+        check(lambda: fused_hopper.fused_hopper(linear_call(case), tiles), case.expected(), stream, range(10))
+
+
+@pytest.mark.usefixtures("overlap")
+@pytest.mark.parametrize("name", PART_BREAKS)
+def test_what_goes_wrong_between_parts_shows(name: str, stream: NewStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = linears(20, 264, 136, order="shuffled")
+    tiles = FORMS["few rows, all in parts"]
+    with breaking(PART_BREAKS[name], monkeypatch):
         check(lambda: fused_hopper.fused_hopper(linear_call(case), tiles), case.expected(), stream, range(10))
 
 
