@@ -74,11 +74,11 @@ def _in_parts(rows: int, features: int, widths: tuple[int, ...], few_ranks: bool
     if rows <= 16:
         if tiles >= 44 or features < 4096 or (features == 4096 and few_ranks):
             return None
-        if few_ranks and tiles <= 16:
+        if few_ranks and tiles <= 16 and len(widths) == 1:
             return FusedHopperTiles(replace(apart, parts=4), 16, 64, 128, 9, apart=True, split=3)
         shrink = halves if few_ranks or len(widths) > 1 else replace(apart, parts=4)
         return FusedHopperTiles(shrink, 16, 64, 128, 9 if few_ranks else 8, apart=True, split=2)
-    if features < 3072:
+    if features < (3072 if few_ranks else 4104):
         return None
     if rows <= 32:
         return FusedHopperTiles(halves, 32, 64, 128, 8, apart=True, split=2) if tiles <= 40 else None
@@ -111,7 +111,12 @@ def _of_64_rows(rows: int, features: int, widths: tuple[int, ...], few_ranks: bo
     count, shrinks = counter(1, widths), rows * len(widths)
     small, large = count(1, 64), count(1, 128)
     height, apart = 32 if rows <= 32 else 64, _SHRINK_APART if few_ranks else _SHRINK_APART_RANKS
-    if features < 768 or sum(widths) < (512 if features <= 3072 else 1024):
+    least = 1024
+    if few_ranks and rows > 32 and features <= 3072:
+        least = 512
+    elif not few_ranks and 3072 < features <= 4096:
+        least = 2048
+    if features < 768 or sum(widths) < least:
         return None
     if small + shrinks <= MULTIPROCESSORS or (features <= 2048 and small < 48):
         return FusedHopperTiles(apart, height, 64, 128, 8 if height == 32 else 6, apart=True)
@@ -135,7 +140,7 @@ def _of_more_rows(rows: int, features: int, widths: tuple[int, ...], few_ranks: 
     if features < 768:
         return None
     are_few = small <= (84 if features > TALL and members == 1 else 68)
-    if are_few and sum(widths) >= 768 and (few_ranks or features >= 3072):
+    if are_few and sum(widths) >= 768:
         return FusedHopperTiles(_SHRINK_APART if few_ranks else _SHRINK_APART_RANKS, 64, 64, 128, 6, apart=True)
     if beside is None:
         return None

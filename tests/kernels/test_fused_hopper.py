@@ -220,7 +220,7 @@ def test_programs_share_tiles_that_are_few() -> None:
     assert shares(16, 8192, 1024) == shares(2, 5120, 1024) == (16, 3, 4)
     assert shares(16, 8960, 1536) == shares(4, 14336, 2048) == shares(16, 7168, 1536, 576) == (16, 2, 2)
     assert shares(16, 8960, 1536, width=64) == shares(8, 4096, 1024, width=64) == (16, 2, 4)
-    assert shares(16, 7168, 1536, 576, width=64) == (16, 2, 2)
+    assert shares(16, 7168, 1536, 576, width=64) == shares(16, 5120, 512, 512) == (16, 2, 2)
     assert shares(24, 4096, 1024) == shares(32, 9728, 2560) == shares(20, 8960, 1536, width=64) == (32, 2, 2)
     assert shares(64, 8192, 2048) == shares(48, 4864, 896) == (64, 3, 2)
     assert shares(64, 9728, 2560) == shares(40, 4096, 1024) == shares(128, 8960, 1536) == (64, 2, 2)
@@ -233,6 +233,7 @@ def test_programs_share_tiles_that_are_few() -> None:
 def test_they_are_for_nothing_else() -> None:
     assert kind(64, 4096, 28672) is kind(256, 5120, 5120) is kind(16, 3584, 18944) is None  # more
     assert kind(64, 8192, 512) is kind(64, 1024, 384) is kind(256, 2048, 512) is None  # few to bring W
+    assert kind(24, 4096, 1024, width=64) is kind(64, 8192, 768, width=64) is kind(24, 2048, 512) is None
     assert kind(8, 4096, 2048) is kind(16, 1024, 1024) is kind(128, 512, 8192) is None
     assert kind(256, 2048, 2048, 512, 512, width=64) is kind(64, 4096, 4096, width=65) is None
 
