@@ -126,7 +126,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "more rows, tiles of one wave in parts": lambda: [
         *[
             linear(m, k, n, rank=rank, own=True)
-            for m, k, n in ((16, 8192, 1024), (24, 4096, 1024))
+            for m, k, n in ((16, 8192, 1024), (24, 8192, 1024))
             for rank in (16, 64)
         ],
         linear(12, 7168, 1536, 576, own=True),
