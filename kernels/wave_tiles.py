@@ -66,25 +66,25 @@ def fused_hopper_tiles(rows: int, features: int, widths: tuple[int, ...], width:
 def _in_parts(rows: int, features: int, widths: tuple[int, ...], few_ranks: bool) -> FusedHopperTiles | None:
     """Few tiles of many in-features each, up to 128 rows: programs share a tile, and those of the shrink share h, which
     then is there as early. None where one program a tile is as fast: what parts leave for each other takes 2 us."""
-    tiles = counter(max(rows, 64), widths)(64, 64)
+    tiles, members = counter(max(rows, 64), widths)(64, 64), len(widths)
     if sum(widths) < 768 or rows > 128:
         return None
     apart = _SHRINK_APART if few_ranks else _SHRINK_APART_RANKS
-    halves = replace(apart, parts=2)
+    halves, quarters = replace(apart, parts=2), replace(apart, parts=4)
     if rows <= 16:
-        if tiles >= 44 or features < 4096 or (features == 4096 and few_ranks):
+        tall = features > 4096 or (features == 4096 and not few_ranks)
+        if not tall or tiles >= 44 or 2 * (rows * members + tiles) > MULTIPROCESSORS:
             return None
-        if few_ranks and tiles <= 16 and len(widths) == 1:
-            return FusedHopperTiles(replace(apart, parts=4), 16, 64, 128, 9, apart=True, split=3)
-        shrink = halves if few_ranks or len(widths) > 1 else replace(apart, parts=4)
+        if few_ranks and tiles <= 16 and members == 1:
+            return FusedHopperTiles(quarters, 16, 64, 128, 9, apart=True, split=3)
+        shrink = halves if few_ranks or members > 1 else quarters
         return FusedHopperTiles(shrink, 16, 64, 128, 9 if few_ranks else 8, apart=True, split=2)
-    if features < (3072 if few_ranks else 4104):
-        return None
     if rows <= 32:
-        return FusedHopperTiles(halves, 32, 64, 128, 8, apart=True, split=2) if tiles <= 40 else None
-    if not few_ranks or tiles > (44 if rows <= 64 else 48) or (rows > 64 and len(widths) > 1):
+        is_one = members == 1 and tiles <= 40 and features >= (3072 if few_ranks else 4104)
+        return FusedHopperTiles(halves, 32, 64, 128, 8, apart=True, split=2) if is_one else None
+    if features <= 4096 or not few_ranks or tiles > (44 if rows <= 64 else 48) or (rows > 64 and members > 1):
         return None
-    split = 3 if rows <= 64 and features > 4096 and tiles <= 32 else 2
+    split = 3 if rows <= 64 and tiles <= 32 else 2
     return FusedHopperTiles(halves, 64, 64, 128, 6, apart=True, split=split)
 
 
@@ -114,11 +114,12 @@ def _of_64_rows(rows: int, features: int, widths: tuple[int, ...], few_ranks: bo
     least = 1024
     if few_ranks and rows > 32 and features <= 3072:
         least = 512
-    elif not few_ranks and 3072 < features <= 4096:
+    elif 3072 < features <= 4096 and (len(widths) == 1 or not few_ranks):
         least = 2048
     if features < 768 or sum(widths) < least:
         return None
-    if small + shrinks <= MULTIPROCESSORS or (features <= 2048 and small < 48):
+    is_small = small < 48 and (few_ranks or features <= 2048)  # most multiprocessors are left to the shrink's
+    if is_small or small + shrinks <= MULTIPROCESSORS:
         return FusedHopperTiles(apart, height, 64, 128, 8 if height == 32 else 6, apart=True)
     beside = SHRINK_ALONE if few_ranks else SHRINK_SHARED_RANKS
     if small <= MULTIPROCESSORS:

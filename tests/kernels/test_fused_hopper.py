@@ -223,17 +223,25 @@ def test_programs_share_tiles_that_are_few() -> None:
     assert shares(16, 7168, 1536, 576, width=64) == shares(16, 5120, 512, 512) == (16, 2, 2)
     assert shares(24, 4096, 1024) == shares(32, 9728, 2560) == shares(20, 8960, 1536, width=64) == (32, 2, 2)
     assert shares(64, 8192, 2048) == shares(48, 4864, 896) == (64, 3, 2)
-    assert shares(64, 9728, 2560) == shares(40, 4096, 1024) == shares(128, 8960, 1536) == (64, 2, 2)
+    assert shares(64, 9728, 2560) == shares(64, 7168, 1536, 576) == shares(128, 8960, 1536) == (64, 2, 2)
     # one program a tile
     assert shares(16, 8192, 2816) == (16, 1, 1)
-    assert shares(64, 8960, 1536, width=64) == shares(64, 2048, 2048) == shares(128, 9728, 2560) == (64, 1, 1)
+    assert shares(24, 7168, 1536, 576) == (32, 1, 1)
+    assert shares(64, 4096, 1024, 256, 256) == shares(64, 2048, 2048) == shares(64, 3072, 512, 512) == (64, 1, 1)
+    assert shares(64, 8960, 1536, width=64) == shares(128, 9728, 2560) == (64, 1, 1)
     assert shares(256, 4096, 1024) == shares(256, 8192, 1024) == shares(192, 3584, 512, 512) == (64, 1, 1)
 
 
 def test_they_are_for_nothing_else() -> None:
     assert kind(64, 4096, 28672) is kind(256, 5120, 5120) is kind(16, 3584, 18944) is None  # more
     assert kind(64, 8192, 512) is kind(64, 1024, 384) is kind(256, 2048, 512) is None  # few to bring W
-    assert kind(24, 4096, 1024, width=64) is kind(64, 8192, 768, width=64) is kind(24, 2048, 512) is None
+    assert (
+        kind(64, 4096, 1024)
+        is kind(24, 4096, 1024, width=64)
+        is kind(64, 8192, 768, width=64)
+        is kind(24, 2048, 512)
+        is None
+    )
     assert kind(8, 4096, 2048) is kind(16, 1024, 1024) is kind(128, 512, 8192) is None
     assert kind(256, 2048, 2048, 512, 512, width=64) is kind(64, 4096, 4096, width=65) is None
 
