@@ -47,6 +47,7 @@ CALLS: dict[str, Callable[[], Case | ExpertCase]] = {
     "tiles of one wave, a member without a pool": lambda: linears(
         16, 1024, 2048, 512, 512, none_members=(1,), bias=True
     ),
+    "tiles of one wave in parts": lambda: linears(8, 5120, 1024),
     "many rows": lambda: linears(2048, 2048, 4096),
     "many rows, plain": lambda: linears(300, 64, 256, 64),
     "experts": lambda: experts(4096, 1024, 2048),
