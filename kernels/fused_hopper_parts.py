@@ -2,7 +2,7 @@
 
 Stage: run time. Few columns make few tiles, too few multiprocessors to bring a tall W. Each program leaves what its
 in-features contribute in memory; the last one to do so adds all of it up, in the order of the parts, whoever that is.
-No program waits for another one, so nothing can hang.
+No program waits for another one for more than a few looks, so nothing can hang.
 """
 
 # ruff: noqa: ANN001 (pointers and blocks of a kernel have no static type)

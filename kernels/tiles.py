@@ -149,11 +149,11 @@ class GemvTile:
 
 # Chosen for bf16 by CUDA-graph replay over weights that do not fit L2, adapters of rank 16 (most rank 16), in
 # microseconds behind a kernel that overlaps nothing, beside torch.mm in the same run; NVIDIA H200, torch 2.11.0,
-# triton 3.6.0, 2026-11-30.
+# triton 3.6.0, 2026-12-01.
 #     K x N            M 1           M 16, 16 adapters   M 64, 8       M 64, 64      M 256, 64     M 2048, 8
-#     4096 x 4096      10.8 (12.4)   14.5 (13.8)         13.1 (11.4)   17.1 (11.5)   20.1 (17.0)    99 (93)
-#     2048 x 4096       7.8 (7.2)     9.5 (7.3)           8.3 (6.7)    11.9 (7.2)    13.1 (9.3)    53 (47)
-#     14336 x 4096     31.8 (32.3)   35.4 (32.9)         35.1 (36.1)   42.2 (36.4)   54.6 (48.1)   337 (330)
+#     4096 x 4096      10.8 (12.4)   12.5 (12.7)         13.1 (11.6)   16.8 (11.5)   19.9 (16.8)    99 (93)
+#     2048 x 4096       7.8 (7.2)     8.1 (6.8)           8.2 (6.7)    11.7 (7.3)    13.2 (9.2)     53 (47)
+#     14336 x 4096     31.8 (32.3)   33.0 (32.3)         35.0 (36.1)   41.8 (36.2)   54.6 (48.1)   337 (330)
 #     4096 x 28672     56.6 (60.1)   63.3 (61.3)         64.5 (65.1)   81.6 (64.3)  128.3 (91.1)   698 (675)
 #     2048 x 128        3.5 (4.9)     5.0 (5.5)           6.7 (5.7)     7.3 (5.5)     9.6 (5.8)     10 (5.9)
 # Vector products ask for eight blocks of W at most: unrolled further they spilled at some widths, 267 us at
