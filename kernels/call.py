@@ -99,6 +99,7 @@ class PlannedCall:
         num_warps: int,
         registers: int | None = None,
         together: bool = False,
+        num_stages: int = 3,
         **constants: object,
     ) -> Plan:
         """A plan. With PDL the launch may start while the one before it on the stream still runs.
@@ -106,7 +107,8 @@ class PlannedCall:
         registers: most of a thread. together: no program starts before all of them can.
         """
         options = {
-            "num_warps": num_warps, "pdl": bool(constants.get("PDL")), "registers": registers, "together": together,
+            "num_warps": num_warps, "num_stages": num_stages, "pdl": bool(constants.get("PDL")), "registers": registers,
+            "together": together,
         }  # fmt: skip
         return Plan(launcher.variant(constants, device=self.device_index, **options), grid, numbers)
 

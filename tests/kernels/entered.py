@@ -17,17 +17,17 @@ from unittest import mock
 import torch
 from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
 
-from fxlora.kernels import entry, launch, lora_experts, lora_linear, replay
+from fxlora.kernels import entry, launch, lora_embedding, lora_experts, lora_linear, replay
 from tests.kernels.cases import Case, make_case, registered
 from tests.kernels.compiled import Absent, use
 from tests.kernels.expert_cases import ExpertCase, make_expert_case
-from tests.kernels.test_replay import moved, names_of, noting, run_experts, run_linear
+from tests.kernels.test_replay import moved, names_of, noting, run_embedding, run_experts, run_linear
 
 BF16 = torch.bfloat16
 
 
-def linears(rows: int, features: int, *outs: int, **options: Any) -> Case:
-    case = make_case(rows=rows, features=features, outs=outs, dtype=BF16, **options)
+def linears(rows: int, features: int, *outs: int, kind: str = "linear", **options: Any) -> Case:
+    case = make_case(kind, rows=rows, features=features, outs=outs, dtype=BF16, **options)
     for pool in case.pools:
         if pool is not None:
             pool.max_rank = 16
@@ -50,6 +50,8 @@ CALLS: dict[str, Callable[[], Case | ExpertCase]] = {
     "tiles of one wave in parts": lambda: linears(8, 5120, 1024),
     "many rows": lambda: linears(2048, 2048, 4096),
     "many rows, plain": lambda: linears(300, 64, 256, 64),
+    "embedding": lambda: linears(9, 64, 200, kind="embedding"),
+    "embedding, many rows": lambda: linears(200, 64, 200, kind="embedding", width=2),
     "experts": lambda: experts(4096, 1024, 2048),
     "experts, few rows": lambda: experts(20, 64, 32),
 }
@@ -125,7 +127,9 @@ def report(case: Any, ear: Ear, prepared: list[object]) -> dict[str, object]:
     """A plain launch, a prepared call, two replays, at other addresses each, and one at those of the last."""
     told, kept = [], []
     prepared.clear()
-    run: Callable[..., Any] = run_linear if isinstance(case, Case) else run_experts
+    run: Callable[..., Any] = run_experts
+    if isinstance(case, Case):
+        run = run_embedding if case.kind == "embedding" else run_linear
     with registered(case.pools if isinstance(case, Case) else (case.pool,)) as handle:
 
         def hear(case: Any) -> None:
@@ -164,6 +168,7 @@ def main() -> None:
     launch.raw_stream = replay.raw_stream = lambda device: STREAM
     lora_linear.LinearCall = noting(lora_linear.LinearCall, prepared)
     lora_experts.ExpertCall = noting(lora_experts.ExpertCall, prepared)
+    lora_embedding.EmbeddingCall = noting(lora_embedding.EmbeddingCall, prepared)
     for name, make in CALLS.items():
         lora_linear.has_gluon = lora_experts.has_gluon = lambda device, own="plain" not in name: own
         print(json.dumps({"call": name, **report(make(), ear, prepared)}), flush=True)

@@ -16,7 +16,7 @@ from tests.kernels.expert_cases import ExpertCase, make_expert_case
 
 pytest.importorskip("triton")
 from fxlora.kernels import call as calls
-from fxlora.kernels import expert_call, launch, lora_experts, lora_linear, replay
+from fxlora.kernels import expert_call, launch, lora_embedding, lora_experts, lora_linear, replay
 from fxlora.kernels.entry import Entry
 from fxlora.kernels.errors import OpInputError, RuntimeGoneError
 from fxlora.kernels.expert_tiles import ExpertBesideTile, ExpertHopperTile, ExpertPrefillTile, expert_prefill_tile
@@ -41,6 +41,11 @@ LINEARS: dict[str, dict[str, Any]] = {
 ONE_WAVE: tuple[dict[str, Any], ...] = (
     {"rows": 40, "outs": (256,)}, {"rows": 200, "outs": (256, 64), "none_members": (0,), "bias": True},
 )  # fmt: skip
+EMBEDDINGS: dict[str, dict[str, Any]] = {
+    "row by row": {"rows": 9},
+    "two slots, by tiles": {"rows": 200, "width": 2},
+    "no pool": {"rows": 9, "none_members": (0,)},
+}
 EXPERTS: dict[str, dict[str, Any]] = {
     "decode": {"rows": 20},
     "decode, any order, bias": {"rows": 20, "in_place": False, "bias": True, "width": 2},
@@ -114,6 +119,7 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> Iterator[Entries]:
         monkeypatch.setattr(module, "can_overlap", lambda device: True)
     monkeypatch.setattr(lora_linear, "LinearCall", noting(lora_linear.LinearCall, found.prepared))
     monkeypatch.setattr(lora_experts, "ExpertCall", noting(lora_experts.ExpertCall, found.prepared))
+    monkeypatch.setattr(lora_embedding, "EmbeddingCall", noting(lora_embedding.EmbeddingCall, found.prepared))
     yield found
     for variant in variants:
         variant.family = None
@@ -131,6 +137,12 @@ def run_linear(case: Case, handle: int) -> tuple[list[torch.Tensor], torch.Tenso
     segments = ops.segment_rows(case.row_slots, case.max_adapters)
     rest = (case.row_slots, case.row_coeffs, segments, handle)
     return lora_linear.lora_linear(case.x, case.weights, case.biases, *rest), segments
+
+
+def run_embedding(case: Case, handle: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    segments = ops.segment_rows(case.row_slots, case.max_adapters)
+    rest = (case.row_slots, case.row_coeffs, segments, handle)
+    return [lora_embedding.lora_embedding(case.x, case.weights[0], *rest)], segments
 
 
 def run_experts(case: ExpertCase, handle: int) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -173,6 +185,11 @@ def check_replay(case: Any, run: Any, entries: Entries) -> None:
 @pytest.mark.parametrize("name", LINEARS)
 def test_a_linear_is_entered_as_before(name: str, entries: Entries) -> None:
     check_replay(make_case(features=64, dtype=BF16, **LINEARS[name]), run_linear, entries)
+
+
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_an_embedding_is_entered_as_before(name: str, entries: Entries) -> None:
+    check_replay(make_case("embedding", features=64, dtype=BF16, **EMBEDDINGS[name]), run_embedding, entries)
 
 
 @pytest.mark.parametrize("name", EXPERTS)
@@ -294,12 +311,20 @@ def test_a_replayed_linear_has_the_bits_of_a_prepared_one(name: str) -> None:
 
 
 def assert_replayed_linears_have_prepared_bits(case: Case) -> None:
+    run = run_embedding if case.kind == "embedding" else run_linear
     with registered(case.pools) as handle:
         results = []
         for _ in range(4):
-            results.append(run_linear(case, handle)[0])
+            results.append(run(case, handle)[0])
             case = moved(case)
     assert all(equal_bits(results[0], other, slice(None)) for other in results[1:])
+
+
+@pytest.mark.skipif(not HAS_CUDA, reason="needs CUDA")
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_a_replayed_embedding_has_the_bits_of_a_prepared_one(name: str) -> None:
+    case = make_case("embedding", features=64, dtype=BF16, device="cuda", **EMBEDDINGS[name])
+    assert_replayed_linears_have_prepared_bits(case)
 
 
 @pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of compute capability 9")
