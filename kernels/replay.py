@@ -35,8 +35,12 @@ Value = tuple[bool, Any]
 MOST_ADDRESSES = 64
 """Kept for one tensor that TMA moves."""
 
-MOST_KINDS, MOST_MADE = 32, 512
-"""Kinds remembered for a group, and functions made for it altogether (kinds that take turns under one key)."""
+MOST_KEYS, MOST_ALIKE = 64, 4
+"""Keys remembered for a group, and functions for one key. Of more, those used longest ago are forgotten."""
+
+AT_ONCE = 8
+"""Functions made under one key as soon as one is wanted; each further one after twice as many calls as the one before,
+so that calls which are never alike cost little, however long they go on."""
 
 # What code compiled by inductor allocates with, a third of the time of new_empty: sizes, strides, dtype.
 _EMPTY: dict[str, Callable[..., torch.Tensor]] = {
@@ -53,14 +57,34 @@ _ROOM = 512
 """Bytes that parts of the scratch begin at multiples of."""
 
 
+class _Alike:
+    """What is known of calls under one key: functions, the last used first; calls that none of them served since one
+    was made, how many are wanted until the next is made, and how many were made."""
+
+    __slots__ = ("functions", "made", "missed", "wanted")
+
+    def __init__(self) -> None:
+        self.functions: list[Replay] = []
+        self.missed, self.wanted, self.made = 0, 2.0, 0  # a call that comes once needs no function
+
+    def add(self, function: Replay | None, last: Replay | None) -> None:
+        """One more function, None if nothing repeats such a call. last: the one that served last is not forgotten."""
+        if function is None:
+            self.wanted = float("inf")
+            return
+        self.functions.insert(0, function)
+        if len(self.functions) > MOST_ALIKE:
+            self.functions.pop(-2 if self.functions[-1] is last else -1)
+        self.made += 1
+        self.missed, self.wanted = 0, 2.0 ** max(0, self.made - AT_ONCE)
+
+
 class Replays:
     """The functions of one group."""
 
     def __init__(self) -> None:
-        self._functions: dict[object, Replay | bool] = {}  # True: seen once, False: nothing repeats it
+        self._alike: dict[object, _Alike] = {}  # the last used at the end
         self._last: Replay | None = None  # calls of one kind mostly follow each other
-        self._last_key: object = None
-        self._left = MOST_MADE
 
     def run(
         self,
@@ -77,28 +101,30 @@ class Replays:
         if outputs is not None:
             return outputs
         key = (x.shape, x.stride(), row_slots.shape, row_slots.stride())
-        function = self._functions.get(key)
-        if function is None or function is last or isinstance(function, bool):
+        alike = self._alike.get(key)
+        if alike is None:
             return None
-        outputs = function(x, row_slots, row_coeffs, segments, weights, biases)
-        if outputs is not None:
-            if last is not None and key == self._last_key:
-                self._functions[key] = last  # two kinds under one key may take turns
-            self._last, self._last_key = function, key
-        return outputs
+        for function in alike.functions:
+            outputs = None if function is last else function(x, row_slots, row_coeffs, segments, weights, biases)
+            if outputs is not None:
+                alike.functions.remove(function)
+                alike.functions.insert(0, function)
+                self._alike[key] = self._alike.pop(key)
+                self._last = function
+                return outputs
+        return None
 
     def learn(self, inputs: tuple[Any, ...], call: PlannedCall, outputs: Outputs) -> None:
         """Remember a call that was made, with the arguments of `run`; the second one of a kind is kept."""
         x, row_slots = inputs[:2]
         key = (x.shape, x.stride(), row_slots.shape, row_slots.stride())
-        known = self._functions.get(key)
-        if known is None:
-            if len(self._functions) >= MOST_KINDS:
-                self._functions.clear()
-            self._functions[key] = True
-        elif known is not False and self._left and not hooked():
-            self._left -= 1
-            self._functions[key] = _Writer(call, outputs, *inputs).function() or False
+        alike = self._alike.pop(key, None) or _Alike()
+        if len(self._alike) >= MOST_KEYS:
+            del self._alike[next(iter(self._alike))]
+        self._alike[key] = alike
+        alike.missed += 1
+        if alike.missed >= alike.wanted and not hooked():
+            alike.add(_Writer(call, outputs, *inputs).function(), self._last)
 
 
 class _NotRecordedError(Exception):

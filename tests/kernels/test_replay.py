@@ -281,6 +281,37 @@ def test_what_is_not_of_the_kind_goes_the_long_way(
         assert entries.long == 2 + len(others)
 
 
+def test_calls_of_any_length_do_not_end_the_replays_of_others(entries: Entries) -> None:
+    """A server sees prompts of every length, for days: the kinds that come again and again stay known."""
+    case = make_case(rows=700, features=16, outs=(24,), dtype=BF16)
+
+    def prepared(rows: int) -> int:
+        before = entries.long
+        run_linear(replace(case, x=case.x[:rows], row_slots=case.row_slots[:rows]), handle)
+        return entries.long - before
+
+    with registered(case.pools) as handle:
+        for rows in (5, 6, 5, 6):
+            prepared(rows)
+        for rows in range(40, 700):
+            assert prepared(rows) == prepared(rows) == 1
+            assert prepared(rows) == prepared(5) == prepared(6) == 0
+        assert len(lora_linear.derived_of(handle, lora_linear._runs_of)[0].replays._alike) == replay.MOST_KEYS
+
+
+def test_calls_that_are_never_alike_hardly_ever_make_a_function(entries: Entries) -> None:
+    """As where every call has a weight of its own."""
+    case = make_case(rows=5, features=16, outs=(24,), dtype=BF16)
+    others = [replace(case, weights=[case.weights[0].clone()]) for _ in range(300)]
+    with registered(case.pools) as handle:
+        for other in others:
+            run_linear(other, handle)
+        (found,) = lora_linear.derived_of(handle, lora_linear._runs_of)[0].replays._alike.values()
+        assert found.made <= replay.AT_ONCE + 8
+        assert len(found.functions) == replay.MOST_ALIKE
+    assert entries.long == len(others)
+
+
 def test_a_known_call_is_refused_as_ever_where_it_is_wrong(entries: Entries) -> None:
     case = make_case(rows=16, features=64, outs=(64, 64), dtype=BF16)
     with registered(case.pools) as handle:
