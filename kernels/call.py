@@ -24,8 +24,8 @@ PoolArguments = tuple[torch.Tensor | None, ...]
 MOST_MEMBERS = 4
 """Members that share a launch: each one's code is compiled into it."""
 
-MAX_PLANS = 4096
-"""Plans kept for a group; past that they are dropped and made again."""
+MAX_PLANS = 512
+"""Plans kept for a group, about a kilobyte each; past that the oldest are dropped, to be made again."""
 
 
 class Plan(NamedTuple):
@@ -87,7 +87,7 @@ class PlannedCall:
         found = self.plans.get(key)
         if found is None or (found[0] is not tile and found[0] != tile):
             if len(self.plans) >= MAX_PLANS:
-                self.plans.clear()
+                self.plans.pop(next(iter(self.plans)), None)  # another thread may have
             found = self.plans[key] = (tile, make())
         return found[1]
 

@@ -72,15 +72,15 @@ class _Alike:
         if function is None:
             self.wanted = float("inf")
             return
-        self.functions.insert(0, function)
-        if len(self.functions) > MOST_ALIKE:
-            self.functions.pop(-2 if self.functions[-1] is last else -1)
+        kept = [other for other in self.functions if other is last]
+        others = [other for other in self.functions if other is not last]
+        self.functions = [function, *kept, *others][:MOST_ALIKE]
         self.made += 1
         self.missed, self.wanted = 0, 2.0 ** max(0, self.made - AT_ONCE)
 
 
 class Replays:
-    """The functions of one group."""
+    """The functions of one group. Threads may call it at a time: lists are replaced whole, keys may be gone."""
 
     def __init__(self) -> None:
         self._alike: dict[object, _Alike] = {}  # the last used at the end
@@ -107,9 +107,9 @@ class Replays:
         for function in alike.functions:
             outputs = None if function is last else function(x, row_slots, row_coeffs, segments, weights, biases)
             if outputs is not None:
-                alike.functions.remove(function)
-                alike.functions.insert(0, function)
-                self._alike[key] = self._alike.pop(key)
+                alike.functions = [function, *[other for other in alike.functions if other is not function]]
+                self._alike.pop(key, None)
+                self._alike[key] = alike
                 self._last = function
                 return outputs
         return None
@@ -120,7 +120,7 @@ class Replays:
         key = (x.shape, x.stride(), row_slots.shape, row_slots.stride())
         alike = self._alike.pop(key, None) or _Alike()
         if len(self._alike) >= MOST_KEYS:
-            del self._alike[next(iter(self._alike))]
+            self._alike.pop(next(iter(self._alike)), None)
         self._alike[key] = alike
         alike.missed += 1
         if alike.missed >= alike.wanted and not hooked():
